@@ -1,0 +1,170 @@
+"""What a backend is: it says whether it can run a term, and why not, and runs it forward and backward.
+
+A backend is handed plain data (a term, a problem, a config, tensors) and knows nothing of masks as users write them, of
+autograd, or of other backends. Tensors of one term come as `Inputs`; cotangents go in and gradients come out by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..ir import nodes as n
+from ..ir.problem import Problem
+from ..ir.resolve import Span, document_spans, reduce_to, repeat_heads, resolve
+from ..ir.terms import Linear, Term, term_operands
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether something can be done; if not, why, and what to do instead."""
+
+    ok: bool
+    reason: str = ""
+
+    @staticmethod
+    def yes() -> Support:
+        """It can."""
+        return Support(True)
+
+    @staticmethod
+    def no(reason: str) -> Support:
+        """It cannot, and this is why."""
+        return Support(False, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A backend's free choices for one term."""
+
+    chunk_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a term costs, for the cost model: matmul FLOPs, elementwise operations, bytes touched, kernel launches."""
+
+    matmul_flops: float
+    elementwise: float
+    bytes: float
+    launches: float
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one term.
+
+    Attributes:
+        q, k: `(batch, seqlen, heads, dstate)`; v: `(batch, seqlen, heads, headdim)`; heads as given, never repeated.
+        values: slot → operand in canonical axes (`ir/resolve.py`).
+        operands: name → tensor as the user gave it, for terms that run by entries.
+        spans: the documents, or None where every batch row is one.
+        initial: initial states `(n_states, nheads, headdim, dstate)` or None.
+        scale: the factor of the whole contraction.
+    """
+
+    problem: Problem
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    values: Mapping[str, Tensor]
+    operands: Mapping[str, Tensor]
+    spans: list[Span] | None
+    initial: Tensor | None
+    scale: float
+
+    def per_head(self, slot: str) -> Tensor | None:
+        """The slot as `(batch, seqlen, nheads, …)`, a view wherever heads need not be repeated; None if absent."""
+        if slot not in self.values:
+            return None
+        p, x = self.problem, repeat_heads(self.values[slot], self.problem.nheads, 2)
+        return x.expand(p.batch, p.seqlen, *x.shape[2:])
+
+
+@dataclass
+class Gradients:
+    """Gradients of one term's inputs.
+
+    Attributes:
+        q, k, v: shaped like the inputs, in the accumulation dtype.
+        initial: of the initial states, or None where there are none.
+        values: slot → gradient, shaped like `Inputs.values`.
+        operands: name → gradient, from terms that run by entries.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    initial: Tensor | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
+    operands: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """A way to run terms. Stateless; one instance serves every call."""
+
+    name: str
+
+    def supports(self, term: Term, problem: Problem) -> Support:
+        """Whether this backend runs the term, forward and backward."""
+        ...
+
+    def configs(self, term: Term, problem: Problem) -> tuple[Config, ...]:
+        """The configurations worth considering, the default first."""
+        ...
+
+    def work(self, term: Term, problem: Problem, config: Config) -> Work:
+        """What a forward pass costs."""
+        ...
+
+    def forward(self, term: Term, x: Inputs, config: Config) -> tuple[Tensor, Tensor | None]:
+        """Y `(batch, seqlen, nheads, headdim)` in the accumulation dtype, and the final states of a linear term."""
+        ...
+
+    def backward(self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None) -> Gradients:
+        """Gradients for the cotangents of Y and of the final states (None is 0)."""
+        ...
+
+
+def bind(
+    term: Term,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Mapping[str, Tensor],
+    initial: Tensor | None,
+    scale: float,
+) -> Inputs:
+    """Evaluate the operand expressions of a term and find its documents (differentiable in the operands)."""
+    values = {slot: resolve(x, operands, axes, problem.seqlen) for slot, (x, axes) in term_operands(term).items()}
+    documents = term.documents if isinstance(term, Linear) else None
+    spans = None if documents is None else document_spans(documents, operands, problem.batch, problem.seqlen)
+    return Inputs(problem, q, k, v, values, operands, spans, initial, scale)
+
+
+def reduce_value(grad: Tensor, value: Tensor) -> Tensor:
+    """A per-head gradient summed to the shape of the value it belongs to."""
+    return reduce_to(grad, value.shape, 2)
+
+
+def share_heads(grad: Tensor, heads: int) -> Tensor:
+    """`(batch, seqlen, nheads, dim)` summed over the heads that share an operand."""
+    return reduce_to(grad, (*grad.shape[:2], heads, grad.shape[3]), 2)
+
+
+def exponent_dtype(problem: Problem) -> torch.dtype:
+    """The dtype for sums of logs: float64, as differences of float32 sums lose what slow decays are made of."""
+    return torch.float32 if problem.target.device == "mps" else torch.float64
+
+
+def reject_scan(term: Term, name: str) -> Support | None:
+    """Why a linear backend cannot run a term that is no scan; None if it is one or a diagonal."""
+    if isinstance(term, Linear) or not hasattr(term, "mask"):
+        return None
+    kinds = sorted({type(m).__name__.lower() for m in n.walk(term.mask) if isinstance(m, n.Leaf)})
+    return Support.no(f"'{name}' runs semiseparable scans, and {' * '.join(kinds)} is not one here; 'naive' runs any mask")

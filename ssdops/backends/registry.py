@@ -1,0 +1,34 @@
+"""The backends, in the order in which ties are broken: a literal table, imported when first asked for."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+
+from ..errors import UnknownBackendError
+from .base import Backend
+
+BACKENDS: dict[str, str] = {
+    "chunked": "ssdops.backends.chunked:Chunked",
+    "recurrent": "ssdops.backends.recurrent:Recurrent",
+    "naive": "ssdops.backends.naive:Naive",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every backend's name."""
+    return tuple(BACKENDS)
+
+
+@lru_cache(maxsize=None)
+def get(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        UnknownBackendError: there is none; the message lists those there are.
+    """
+    if name not in BACKENDS:
+        raise UnknownBackendError(f"unknown backend {name!r}; the known ones are {', '.join(BACKENDS)}, or 'auto'")
+    module, cls = BACKENDS[name].split(":")
+    backend: Backend = getattr(import_module(module), cls)()
+    return backend

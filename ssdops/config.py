@@ -1,0 +1,21 @@
+"""The only reads of the environment.
+
+SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pass; 3 also generated source
+SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
+"""
+
+import os
+from functools import lru_cache
+
+
+@lru_cache(maxsize=1)
+def debug_level() -> int:
+    """The level that SSDOPS_DEBUG asks for; text that is not a number counts as 0."""
+    text = os.environ.get("SSDOPS_DEBUG", "0")
+    return int(text) if text.isdigit() else 0
+
+
+@lru_cache(maxsize=1)
+def check_values() -> bool:
+    """Whether values on a GPU are to be checked too (SSDOPS_CHECK=1)."""
+    return os.environ.get("SSDOPS_CHECK", "0") == "1"

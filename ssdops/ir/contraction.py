@@ -1,0 +1,55 @@
+"""The contraction: everything about a call that is not a tensor or a number, as a value with a text.
+
+`contract(decay(log_a), return_state=True)` is the program that a custom op carries: it parses back to an equal value in
+another process, and with the shapes and dtypes it is the key of every cache.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+from ..errors import ParseError
+from . import nodes as n
+from .text import parse, parse_expression, show
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """Y = scale · (L ∘ QKᵀ)V with these choices.
+
+    Attributes:
+        mask: the structure of L.
+        return_state: whether the final states are wanted.
+        state_dtype: the dtype of final states by name, or None for float32 (float64 if any input is).
+        backend: a backend's name, or "auto".
+        chunk_size: the chunk length if the user fixed it.
+    """
+
+    mask: n.Node
+    return_state: bool = False
+    state_dtype: str | None = None
+    backend: str = "auto"
+    chunk_size: int | None = None
+
+    def __str__(self) -> str:
+        options = [
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:] if getattr(self, f.name) != f.default
+        ]
+        return f"contract({', '.join([show(self.mask), *options])})"
+
+
+@lru_cache(maxsize=4096)
+def parse_contraction(text: str) -> Contraction:
+    """The contraction that `text` spells; parse_contraction(str(c)) == c."""
+    tree = parse_expression(text)
+    options = {f.name for f in fields(Contraction)[1:]}
+    match tree:
+        case ast.Call(ast.Name("contract"), [mask], keywords) if all(
+            kw.arg in options and isinstance(kw.value, ast.Constant) for kw in keywords
+        ):
+            values = {str(kw.arg): ast.literal_eval(kw.value) for kw in keywords}
+            return Contraction(parse(ast.unparse(mask)), **values)
+        case _:
+            raise ParseError(f"{text!r} is not a contraction; expected contract(mask, {', '.join(sorted(options))})")

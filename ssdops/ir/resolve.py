@@ -1,0 +1,147 @@
+"""Operand expressions on tensors: canonical axes, head alignment, and the arithmetic of `operands.py`.
+
+Canonical axes put seqlen second and heads third: TOKEN and HEAD operands become `(batch | 1, seqlen | 1, heads)`, CHANNEL,
+RANK and LEVEL operands have one more axis. Everything here is plain differentiable torch and copies nothing that need
+not be copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from . import nodes as n
+from . import operands as ops
+from .operands import Operand
+
+_CANONICAL_RANK = {n.TOKEN: 3, n.HEAD: 3, n.CHANNEL: 4, n.RANK: 4, n.LEVEL: 4, n.MATRIX: 4, n.HEAD_CHANNEL: 2, n.LAG: 2}
+
+
+def canonical(x: Tensor, axes: str) -> Tensor:
+    """x with leading axes of size 1 up to the rank of its axes (a view)."""
+    missing = _CANONICAL_RANK.get(axes, x.ndim) - x.ndim
+    return x[(None,) * missing] if missing > 0 else x
+
+
+def resolve(x: Operand, tensors: Mapping[str, Tensor], axes: str, seqlen: int) -> Tensor:
+    """The value of an operand expression, in canonical axes.
+
+    Args:
+        x: a name or an expression over names.
+        tensors: name → tensor.
+        axes: the axes of the slot that x stands in.
+        seqlen: the number of tokens, for expressions that move along them.
+    """
+    match x:
+        case str():
+            return canonical(tensors[x], axes)
+        case ops.Add(a, b):
+            left, right = _aligned(resolve(a, tensors, axes, seqlen), resolve(b, tensors, axes, seqlen))
+            return left + right
+        case ops.Mul(a, b):
+            left, right = _aligned(resolve(a, tensors, axes, seqlen), resolve(b, tensors, axes, seqlen))
+            return left * right
+        case ops.Exp(a):
+            return resolve(a, tensors, axes, seqlen).exp()
+        case ops.Flip(a):
+            return resolve(a, tensors, axes, seqlen).flip(1)
+        case ops.Advance(a):
+            return _moved(resolve(a, tensors, axes, seqlen), seqlen, -1)
+        case ops.Delay(a):
+            return _moved(resolve(a, tensors, axes, seqlen), seqlen, 1)
+        case ops.Select(a, index):
+            return resolve(a, tensors, n.RANK, seqlen)[..., index]
+        case ops.Mirror(a):
+            inner = resolve(a, tensors, axes, seqlen)
+            return inner[-1] - inner.flip(0) if axes == n.BOUNDARIES else inner[:, -1:] - inner.flip(1)
+        case ops.ChannelLog(dt, big_a):
+            left, right = _aligned(
+                resolve(dt, tensors, n.TOKEN, seqlen)[..., None],
+                resolve(big_a, tensors, n.HEAD_CHANNEL, seqlen)[None, None],
+            )
+            return left * right
+
+
+def _moved(x: Tensor, seqlen: int, by: int) -> Tensor:
+    """x read `by` tokens earlier (later if negative), zero where nothing is read."""
+    x = x.expand(x.shape[0], seqlen, *x.shape[2:])
+    if seqlen == 0:
+        return x
+    zero = torch.zeros_like(x[:, :1])
+    return torch.cat([zero, x[:, :-1]], 1) if by > 0 else torch.cat([x[:, 1:], zero], 1)
+
+
+def _aligned(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the least common head count (axis 2), heads repeated in contiguous groups; other axes broadcast."""
+    heads = lcm(a.shape[2], b.shape[2])
+    if a.ndim < b.ndim:
+        a = a[..., None]
+    if b.ndim < a.ndim:
+        b = b[..., None]
+    return repeat_heads(a, heads, 2), repeat_heads(b, heads, 2)
+
+
+def repeat_heads(x: Tensor, heads: int, axis: int) -> Tensor:
+    """x with each head repeated so that there are `heads`: a view where there is one head, else a copy."""
+    have = x.shape[axis]
+    if have == heads:
+        return x
+    if have == 1:
+        return x.expand(*x.shape[:axis], heads, *x.shape[axis + 1 :])
+    return x.repeat_interleave(heads // have, axis)
+
+
+def reduce_to(grad: Tensor, shape: torch.Size | tuple[int, ...], head_axis: int) -> Tensor:
+    """The transpose of broadcasting to `grad.shape`: sums over broadcast axes, and over the heads that share a value."""
+    have, want = grad.shape[head_axis], shape[head_axis]
+    if want not in (have, 1):
+        grad = grad.unflatten(head_axis, (want, have // want)).sum(head_axis + 1)
+    axes = [axis for axis, (a, b) in enumerate(zip(grad.shape, shape, strict=True)) if a != b]
+    return grad.sum(axes, keepdim=True) if axes else grad
+
+
+def segment_ids(documents: n.Documents, tensors: Mapping[str, Tensor], seqlen: int) -> Tensor:
+    """Segment ids `(batch, seqlen)` of a documents node, whichever way it was given."""
+    if documents.segment_ids is not None:
+        return resolve(documents.segment_ids, tensors, n.IDS, seqlen)
+    assert documents.cu_seqlens is not None  # verify() promises one of the two
+    cu = resolve(documents.cu_seqlens, tensors, n.BOUNDARIES, seqlen)
+    tokens = torch.arange(seqlen, device=cu.device, dtype=cu.dtype)
+    return torch.searchsorted(cu[1:].contiguous(), tokens, right=True)[None]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One document: tokens [start, stop) of a batch row, and the index of its state."""
+
+    row: int
+    start: int
+    stop: int
+    state: int
+
+
+def document_spans(
+    documents: n.Documents | None, tensors: Mapping[str, Tensor], batch: int, seqlen: int
+) -> list[Span]:
+    """Every document with its state's index: batch rows without documents, `row · n_segments + segment` with them.
+
+    Reads the boundaries on the host. Ids without `n_segments` give only the documents that occur, numbered in order.
+    """
+    if documents is None:
+        return [Span(row, 0, seqlen, row) for row in range(batch)]
+    if documents.cu_seqlens is not None:
+        cu = resolve(documents.cu_seqlens, tensors, n.BOUNDARIES, seqlen).tolist()
+        return [Span(0, start, stop, s) for s, (start, stop) in enumerate(zip(cu, cu[1:], strict=False))]
+    ids = segment_ids(documents, tensors, seqlen)
+    spans: list[Span] = []
+    for row, line in enumerate(ids.expand(batch, -1).tolist()):
+        starts = [t for t in range(seqlen) if t == 0 or line[t] != line[t - 1]]
+        found = {line[start]: (start, stop) for start, stop in zip(starts, [*starts[1:], seqlen], strict=True)}
+        wanted = sorted(found) if documents.n_segments is None else range(documents.n_segments)
+        first = len(spans)
+        spans.extend(Span(row, *found.get(s, (0, 0)), first + offset) for offset, s in enumerate(wanted))
+    return spans

@@ -1,0 +1,204 @@
+"""Masks as text: `show` prints a tree, `parse` reads it back to an equal tree.
+
+The grammar is that of Python expressions over the mask constructors, read with `ast` and never evaluated:
+`decay(log_a).strict() + decay(log_a_1).strict().T + diagonal(d)`.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from functools import lru_cache
+
+from ..errors import ParseError
+from . import nodes as n
+from . import operands as ops
+from .operands import Operand
+
+SUM, PRODUCT, UNARY, POSTFIX = range(4)
+_CALLS = {"exp": ops.Exp, "flip": ops.Flip, "advance": ops.Advance, "delay": ops.Delay, "mirror": ops.Mirror}
+_POSTFIX = {"reverse": n.Reverse, "strict": n.Strict}
+
+
+# --- printing -------------------------------------------------------------------------------------------------------
+
+
+def show(node: n.Node, outer: int = SUM) -> str:
+    """The text of a mask; parse(show(m)) == m."""
+    text, binding = _show(node)
+    return f"({text})" if binding < outer else text
+
+
+def _show(node: n.Node) -> tuple[str, int]:
+    match node:
+        case n.Sum(()):
+            return "zero()", POSTFIX
+        case n.Sum(terms):
+            return _join_signed(terms), SUM
+        case n.Product(factors):
+            return " * ".join(show(f, UNARY) for f in factors), PRODUCT
+        case n.Neg(m):
+            return f"-{show(m, UNARY)}", UNARY
+        case n.Transpose(m):
+            return f"{show(m, POSTFIX)}.T", POSTFIX
+        case n.Reverse(m) | n.Strict(m):
+            return f"{show(m, POSTFIX)}.{node.op}()", POSTFIX
+        case n.Shift(m, count):
+            return f"{show(m, POSTFIX)}.shift({count})", POSTFIX
+        case n.Scale(m, rows, cols, log_cols):
+            given = {"rows": rows, "cols": cols, "log_cols": log_cols}
+            inner = ", ".join(f"{key}={show_operand(x)}" for key, x in given.items() if x is not None)
+            return f"{show(m, POSTFIX)}.scale({inner})", POSTFIX
+        case _:
+            return f"{node.op}({_arguments(node)})", POSTFIX
+
+
+def _join_signed(terms: tuple[n.Node, ...]) -> str:
+    out = show(terms[0], PRODUCT)
+    for term in terms[1:]:
+        if isinstance(term, n.Neg):
+            out += f" - {show(term.mask, UNARY)}"
+        else:
+            out += f" + {show(term, PRODUCT)}"
+    return out
+
+
+def _arguments(leaf: n.Node) -> str:
+    """Operands by position until one is missing, then everything by name."""
+    out: list[str] = []
+    by_name = False
+    for f in fields(leaf):
+        value = getattr(leaf, f.name)
+        if value is None:
+            by_name = True
+            continue
+        is_operand = "axes" in f.metadata
+        by_name = by_name or not is_operand
+        text = show_operand(value) if is_operand else repr(value)
+        out.append(f"{f.name}={text}" if by_name else text)
+    return ", ".join(out)
+
+
+def show_operand(x: Operand, outer: int = SUM) -> str:
+    """The text of an operand expression."""
+    match x:
+        case str():
+            return x
+        case ops.Add(a, b):
+            text = f"{show_operand(a, SUM)} + {show_operand(b, PRODUCT)}"
+            return f"({text})" if outer > SUM else text
+        case ops.Mul(a, b):
+            text = f"{show_operand(a, PRODUCT)} * {show_operand(b, UNARY)}"
+            return f"({text})" if outer > PRODUCT else text
+        case ops.Select(a, index):
+            return f"select({show_operand(a)}, {index})"
+        case ops.ChannelLog(dt, big_a):
+            return f"channel_log({show_operand(dt)}, {show_operand(big_a)})"
+        case _:
+            return f"{type(x).__name__.lower()}({show_operand(x.x)})"
+
+
+# --- parsing --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> n.Node:
+    """The mask that `text` spells.
+
+    Raises:
+        ParseError: the text is not a mask expression; the message shows the place.
+    """
+    return _node(parse_expression(text), text)
+
+
+def parse_expression(text: str) -> ast.expr:
+    """The Python syntax tree of one expression, or a ParseError that shows the place."""
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ParseError(f"mask text {text!r} is not an expression: {error}") from None
+
+
+def _fail(tree: ast.AST, text: str, expected: str) -> ParseError:
+    place = ast.get_source_segment(text.strip(), tree) or text
+    return ParseError(f"in mask text {text!r}: expected {expected}, got {place!r}")
+
+
+def _node(tree: ast.expr, text: str) -> n.Node:
+    match tree:
+        case ast.BinOp(left, ast.Add(), right):
+            return n.sum_of(_node(left, text), _node(right, text))
+        case ast.BinOp(left, ast.Sub(), right):
+            return n.sum_of(_node(left, text), n.Neg(_node(right, text)))
+        case ast.BinOp(left, ast.Mult(), right):
+            return n.product_of(_node(left, text), _node(right, text))
+        case ast.UnaryOp(ast.USub(), inner):
+            return n.Neg(_node(inner, text))
+        case ast.Attribute(inner, "T"):
+            return n.Transpose(_node(inner, text))
+        case ast.Call(ast.Attribute(inner, method), args, keywords):
+            return _method(_node(inner, text), method, args, keywords, tree, text)
+        case ast.Call(ast.Name("zero"), [], []):
+            return n.ZERO
+        case ast.Call(ast.Name(name), args, keywords) if name in n.LEAVES:
+            return _leaf(n.LEAVES[name], args, keywords, tree, text)
+        case _:
+            raise _fail(tree, text, f"a mask (one of {', '.join(n.LEAVES)})")
+
+
+def _method(
+    mask: n.Node, method: str, args: list[ast.expr], keywords: list[ast.keyword], tree: ast.expr, text: str
+) -> n.Node:
+    match method, args, keywords:
+        case ("reverse" | "strict"), [], []:
+            return _POSTFIX[method](mask)
+        case "shift", [], []:
+            return n.Shift(mask, 1)
+        case "shift", [ast.Constant(int(count))], []:
+            return n.Shift(mask, count)
+        case "scale", [], [_, *_] if all(kw.arg in ("rows", "cols", "log_cols") for kw in keywords):
+            return n.Scale(mask, **{str(kw.arg): _operand(kw.value, text) for kw in keywords})
+        case _:
+            raise _fail(tree, text, ".T, .reverse(), .strict(), .shift(n) or .scale(rows=, cols=, log_cols=)")
+
+
+def _leaf(
+    kind: type[n.Leaf], args: list[ast.expr], keywords: list[ast.keyword], tree: ast.expr, text: str
+) -> n.Node:
+    slots = {f.name: f for f in fields(kind)}
+    named = dict(zip(slots, args, strict=False)) | {str(kw.arg): kw.value for kw in keywords}
+    if len(args) > len(slots) or len(named) < len(args) + len(keywords) or not named.keys() <= slots.keys():
+        raise _fail(tree, text, f"{kind.op}({', '.join(slots)})")
+    values = {key: _operand(x, text) if "axes" in slots[key].metadata else _integer(x, text) for key, x in named.items()}
+    try:
+        return kind(**values)  # type: ignore[arg-type]  # the field names were checked above
+    except TypeError:
+        raise _fail(tree, text, f"{kind.op}({', '.join(slots)}) with nothing missing") from None
+
+
+def _integer(tree: ast.expr, text: str) -> int:
+    match tree:
+        case ast.Constant(int(value)) if not isinstance(value, bool):
+            return value
+        case ast.UnaryOp(ast.USub(), ast.Constant(int(value))):
+            return -value
+        case _:
+            raise _fail(tree, text, "an integer")
+
+
+def _operand(tree: ast.expr, text: str) -> Operand:
+    match tree:
+        case ast.Name(name):
+            return name
+        case ast.BinOp(left, ast.Add(), right):
+            return ops.Add(_operand(left, text), _operand(right, text))
+        case ast.BinOp(left, ast.Mult(), right):
+            return ops.Mul(_operand(left, text), _operand(right, text))
+        case ast.Call(ast.Name("select"), [inner, index], []):
+            return ops.Select(_operand(inner, text), _integer(index, text))
+        case ast.Call(ast.Name("channel_log"), [dt, big_a], []):
+            return ops.ChannelLog(_operand(dt, text), _operand(big_a, text))
+        case ast.Call(ast.Name(name), [inner], []) if name in _CALLS:
+            return _CALLS[name](_operand(inner, text))
+        case _:
+            raise _fail(tree, text, "an operand name or expression")

@@ -1,0 +1,291 @@
+"""Masks as users write them: an expression over named operands, paired with the operands' tensors.
+
+    from ssdops import masks
+    m = masks.decay(log_a) * masks.documents(cu_seqlens) + masks.diagonal(D)
+    print(m)            # decay(log_a) * documents(cu_seqlens) + diagonal(d)
+
+Making a mask takes no arithmetic and copies nothing; what it means is in `ssdops.ir.evaluate`, and its table in the README.
+Operands per token are `(batch, seqlen, nheads)` or broadcastable from the right; head counts divide `nheads`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .errors import MaskError
+from .ir import nodes as n
+from .ir.verify import MAX_DEPTH, MAX_NODES, verify
+
+__all__ = [
+    "Mask", "causal", "channel_decay", "decay", "dense", "diagonal", "documents", "fenwick", "full", "retention",
+    "semiseparable", "toeplitz", "trapezoidal", "window",
+]  # fmt: skip
+
+
+class Mask:
+    """A structured matrix `L[b, h, i, j]`: a tree that names operands, and their tensors.
+
+    Combine with `m1 * m2` (Hadamard product), `m1 + m2`, `m1 - m2`, `-m`, `m.T`, `m.reverse()`, `m.shift(n)`, `m.strict()`,
+    `m.scale(rows=, cols=, log_cols=)`. The same tensor used twice is one operand; an expression holds at most 512 nodes,
+    64 deep.
+
+    Attributes:
+        tree: the expression, a frozen value that hashes, compares and prints.
+        operands: name → tensor, in the order in which the names came in.
+    """
+
+    __slots__ = ("_depth", "_size", "operands", "tree")
+
+    def __init__(self, tree: n.Node, operands: dict[str, Tensor], size: int = 1, depth: int = 1) -> None:
+        if size > MAX_NODES or depth > MAX_DEPTH:
+            raise MaskError(
+                f"the mask expression has {size} nodes, {depth} deep; at most {MAX_NODES} nodes and {MAX_DEPTH} levels "
+                "are taken; simplify it, or split the sum over several calls"
+            )
+        self.tree, self.operands, self._size, self._depth = tree, operands, size, depth
+
+    def __mul__(self, other: Mask) -> Mask:
+        """The Hadamard product L1[i, j] · L2[i, j]."""
+        return self._with(other, n.product_of) if isinstance(other, Mask) else NotImplemented
+
+    def __add__(self, other: Mask) -> Mask:
+        """L1[i, j] + L2[i, j]."""
+        return self._with(other, n.sum_of) if isinstance(other, Mask) else NotImplemented
+
+    def __sub__(self, other: Mask) -> Mask:
+        """L1[i, j] − L2[i, j]."""
+        return self + -other if isinstance(other, Mask) else NotImplemented
+
+    def __neg__(self) -> Mask:
+        """−L[i, j]."""
+        return self._around(n.Neg(self.tree))
+
+    @property
+    def T(self) -> Mask:
+        """The matrix transpose L[j, i]: a causal mask becomes anticausal."""
+        return self._around(n.Transpose(self.tree))
+
+    def reverse(self) -> Mask:
+        """Both indices flipped: L[T−1−i, T−1−j]."""
+        return self._around(n.Reverse(self.tree))
+
+    def shift(self, count: int = 1) -> Mask:
+        """Delayed by `count` tokens: L[i − count, j], the first `count` rows zero."""
+        return self._around(verify(n.Shift(self.tree, count)))
+
+    def strict(self) -> Mask:
+        """Without the diagonal: L[i, j] · 1[i ≠ j]."""
+        return self._around(n.Strict(self.tree))
+
+    def scale(self, rows: Tensor | None = None, cols: Tensor | None = None, log_cols: Tensor | None = None) -> Mask:
+        """rows[i] · L[i, j] · cols[j] · exp(log_cols[j]).
+
+        Args:
+            rows, cols: per-token factors `(batch, seqlen, nheads)` or broadcastable.
+            log_cols: an exponent per token, added to the decay's own before exp is taken, so that an exponential gate
+                overflows only where the mask's entries do.
+        """
+        given = {k: t for k, t in (("rows", rows), ("cols", cols), ("log_cols", log_cols)) if t is not None}
+        if not given:
+            raise MaskError("scale() needs at least one of rows, cols and log_cols")
+        operands, table = _merged(self.operands, _tensors(given))
+        tree = n.Scale(self.tree, **{slot: table.get(slot, slot) for slot in given})
+        return Mask(tree, operands, self._size + 1, self._depth + 1)
+
+    def _around(self, tree: n.Node) -> Mask:
+        return Mask(tree, self.operands, self._size + 1, self._depth + 1)
+
+    def _with(self, other: Mask, join: object) -> Mask:
+        operands, table = _merged(self.operands, other.operands)
+        right = n.rename_operands(other.tree, table) if table else other.tree
+        tree: n.Node = join(self.tree, right)  # type: ignore[operator]
+        return Mask(tree, operands, self._size + other._size + 1, max(self._depth, other._depth) + 1)
+
+    def __str__(self) -> str:
+        return str(self.tree)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {tuple(t.shape)}" for name, t in self.operands.items())
+        return f"Mask({self.tree}; {shapes})" if shapes else f"Mask({self.tree})"
+
+
+def _tensors(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, x in operands.items():
+        if not isinstance(x, Tensor):
+            raise MaskError(f"{name} must be a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
+    return operands
+
+
+def _merged(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Both sets of operands under distinct names, one name per tensor; and the renames of the right side."""
+    names = dict(left)
+    table: dict[str, str] = {}
+    for name, tensor in right.items():
+        chosen = next((other for other, t in left.items() if t is tensor), None)
+        if chosen is None:
+            chosen, count = name, 0
+            while chosen in names:
+                count += 1
+                chosen = f"{name.rstrip('0123456789').removesuffix('_')}_{count}"
+        if chosen != name:
+            table[name] = chosen
+        names[chosen] = tensor
+    return names, table
+
+
+def _leaf(kind: type[n.Leaf], operands: dict[str, Tensor | None], **static: int | None) -> Mask:
+    given = _tensors({name: t for name, t in operands.items() if t is not None})
+    tree = kind(**{name: name for name in given}, **static)  # type: ignore[arg-type]  # fields are named as operands
+    return Mask(tree, given)
+
+
+def causal() -> Mask:
+    """L[i, j] = 1[i ≥ j]: linear attention (Katharopoulos et al. 2020).
+
+    >>> print(causal().strict())
+    causal().strict()
+    """
+    return Mask(n.Causal(), {})
+
+
+def full() -> Mask:
+    """L[i, j] = 1: attention without a mask, still linear in seqlen."""
+    return Mask(n.Full(), {})
+
+
+def decay(log_a: Tensor) -> Mask:
+    """L[i, j] = exp(Σ_{j<s≤i} log_a[s]) · 1[i ≥ j]: 1-semiseparable, the mask of Mamba-2 (Dao & Gu 2024, section 5).
+
+    Args:
+        log_a: natural logs of the decay per token `(batch, seqlen, nheads)` or broadcastable; finite; growth (> 0) allowed.
+            In Mamba-2's words `A · dt`.
+
+    >>> import torch
+    >>> print(decay(torch.zeros(1, 8, 2)) + decay(torch.zeros(1, 8, 2)).strict().T)
+    decay(log_a) + decay(log_a_1).strict().T
+    """
+    return _leaf(n.Decay, {"log_a": log_a})
+
+
+def retention(log_gamma: Tensor) -> Mask:
+    """L[i, j] = γ_h^{i−j} · 1[i ≥ j]: RetNet (Sun et al. 2023).
+
+    Args:
+        log_gamma: log γ per head `(nheads,)`; no per-token operand is read.
+    """
+    return _leaf(n.Retention, {"log_gamma": log_gamma})
+
+
+def documents(
+    cu_seqlens: Tensor | None = None, *, segment_ids: Tensor | None = None, n_segments: int | None = None
+) -> Mask:
+    """L[i, j] = 1[i and j lie in the same document]: multiply any mask by it to pack documents.
+
+    Args:
+        cu_seqlens: boundaries `(n_segments + 1,)`, int32 or int64, from 0 to seqlen, not decreasing; batch must be 1.
+        segment_ids: instead, an id per token `(batch, seqlen)` or `(1, seqlen)`, int32 or int64, not decreasing.
+        n_segments: how many ids there may be; needed with segment_ids where states are carried.
+
+    Raises:
+        MaskError: both or neither of cu_seqlens and segment_ids are given.
+    """
+    mask_operands = {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}
+    mask = _leaf(n.Documents, mask_operands, n_segments=n_segments)
+    verify(mask.tree)
+    return mask
+
+
+def window(left: int, right: int = 0) -> Mask:
+    """L[i, j] = 1[−right ≤ i − j ≤ left]: a band of `left` earlier tokens, the token itself, and `right` later ones."""
+    for name, value in (("left", left), ("right", right)):
+        if not isinstance(value, int):
+            raise MaskError(f"window({name}) must be an int, got {type(value).__name__}")
+    tree = n.Window(left, right)
+    verify(tree)
+    return Mask(tree, {})
+
+
+def toeplitz(coeffs: Tensor) -> Mask:
+    """L[i, j] = c_h[i − j + seqlen − 1].
+
+    Args:
+        coeffs: `(nheads, 2·seqlen − 1)`, from lag −(seqlen − 1) to seqlen − 1.
+    """
+    return _leaf(n.Toeplitz, {"coeffs": coeffs})
+
+
+def dense(L: Tensor) -> Mask:
+    """A given matrix.
+
+    Args:
+        L: `(batch, nheads, seqlen, seqlen)` or broadcastable from the right.
+    """
+    return _leaf(n.Dense, {"L": L})
+
+
+def diagonal(d: Tensor) -> Mask:
+    """L[i, j] = d[i] · 1[i = j]: Mamba's skip connection D.
+
+    Args:
+        d: `(batch, seqlen, nheads)` or broadcastable; `(nheads,)` for one D per head.
+    """
+    return _leaf(n.Diagonal, {"d": d})
+
+
+def semiseparable(log_a: Tensor, b: Tensor, c: Tensor) -> Mask:
+    """L[i, j] = Σ_r c[i, r] · exp(Σ_{j<s≤i} log_a[s]) · b[j, r] · 1[i ≥ j]: rank R, one decay (Dao & Gu 2024, section 3).
+
+    Args:
+        log_a: `(batch, seqlen, nheads)` or broadcastable.
+        b, c: `(batch, seqlen, nheads, rank)`, sizes of 1 broadcast.
+    """
+    if isinstance(b, Tensor) and isinstance(c, Tensor) and (b.ndim != 4 or c.ndim != 4 or b.shape[3] != c.shape[3]):
+        raise MaskError(
+            f"b and c must be (batch, seqlen, nheads, rank) of one rank, got {tuple(b.shape)} and {tuple(c.shape)}"
+        )
+    operands = _tensors({"log_a": log_a, "b": b, "c": c})
+    return Mask(n.Semiseparable("log_a", "b", "c", b.shape[3]), operands)
+
+
+def fenwick(log_a: Tensor, levels: Tensor) -> Mask:
+    """L[i, j] = levels[i, level(i, j)] · exp(Σ_{j<s≤i} log_a[s]) · 1[i ≥ j]: log-linear attention (Guo et al. 2025).
+
+    Args:
+        log_a: `(batch, seqlen, nheads)` or broadcastable.
+        levels: `(batch, seqlen, nheads, n_levels)`; level(i, i) = 0, else 1 + the highest bit in which i and j differ, so
+            n_levels is at least 1 + the bits of seqlen − 1.
+    """
+    return _leaf(n.Fenwick, {"log_a": log_a, "levels": levels})
+
+
+def trapezoidal(
+    log_a: Tensor, beta: Tensor | None = None, gamma: Tensor | None = None, *, beta_over_a: Tensor | None = None
+) -> Mask:
+    """h_t = a_t h_{t−1} + β_t k_{t−1} v_{t−1}ᵀ + γ_t k_t v_tᵀ: Mamba-3's trapezoidal rule.
+
+        L[i, j] = (γ_j · 1[i = j] + (γ_j + β_{j+1}/a_{j+1}) · 1[i > j]) · exp(Σ_{j<s≤i} log_a[s])
+
+    Args:
+        log_a, beta, gamma: `(batch, seqlen, nheads)` or broadcastable.
+        beta_over_a: instead of beta, β/a, which costs one scan where beta costs two; nothing is divided either way.
+
+    Raises:
+        MaskError: gamma is missing, or not exactly one of beta and beta_over_a is given.
+    """
+    mask = _leaf(
+        n.Trapezoidal, {"log_a": log_a, "beta": beta, "gamma": gamma, "beta_over_a": beta_over_a}
+    )
+    verify(mask.tree)
+    return mask
+
+
+def channel_decay(log_a: Tensor | None = None, *, dt: Tensor | None = None, A: Tensor | None = None) -> Mask:
+    """L[i, j, n] = exp(Σ_{j<s≤i} log_a[s, n]) · 1[i ≥ j] inside the sum over state channels n: GLA, RWKV-6, Mamba-1.
+
+    Args:
+        log_a: `(batch, seqlen, nheads, dstate)`, sizes of 1 broadcast.
+        dt, A: instead, the factored form log_a = dt[..., None] · A, with dt per token and A `(nheads, dstate)`.
+    """
+    mask = _leaf(n.ChannelDecay, {"log_a": log_a, "dt": dt, "A": A})
+    verify(mask.tree)
+    return mask

@@ -1,0 +1,282 @@
+"""The torch.library operators, `ssdops::forward` and `ssdops::backward`: the only autograd glue.
+
+An operator takes q, k, v, the mask's operands in the order of their names in the tree, the initial states, and the program, a
+contraction as text (`ir/contraction.py`). It checks and plans once per signature, runs the plan's steps, and sums them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config
+from .backends import registry
+from .backends.base import Gradients, Inputs, bind
+from .errors import UnsupportedError
+from .ir import nodes as n
+from .ir.contraction import Contraction, parse_contraction
+from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
+from .ir.resolve import resolve
+from .ir.terms import Linear, term_operands
+from .plan import Plan, Step, plan, state_terms
+
+LIBRARY = torch.library.Library("ssdops", "DEF")
+LIBRARY.define(
+    "forward(Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, float scale) -> Tensor[]"
+)
+LIBRARY.define(
+    "backward(Tensor[] cotangents, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, "
+    "float scale) -> Tensor[]"
+)
+_forward_op = torch.ops.ssdops.forward.default
+_backward_op = torch.ops.ssdops.backward.default
+
+
+# --- one signature, checked and planned once ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a signature amounts to."""
+
+    contraction: Contraction
+    problem: Problem
+    plan: Plan
+    names: tuple[str, ...]
+    check_values: bool
+
+
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+_MAX_PREPARED = 65536
+
+
+def _signature(q: Tensor, k: Tensor, v: Tensor, rest: Sequence[Tensor], n_states: int, program: str) -> tuple[Any, ...]:
+    return (
+        program, n_states, q.device, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
+        *[(x.shape, x.dtype, x.device) for x in rest],
+    )  # fmt: skip
+
+
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], states: Sequence[Tensor], program: str
+) -> Prepared:
+    """Check and plan a call, or recall it: everything but the values of the tensors is decided here.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, UnsupportedError, UnknownBackendError, MaskError.
+    """
+    key = _signature(q, k, v, (*operands, *states), len(states), program)
+    found = _prepared.get(key)
+    if found is None:
+        contraction = parse_contraction(program)
+        found = _prepare(contraction, q, k, v, operands, states)
+        if len(_prepared) >= _MAX_PREPARED:
+            _prepared.clear()
+        _prepared[key] = found
+        if config.debug_level() >= 1:
+            print(f"ssdops: {contraction}\n{found.plan}")
+    if found.check_values:
+        check_values(found.contraction.mask, dict(zip(found.names, operands, strict=True)), q.shape[1])
+    return found
+
+
+def _prepare(
+    contraction: Contraction, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], states: Sequence[Tensor]
+) -> Prepared:
+    names = n.operand_names(contraction.mask)
+    named = dict(zip(names, operands, strict=True))
+    problem = problem_of(contraction.mask, q, k, v, named, states, contraction.state_dtype)
+    if states or contraction.return_state:
+        check_states(states, len(state_terms(contraction.mask)), problem, given=bool(states))
+    checked = mask_needs_values_checked(contraction.mask) and (q.device.type == "cpu" or config.check_values())
+    return Prepared(contraction, problem, plan(contraction, problem), names, checked)
+
+
+# --- forward --------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
+) -> list[Tensor]:
+    call = prepare(q, k, v, operands, states, program)
+    p, total, finals = call.problem, None, []
+    for _, step, x in _bound(call, q, k, v, operands, states, scale):
+        y, final = registry.get(step.backend).forward(step.term, x, step.config)
+        total = y if total is None else total.add_(y)
+        if isinstance(step.term, Linear) and call.contraction.return_state:
+            assert final is not None  # every backend returns the state of a linear term
+            finals.append(final.to(p.state_dtype))
+    if total is None:
+        total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=q.device)
+    return [total.to(p.dtype), *finals]
+
+
+def _bound(
+    call: Prepared, q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], scale: float
+) -> list[tuple[int, Step, Inputs]]:
+    """Each step with its tensors, and the index of its state among the linear terms (−1 if it has none)."""
+    named, out, seen = dict(zip(call.names, operands, strict=True)), [], 0
+    for step in call.plan.steps:
+        linear = isinstance(step.term, Linear)
+        initial = states[seen] if linear and states else None
+        out.append((seen if linear else -1, step, bind(step.term, call.problem, q, k, v, named, initial, scale)))
+        seen += linear
+    return out
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
+) -> list[Tensor]:
+    contraction = parse_contraction(program)
+    named = dict(zip(n.operand_names(contraction.mask), operands, strict=True))
+    p = problem_of(contraction.mask, q, k, v, named, states, contraction.state_dtype)
+    out = [q.new_empty((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.dtype)]
+    if contraction.return_state or states:
+        count = len(state_terms(contraction.mask))
+        check_states(states, count, p, given=bool(states))
+        if contraction.return_state:
+            shape = (p.n_states, p.nheads, p.headdim, p.dstate)
+            out += [q.new_empty(shape, dtype=p.state_dtype) for _ in range(count)]
+    return out
+
+
+# --- backward -------------------------------------------------------------------------------------------------------
+
+
+def _backward(
+    cotangents: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+) -> list[Tensor]:
+    call = prepare(q, k, v, operands, states, program)
+    dy, dstates = cotangents[0], cotangents[1:]
+    total = Gradients(*(torch.zeros(t.shape, dtype=call.problem.accumulate, device=t.device) for t in (q, k, v)))
+    named = dict(zip(call.names, operands, strict=True))
+    doperands = {name: torch.zeros_like(x) for name, x in named.items() if x.is_floating_point()}
+    dinitial: list[Tensor] = []
+    for index, step, x in _bound(call, q, k, v, operands, states, scale):
+        dstate = dstates[index] if index >= 0 and dstates else None
+        grads = registry.get(step.backend).backward(step.term, x, step.config, dy, dstate)
+        for whole, part in ((total.q, grads.q), (total.k, grads.k), (total.v, grads.v)):
+            whole += part
+        for name, grad in {**grads.operands, **_through_expressions(step, grads, named)}.items():
+            doperands[name] = doperands[name] + grad.to(doperands[name].dtype)
+        if index >= 0 and states:
+            assert grads.initial is not None  # every backend returns it where an initial state was given
+            dinitial.append(grads.initial.to(states[index].dtype))
+    empty = q.new_empty(0)
+    return [
+        total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype),
+        *[doperands.get(name, empty) for name in call.names], *dinitial,
+    ]  # fmt: skip
+
+
+def _through_expressions(step: Step, grads: Gradients, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a term's slots → gradients of the operands whose expressions fill them."""
+    slots = {slot: (x, axes) for slot, (x, axes) in term_operands(step.term).items() if slot in grads.values}
+    if not slots:
+        return {}
+    with torch.enable_grad():
+        fresh = {name: t.detach().requires_grad_() for name, t in named.items() if t.is_floating_point()}
+        seqlen = grads.v.shape[1]
+        values = {slot: resolve(x, {**named, **fresh}, axes, seqlen) for slot, (x, axes) in slots.items()}
+    used = list(fresh)
+    found = torch.autograd.grad(
+        list(values.values()),
+        [fresh[name] for name in used],
+        [grads.values[slot].to(value.dtype) for slot, value in values.items()],
+        allow_unused=True,
+    )
+    return {name: grad for name, grad in zip(used, found, strict=True) if grad is not None}
+
+
+def _backward_fake(
+    cotangents: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+) -> list[Tensor]:
+    def like(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format) if x.is_floating_point() else q.new_empty(0)
+
+    return [like(x) for x in (q, k, v, *operands, *states)]
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+class _Differentiable(torch.autograd.Function):
+    """`ssdops::forward` with its backward: the operator, or where the gradient is itself differentiated, the adjoints."""
+
+    @staticmethod
+    def forward(program: str, scale: float, n_operands: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *rest = tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_forward_op(q, k, v, rest[:n_operands], rest[n_operands:], program, scale))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        program, scale, n_operands, *tensors = inputs
+        ctx.program, ctx.scale, ctx.n_operands = program, scale, n_operands
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *rest = ctx.saved_tensors
+        operands, states = rest[: ctx.n_operands], rest[ctx.n_operands :]
+        if torch.is_grad_enabled():
+            from .adjoint import differentiable_backward
+
+            grads = differentiable_backward(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
+        else:
+            grads = _backward_op(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
+        wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
+        return (None, None, None, *(grad if needed else None for grad, needed in wanted))
+
+
+def _autograd(
+    keyset: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+) -> list[Tensor]:
+    return call(q, k, v, operands, states, program, scale)
+
+
+def call(
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
+) -> list[Tensor]:
+    """`ssdops::forward`, entered at the autograd level: what eager callers use, as it is the shortest way in."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands, *states)):
+        return list(_Differentiable.apply(program, scale, len(operands), q, k, v, *operands, *states))
+    with torch._C._AutoDispatchBelowAutograd():
+        out: list[Tensor] = _forward_op(q, k, v, operands, states, program, scale)
+        return out
+
+
+def _no_vmap(*args: Any) -> Any:
+    raise UnsupportedError("torch.func.vmap over ssd is not supported; fold the mapped axis into batch, which ssd maps over")
+
+
+LIBRARY.impl("forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("ssdops::forward", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("ssdops::backward", _backward_fake, lib=LIBRARY)

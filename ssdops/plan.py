@@ -1,0 +1,151 @@
+"""The planner: (contraction, problem) → Plan, with every rejection and its reason.
+
+A plan is plain data: for each term of the normal form a backend, a configuration, what it is predicted to cost, and why the
+other backends were not taken. Nothing is run here and no tensor is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .autotune.cost import predict
+from .backends import registry
+from .backends.base import Config
+from .errors import ShapeError, UnsupportedError
+from .ir import nodes as n
+from .ir.contraction import Contraction
+from .ir.passes.normalize import normalize
+from .ir.problem import Problem
+from .ir.terms import Linear, Quadratic, Term
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A backend that was not taken, and why."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How one term runs.
+
+    Attributes:
+        seconds: the cost model's prediction of a forward pass.
+        rejected: the other backends, each with its reason.
+    """
+
+    term: Term
+    backend: str
+    config: Config
+    seconds: float
+    rejected: tuple[Rejection, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step per term; the output is their sum."""
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for step in self.steps:
+            size = f", chunk_size={step.config.chunk_size}" if step.config.chunk_size else ""
+            lines.append(f"{step.term.node()}: {step.backend}{size}, {step.seconds * 1e3:.3g} ms predicted")
+            lines += [f"    not {r.backend}: {r.reason}" for r in step.rejected]
+        return "\n".join(lines) or "nothing to run: the mask is zero"
+
+
+@lru_cache(maxsize=4096)
+def terms_of(mask: n.Node) -> tuple[Term, ...]:
+    """The normal form of a mask, remembered."""
+    return normalize(mask)
+
+
+def state_terms(mask: n.Node) -> tuple[Linear, ...]:
+    """The terms that carry a state, in the order in which states are passed.
+
+    Raises:
+        UnsupportedError: a part of the mask carries more than its scan's state, or none at all.
+    """
+    for node in n.walk(mask):
+        if isinstance(node, n.Trapezoidal):
+            raise UnsupportedError(
+                "the state of trapezoidal() holds the previous k and v as well, which ssd does not carry yet; run the "
+                "whole sequence in one call, or write the mask as its two decays"
+            )
+    terms = terms_of(mask)
+    for term in terms:
+        if isinstance(term, Quadratic):
+            raise UnsupportedError(f"{term.mask} has no recurrence here, so it carries no state between calls")
+    return tuple(t for t in terms if isinstance(t, Linear))
+
+
+def plan(contraction: Contraction, problem: Problem) -> Plan:
+    """Choose a backend and a configuration for every term.
+
+    Raises:
+        UnsupportedError: the backend named by the user cannot run a term; the message says why, and which can.
+        UnknownBackendError: no backend has that name.
+        ShapeError: chunk_size is below 1.
+    """
+    if contraction.chunk_size is not None and contraction.chunk_size < 1:
+        raise ShapeError(f"chunk_size must be at least 1, got {contraction.chunk_size}")
+    return Plan(tuple(_step(term, contraction, problem) for term in terms_of(contraction.mask)))
+
+
+def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
+    if contraction.backend != "auto":
+        return _named(term, contraction, problem)
+    candidates, rejected = [], []
+    for name in registry.names():
+        found = list(_candidates(term, name, contraction, problem))
+        candidates += [step for step in found if isinstance(step, Step)]
+        rejected += [r for r in found if isinstance(r, Rejection)]
+    best = min(candidates, key=lambda step: step.seconds)
+    slower = {
+        step.backend: step.seconds
+        for step in sorted(candidates, key=lambda step: -step.seconds)
+        if step.backend != best.backend
+    }
+    reasons = [
+        Rejection(name, f"predicted slower: {seconds * 1e3:.3g} ms against {best.seconds * 1e3:.3g}")
+        for name, seconds in sorted(slower.items(), key=lambda item: item[1])
+    ]
+    return Step(term, best.backend, best.config, best.seconds, (*reasons, *rejected))
+
+
+def _named(term: Term, contraction: Contraction, problem: Problem) -> Step:
+    """The one backend that the user asked for, or the reason why not and who can."""
+    found = list(_candidates(term, contraction.backend, contraction, problem))
+    if isinstance(found[0], Step):
+        return found[0]
+    able = [
+        name
+        for name in registry.names()
+        if any(isinstance(step, Step) for step in _candidates(term, name, contraction, problem))
+    ]
+    raise UnsupportedError(
+        f"backend {contraction.backend!r} cannot run {term.node()}: {found[0].reason} (able: {', '.join(able) or 'none'})"
+    )
+
+
+def _candidates(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Step | Rejection]:
+    """Every configuration of one backend that fits what the user fixed, the default first; or a rejection."""
+    backend = registry.get(name)
+    support = backend.supports(term, problem)
+    if not support.ok:
+        yield Rejection(name, support.reason)
+        return
+    configs = backend.configs(term, problem)
+    if contraction.chunk_size is not None and isinstance(term, Linear):
+        if configs[0].chunk_size is None:
+            yield Rejection(name, f"'{name}' has no chunks, and chunk_size={contraction.chunk_size} was asked for")
+            return
+        configs = (Config(contraction.chunk_size),)
+    for config in configs:
+        yield Step(term, name, config, predict(backend.work(term, problem, config), problem.target.device))
