@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import config
+from .adjoint import differentiable_backward
 from .backends import registry
 from .backends.base import Gradients, Inputs, bind
 from .errors import UnsupportedError
@@ -238,9 +239,7 @@ class _Differentiable(torch.autograd.Function):
         q, k, v, *rest = ctx.saved_tensors
         operands, states = rest[: ctx.n_operands], rest[ctx.n_operands :]
         if torch.is_grad_enabled():
-            from .adjoint import differentiable_backward
-
-            grads = differentiable_backward(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
+            grads = differentiable_backward(call, list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
         else:
             grads = _backward_op(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
         wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
