@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from . import masks, ops
-from .errors import DtypeError, MaskError
+from .errors import DtypeError, MaskError, ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
+from .ir.passes.normalize import normalize
+from .ir.problem import Problem, Target, problem_of
 from .masks import Mask
+from .plan import Plan, plan, state_terms
 
 State: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """The state of a mask: one matrix `(batch, nheads, headdim, dstate)` per linear term, bare if there is one."""
@@ -70,11 +73,7 @@ def ssd(
     tensor([2.0000, 3.0000, 3.5000])
     """
     mask = masks.causal() if mask is None else mask
-    if not isinstance(mask, Mask):
-        raise MaskError(f"mask must be a Mask made by ssdops.masks, got {type(mask).__name__}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise DtypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    _check_types(q, k, v, mask)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -82,7 +81,7 @@ def ssd(
     name = None if state_dtype is None else str(state_dtype).removeprefix("torch.")
     if torch.compiler.is_compiling():
         program = str(Contraction(mask.tree, return_state, name, backend, chunk_size))
-        names = n.operand_names(mask.tree)
+        names = n.names_of(mask.tree)
         out = torch.ops.ssdops.forward(q, k, v, [mask.operands[x] for x in names], states, program, scale)
     else:
         program, names = _program(mask.tree, return_state, name, backend, chunk_size)
@@ -90,6 +89,191 @@ def ssd(
     if not return_state:
         return out[0]
     return out[0], out[1] if len(out) == 2 else tuple(out[1:])
+
+
+def ssd_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    state: State | None,
+    *,
+    scale: float = 1.0,
+    state_indices: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State]:
+    """One token of `ssd`, for decoding: `S ← a S + w v kᵀ`, `y = scale · u S q`.
+
+    The operands are those of `ssd` without their seqlen axis; stepping through a sequence gives what `ssd` gives at once.
+
+    Args:
+        q, k: `(batch, heads, dstate)`.
+        v: `(batch, heads, headdim)`.
+        mask: a mask of causal scans and diagonals whose per-token operands are `(batch, nheads)` or broadcastable.
+        state: as `ssd` takes and returns it; None is zero. With state_indices, a pool `(slots, nheads, headdim, dstate)` per
+            linear term, which is updated in place: the one input that ssdops ever writes to.
+        scale: a factor on y.
+        state_indices: the slot of each batch row, `(batch,)`, int32 or int64, each slot at most once; rows whose slot is
+            −1 give zero and touch nothing.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        y `(batch, nheads, headdim)`, and the state after the token in the dtype of `state` (the pool itself with
+        state_indices).
+
+    Raises:
+        UnsupportedError: the mask has no recurrence over time (an anticausal part, documents, a band, …).
+        ShapeError, DtypeError, DeviceError: an argument that does not fit.
+
+    Source: Dao & Gu 2024, "Transformers are SSMs", section 3 (the linear form).
+
+    >>> import torch
+    >>> from ssdops import masks, ssd_step
+    >>> q = k = v = torch.ones(1, 1, 1)
+    >>> half = masks.decay(torch.full((1, 1), 0.5).log())
+    >>> y, state = ssd_step(q, k, v, half, None)
+    >>> y, state = ssd_step(q, k, v, half, state)
+    >>> y.item()
+    1.5
+    """
+    _check_types(q, k, v, mask)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            dim = "headdim" if name == "v" else "dstate"
+            raise ShapeError(f"{name} must be (batch, heads, {dim}) in a step, got {x.ndim} dimensions: {tuple(x.shape)}")
+    _check_recurrence(mask.tree)
+    states = _states(state)
+    pools: list[Tensor] = []
+    if state_indices is not None:
+        pools, states = states, [_slots(pool, state_indices, q.shape[0]) for pool in states]
+    y, new = ssd(
+        q[:, None], k[:, None], v[:, None], _with_time(mask),
+        scale=scale, initial_state=tuple(states) if states else None, return_state=True,
+        state_dtype=states[0].dtype if states else None, backend=backend,
+    )  # fmt: skip
+    if state_indices is None:
+        return y[:, 0], new
+    for pool, updated in zip(pools, _states(new), strict=True):
+        torch.ops.ssdops.write_slots_(pool, updated, state_indices)
+    assert state is not None  # _slots() has read it
+    return torch.where((state_indices >= 0)[:, None, None], y[:, 0], 0.0), state
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `ssd` would do with a call, and why. `print` it.
+
+    Attributes:
+        mask: the mask as written.
+        passes: (pass name, mask after it).
+        terms: the normal form, a text per term.
+        plan: the backend and configuration of each term, with predicted cost and every rejection.
+        problem: sizes, dtypes and target.
+    """
+
+    mask: str
+    passes: tuple[tuple[str, str], ...]
+    terms: tuple[str, ...]
+    plan: Plan
+    problem: Problem
+
+    def __str__(self) -> str:
+        p = self.problem
+        sizes = (
+            f"batch {p.batch}, seqlen {p.seqlen}, nheads {p.nheads} (q {p.q_heads}, k {p.k_heads}, v {p.v_heads}), "
+            f"headdim {p.headdim}, dstate {p.dstate}, {str(p.dtype).removeprefix('torch.')} on {p.target.device}"
+        )
+        lines = [f"problem   {sizes}", f"mask      {self.mask}"]
+        before = self.mask
+        for name, text in self.passes:
+            lines.append(f"{name:<9} {text if text != before else '(unchanged)'}")
+            before = text
+        lines += ["plan", *(f"  {line}" for line in str(self.plan).splitlines())]
+        return "\n".join(lines)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    target: Target | None = None,
+) -> Explanation:
+    """What `ssd` would do with the same arguments: the mask after each pass, the plan, and why not the other backends.
+
+    Nothing is run and no value is read, so tensors on the meta device will do.
+
+    Args:
+        q, k, v, mask, backend, chunk_size: as for `ssd`.
+        target: plan for this target instead of q's device.
+
+    Raises:
+        What `ssd` raises for the same arguments, values apart.
+
+    >>> import torch
+    >>> from ssdops import explain, masks
+    >>> x = torch.empty(1, 4096, 8, 64, device="meta")
+    >>> m = masks.decay(torch.empty(1, 4096, 8, device="meta"))
+    >>> [step.backend for step in explain(x, x, x, m, target=Target("cpu")).plan.steps]
+    ['chunked']
+    """
+    mask = masks.causal() if mask is None else mask
+    _check_types(q, k, v, mask)
+    problem = problem_of(mask.tree, q, k, v, mask.operands)
+    problem = problem if target is None else replace(problem, target=target)
+    passes: list[tuple[str, str]] = []
+    terms = normalize(mask.tree, lambda name, tree: passes.append((name, str(tree))))
+    return Explanation(
+        mask=str(mask),
+        passes=tuple(passes),
+        terms=tuple(str(term.node()) for term in terms),
+        plan=plan(Contraction(mask.tree, backend=backend, chunk_size=chunk_size), problem),
+        problem=problem,
+    )
+
+
+def _check_types(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+    if not isinstance(mask, Mask):
+        raise MaskError(f"mask must be a Mask made by ssdops.masks, got {type(mask).__name__}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+@lru_cache(maxsize=4096)
+def _check_recurrence(tree: n.Node) -> None:
+    """Raise UnsupportedError unless every term of the mask runs forward in time, token by token."""
+    for node in n.walk(tree):
+        if isinstance(node, n.Documents):
+            raise UnsupportedError("a step has no documents: give every sequence its own batch row, and drop documents()")
+    for term in state_terms(tree):
+        if not term.causal:
+            raise UnsupportedError(f"{term.node()} reads later tokens, so {tree} has no step; run ssd on the whole sequence")
+
+
+def _with_time(mask: Mask) -> Mask:
+    """The same mask with a seqlen axis of 1 in every operand that has one."""
+    ranks = {n.TOKEN: 2, n.CHANNEL: 3, n.RANK: 3}
+    wanted = {name: ranks[axes] for x, axes in n.operands_of(mask.tree) if isinstance(x, str) and axes in ranks for name in [x]}
+    operands = {}
+    for name, x in mask.operands.items():
+        rank = wanted.get(name, x.ndim)
+        if x.ndim > rank:
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; a step takes it without its seqlen axis, {rank} dimensions")
+        operands[name] = x.unsqueeze(-rank) if name in wanted and x.ndim == rank else x
+    return Mask(mask.tree, operands)
+
+
+def _slots(pool: Tensor, indices: Tensor, batch: int) -> Tensor:
+    """The states of the rows, read from a pool; rows without a slot read slot 0 and are dropped later."""
+    if indices.shape != (batch,) or indices.dtype not in (torch.int32, torch.int64):
+        raise ShapeError(f"state_indices must be ({batch},) int32 or int64, got {tuple(indices.shape)} {indices.dtype}")
+    if pool.requires_grad:
+        raise UnsupportedError("a state pool is updated in place and takes no gradient; detach it")
+    return pool[indices.clamp_min(0)]
 
 
 @lru_cache(maxsize=4096)

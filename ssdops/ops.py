@@ -33,6 +33,7 @@ LIBRARY.define(
     "backward(Tensor[] cotangents, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, "
     "float scale) -> Tensor[]"
 )
+LIBRARY.define("write_slots_(Tensor(a!) pool, Tensor values, Tensor indices) -> ()")
 _forward_op = torch.ops.ssdops.forward.default
 _backward_op = torch.ops.ssdops.backward.default
 
@@ -274,7 +275,15 @@ def _no_vmap(*args: Any) -> Any:
     raise UnsupportedError("torch.func.vmap over ssd is not supported; fold the mapped axis into batch, which ssd maps over")
 
 
+def _write_slots(pool: Tensor, values: Tensor, indices: Tensor) -> None:
+    """pool[indices[b]] ← values[b] for every row whose index is not negative."""
+    kept = indices >= 0
+    pool[indices[kept].long()] = values[kept].to(pool.dtype)
+
+
 LIBRARY.impl("forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("write_slots_", _write_slots, "CompositeExplicitAutograd")
+torch.library.register_fake("ssdops::write_slots_", lambda pool, values, indices: None, lib=LIBRARY)
 LIBRARY.impl("backward", _backward, "CompositeExplicitAutograd")
 LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("ssdops::forward", _forward_fake, lib=LIBRARY)

@@ -8,7 +8,7 @@ validation, verification and the parser take what they need.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -252,10 +252,15 @@ ZERO = Sum(())
 # --- structure, derived from the fields -----------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
-def operand_fields(kind: type[Node]) -> tuple[Field[Any], ...]:
-    """The fields of a node class that hold operands."""
-    return tuple(f for f in fields(kind) if "axes" in f.metadata)
+FIELDS: dict[type[Node], tuple[str, ...]] = {
+    kind: tuple(f.name for f in fields(kind))
+    for kind in (*LEAVES.values(), Sum, Product, Neg, Transpose, Reverse, Shift, Strict, Scale)
+}
+"""Field names by node class, read once: torch.compile traces lookups, not dataclass reflection."""
+SLOTS: dict[type[Node], tuple[tuple[str, str], ...]] = {
+    kind: tuple((f.name, f.metadata["axes"]) for f in fields(kind) if "axes" in f.metadata) for kind in FIELDS
+}
+"""(field, axes) of the operand fields by node class."""
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -313,26 +318,26 @@ def operands_of(node: Node) -> Iterator[tuple[Operand, str]]:
     """Every operand expression in the tree with the axes of its slot, in printing order."""
     for child in children(node):
         yield from operands_of(child)
-    for f in operand_fields(type(node)):
-        value = getattr(node, f.name)
+    for name, axes_ in SLOTS[type(node)]:
+        value = getattr(node, name)
         if value is not None:
-            yield value, f.metadata["axes"]
+            yield value, axes_
 
 
-@lru_cache(maxsize=4096)
-def operand_names(node: Node) -> tuple[str, ...]:
+def names_of(node: Node) -> tuple[str, ...]:
     """The operand names of the tree, each once, in order of first appearance: the order in which ops take tensors."""
-    return tuple(dict.fromkeys(name for x, _ in operands_of(node) for name in ops.names(x)))
+    return tuple(dict.fromkeys([name for x, _ in operands_of(node) for name in ops.names(x)]))
+
+
+operand_names = lru_cache(maxsize=4096)(names_of)
+"""`names_of`, remembered; torch.compile cannot trace the cache, so traced code calls `names_of`."""
 
 
 def rename_operands(node: Node, table: dict[str, str]) -> Node:
     """The same tree over other operand names."""
-    node = rebuild(node, tuple(rename_operands(child, table) for child in children(node)))
-    changed = {
-        f.name: ops.rename(value, table)
-        for f in operand_fields(type(node))
-        if (value := getattr(node, f.name)) is not None
-    }
-    if not changed:
+    node = rebuild(node, tuple([rename_operands(child, table) for child in children(node)]))
+    slots = {name for name, _ in SLOTS[type(node)] if getattr(node, name) is not None}
+    if not slots:
         return node
-    return type(node)(**{f.name: changed.get(f.name, getattr(node, f.name)) for f in fields(node)})
+    values = {name: getattr(node, name) for name in FIELDS[type(node)]}
+    return type(node)(**{name: ops.rename(x, table) if name in slots else x for name, x in values.items()})

@@ -224,8 +224,8 @@ def _check_operand_shapes(
 ) -> None:
     sizes = {"batch": batch, "seqlen": seqlen, "dstate": dstate, "2*seqlen-1": max(2 * seqlen - 1, 0)}
     for node in n.walk(mask):
-        for f in n.operand_fields(type(node)):
-            x, axes = getattr(node, f.name), f.metadata["axes"]
+        for slot, axes in n.SLOTS[type(node)]:
+            x = getattr(node, slot)
             for name in ops.names(x) if x is not None else ():
                 _check_shape(name, operands[name], axes, sizes)
         match node:

@@ -7,7 +7,6 @@ The grammar is that of Python expressions over the mask constructors, read with 
 from __future__ import annotations
 
 import ast
-from dataclasses import fields
 from functools import lru_cache
 
 from ..errors import ParseError
@@ -67,15 +66,15 @@ def _arguments(leaf: n.Node) -> str:
     """Operands by position until one is missing, then everything by name."""
     out: list[str] = []
     by_name = False
-    for f in fields(leaf):
-        value = getattr(leaf, f.name)
+    slots = dict(n.SLOTS[type(leaf)])
+    for name in n.FIELDS[type(leaf)]:
+        value = getattr(leaf, name)
         if value is None:
             by_name = True
             continue
-        is_operand = "axes" in f.metadata
-        by_name = by_name or not is_operand
-        text = show_operand(value) if is_operand else repr(value)
-        out.append(f"{f.name}={text}" if by_name else text)
+        by_name = by_name or name not in slots
+        text = show_operand(value) if name in slots else str(value)
+        out.append(f"{name}={text}" if by_name else text)
     return ", ".join(out)
 
 
@@ -165,15 +164,15 @@ def _method(
 def _leaf(
     kind: type[n.Leaf], args: list[ast.expr], keywords: list[ast.keyword], tree: ast.expr, text: str
 ) -> n.Node:
-    slots = {f.name: f for f in fields(kind)}
-    named = dict(zip(slots, args, strict=False)) | {str(kw.arg): kw.value for kw in keywords}
-    if len(args) > len(slots) or len(named) < len(args) + len(keywords) or not named.keys() <= slots.keys():
-        raise _fail(tree, text, f"{kind.op}({', '.join(slots)})")
-    values = {key: _operand(x, text) if "axes" in slots[key].metadata else _integer(x, text) for key, x in named.items()}
+    slots, known = dict(n.SLOTS[kind]), n.FIELDS[kind]
+    named = dict(zip(known, args, strict=False)) | {str(kw.arg): kw.value for kw in keywords}
+    if len(args) > len(known) or len(named) < len(args) + len(keywords) or not named.keys() <= set(known):
+        raise _fail(tree, text, f"{kind.op}({', '.join(known)})")
+    values = {key: _operand(x, text) if key in slots else _integer(x, text) for key, x in named.items()}
     try:
         return kind(**values)  # type: ignore[arg-type]  # the field names were checked above
     except TypeError:
-        raise _fail(tree, text, f"{kind.op}({', '.join(slots)}) with nothing missing") from None
+        raise _fail(tree, text, f"{kind.op}({', '.join(known)}) with nothing missing") from None
 
 
 def _integer(tree: ast.expr, text: str) -> int:
