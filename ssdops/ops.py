@@ -31,7 +31,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "backward(Tensor[] cotangents, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, "
-    "float scale) -> Tensor[]"
+    "float scale, Tensor y) -> Tensor[]"
 )
 LIBRARY.define("write_slots_(Tensor(a!) pool, Tensor values, Tensor indices) -> ()")
 _forward_op = torch.ops.ssdops.forward.default
@@ -105,13 +105,14 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
 ) -> list[Tensor]:
     call = prepare(q, k, v, operands, states, program)
-    p, total, finals = call.problem, None, []
+    p, total = call.problem, None
+    finals: list[Tensor] = []
     for _, step, x in _bound(call, q, k, v, operands, states, scale):
-        y, final = registry.get(step.backend).forward(step.term, x, step.config)
-        total = y if total is None else total.add_(y)
+        out = registry.get(step.backend).forward(step.term, x, step.config)
+        total = out.y if total is None else total.add_(out.y)
         if isinstance(step.term, Linear) and call.contraction.return_state:
-            assert final is not None  # every backend returns the state of a linear term
-            finals.append(final.to(p.state_dtype))
+            assert out.state is not None  # every backend returns the state of a linear term
+            finals.append(out.state.to(p.state_dtype))
     if total is None:
         total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=q.device)
     return [total.to(p.dtype), *finals]
@@ -158,24 +159,32 @@ def _backward(
     states: list[Tensor],
     program: str,
     scale: float,
+    y: Tensor,
 ) -> list[Tensor]:
     call = prepare(q, k, v, operands, states, program)
     dy, dstates = cotangents[0], cotangents[1:]
-    total = Gradients(*(torch.zeros(t.shape, dtype=call.problem.accumulate, device=t.device) for t in (q, k, v)))
+    total: Gradients | None = None
+    # the output is a term's own Y where there is one term, and was not rounded where it has the accumulation dtype
+    own = y if len(call.plan.steps) == 1 and y.dtype == call.problem.accumulate else None
     named = dict(zip(call.names, operands, strict=True))
     doperands = {name: torch.zeros_like(x) for name, x in named.items() if x.is_floating_point()}
     dinitial: list[Tensor] = []
     for index, step, x in _bound(call, q, k, v, operands, states, scale):
         dstate = dstates[index] if index >= 0 and dstates else None
-        grads = registry.get(step.backend).backward(step.term, x, step.config, dy, dstate)
-        for whole, part in ((total.q, grads.q), (total.k, grads.k), (total.v, grads.v)):
-            whole += part
+        grads = registry.get(step.backend).backward(step.term, x, step.config, dy, dstate, own)
+        if total is None:
+            total = grads
+        else:
+            for whole, part in ((total.q, grads.q), (total.k, grads.k), (total.v, grads.v)):
+                whole += part
         for name, grad in {**grads.operands, **_through_expressions(step, grads, named)}.items():
             doperands[name] = doperands[name] + grad.to(doperands[name].dtype)
         if index >= 0 and states:
             assert grads.initial is not None  # every backend returns it where an initial state was given
             dinitial.append(grads.initial.to(states[index].dtype))
     empty = q.new_empty(0)
+    if total is None:
+        total = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     return [
         total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype),
         *[doperands.get(name, empty) for name in call.names], *dinitial,
@@ -210,6 +219,7 @@ def _backward_fake(
     states: list[Tensor],
     program: str,
     scale: float,
+    y: Tensor,
 ) -> list[Tensor]:
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format) if x.is_floating_point() else q.new_empty(0)
@@ -233,16 +243,16 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         program, scale, n_operands, *tensors = inputs
         ctx.program, ctx.scale, ctx.n_operands = program, scale, n_operands
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(output[0], *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *rest = ctx.saved_tensors
+        y, q, k, v, *rest = ctx.saved_tensors
         operands, states = rest[: ctx.n_operands], rest[ctx.n_operands :]
         if torch.is_grad_enabled():
             grads = differentiable_backward(call, list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
         else:
-            grads = _backward_op(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
+            grads = _backward_op(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale, y)
         wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
         return (None, None, None, *(grad if needed else None for grad, needed in wanted))
 
