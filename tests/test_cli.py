@@ -93,6 +93,7 @@ def test_demo_gives_the_reason_of_a_backend_that_cannot(text: Path, monkeypatch:
         (["demo", "--device", "abacus"], "--device 'abacus' is not a device"),
         (["demo", "--device", "meta"], "--device 'meta' cannot be used here"),
         (["explain", *SHAPE, "--mask", "decay(log_a"], "is not an expression"),
+        (["explain", *SHAPE, "--mask=" + "-" * 990 + "causal()"], "nests"),
         (["explain", *SHAPE, "--mask", "__import__('os')"], "expected a mask"),
         (["explain", *SHAPE, "--mask", "window(1, -5)"], "is empty"),
         (["explain", *SHAPE, "--mask", "decay(x) + toeplitz(x)"], "give it two names"),
