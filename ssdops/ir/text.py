@@ -107,7 +107,11 @@ def parse(text: str) -> n.Node:
     Raises:
         ParseError: the text is not a mask expression; the message shows the place.
     """
-    return _node(parse_expression(text), text)
+    tree = parse_expression(text)
+    try:
+        return _node(tree, text)
+    except RecursionError:
+        raise ParseError(f"mask text of {len(text)} characters nests too deeply; write it flatter") from None
 
 
 def parse_expression(text: str) -> ast.expr:
