@@ -13,6 +13,8 @@ N dstate, P headdim.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -88,6 +90,15 @@ class Chunked:
         assert isinstance(term, Linear)  # supports() refuses the rest
         scan = _Scan(term, x, config)
         return _Backward(scan, dy, dstate, y).run()
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp in place, with results below 1e-34 (float64: 1e-303) put to 0.
+
+    On CPUs exp takes ten times as long where its result is denormal, zero or infinite, as strong decays make it.
+    """
+    floor = -78.0 if x.dtype == torch.float32 else -696.0
+    return torch.nn.functional.threshold_(x.clamp_min_(floor).exp_(), math.exp(floor) * 1.001, 0.0)
 
 
 @dataclass(frozen=True)
@@ -196,9 +207,9 @@ class _Scan:
         return (
             rho.view(shape).transpose(2, 3).contiguous(),
             kappa.view(shape).transpose(2, 3).contiguous(),
-            rho.exp().to(self.acc).view(shape),
-            (total[:, None] - kappa).exp().to(self.acc).view(shape),
-            total.exp().to(self.acc).view(*shape[:2], shape[3]),
+            exp_(rho.to(self.acc, copy=True)).view(shape),
+            exp_((total[:, None] - kappa).to(self.acc)).view(shape),
+            exp_(total.to(self.acc, copy=True)).view(*shape[:2], shape[3]),
         )
 
     # --- layouts ----------------------------------------------------------------------------------------------------
@@ -240,8 +251,8 @@ class _Scan:
         c = tile.rho.shape[3]
         out = self.room("decays", *tile.rho.shape, c)
         # above the diagonal the exponent may be positive and overflow: that half is put to zero, not multiplied by it
-        torch.sub(tile.rho[..., None], tile.kappa[..., None, :], out=out)
-        return self.lower(out.exp_()).view(-1, c, c)
+        self.lower(torch.sub(tile.rho[..., None], tile.kappa[..., None, :], out=out))
+        return self.lower(exp_(out)).view(-1, c, c)
 
     def masked_scores(self, tile: _Tile, decays: Tensor | None, out: Tensor | None) -> Tensor:
         """L ∘ QKᵀ of each chunk, [M·R·H, C, C], written to `out` (which may be `decays` itself)."""
@@ -262,22 +273,22 @@ class _Scan:
 
     # --- between chunks ---------------------------------------------------------------------------------------------
 
-    def across(self, tile: _Tile, state: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Walk the state through the span, in place: what each chunk reads of it, exp(ρ) apart, [M, R, C, H, P].
-
-        Args:
-            kept: if given, room [M, R, G, N, r·P] for the states at chunk starts.
-        """
-        m, rows, g, c, dim = tile.q.shape
-        running = state[:rows].view(rows * g, dim, -1)
+    def walk(self, tile: _Tile, state: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Walk the state through the span, in place: yields each chunk's index and its start state [R·G, N, r·P]."""
+        _, rows, groups, c, n = tile.q.shape
+        running = state[:rows].view(rows * groups, n, -1)
         v = self.wide("leaving", tile.v, tile.leaving)
-        out = self.room("across", *v.shape)
-        for index in range(m):
-            if kept is not None:
-                kept[index, :rows] = state[:rows]
-            torch.bmm(tile.q[index].view(-1, c, dim), running, out=out[index])
+        for index in range(len(tile.q)):
+            yield index, running
             self.decay_(tile, index, running)
-            running.baddbmm_(tile.k[index].view(-1, c, dim).transpose(1, 2), v[index])
+            running.baddbmm_(tile.k[index].view(-1, c, n).transpose(1, 2), v[index])
+
+    def across(self, tile: _Tile, state: Tensor) -> Tensor:
+        """What each chunk of the span reads of the state before it, exp(ρ) apart, [M, R, C, H, P]; the state walks on."""
+        m, rows, groups, c, n = tile.q.shape
+        out = self.room("across", m, rows * groups, c, state.shape[3])
+        for index, running in self.walk(tile, state):
+            torch.bmm(tile.q[index].view(-1, c, n), running, out=out[index])
         return self.narrow(out, rows)
 
     def decay_(self, tile: _Tile, index: int, running: Tensor) -> None:
@@ -336,7 +347,9 @@ class _Backward:
         scan, state = self.scan, self.scan.initial()
         kept = [state.new_empty(chunks, *state.shape) for _, chunks in scan.spans]
         for (t0, chunks), room in zip(scan.spans, kept, strict=True):
-            scan.across(scan.tile(t0, chunks), state, room)
+            tile = scan.tile(t0, chunks)
+            for index, _ in scan.walk(tile, state):
+                room[index, : tile.rows] = state[: tile.rows]
         return state, kept
 
     def run(self) -> Gradients:
