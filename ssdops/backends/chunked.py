@@ -307,10 +307,7 @@ class _Scan:
         """Write Y of the span."""
         decays = self.decays(tile)
         inside = self.inside(tile, self.masked_scores(tile, decays, decays))
-        view = self.rows.view(y, tile.t0, tile.t1)
-        if view is not None:
-            m, rows, c, heads, dim = tile.v.shape
-            view = view.view(rows, m, c, heads, dim).transpose(0, 1)
+        view = self.view(y, tile)
         out = self.combine(tile, inside, across, view)
         if tile.u is not None:
             out *= tile.u[..., None]
@@ -318,6 +315,11 @@ class _Scan:
             out *= self.scale
         if view is None:
             self.write(y, out, tile)
+
+    def view(self, x: Tensor, tile: _Tile) -> Tensor | None:
+        """The span's part of x itself, [M, R, C, …], where it can be written in place."""
+        view = self.rows.view(x, tile.t0, tile.t1)
+        return None if view is None else view.unflatten(1, (tile.v.shape[0], -1)).transpose(0, 1)
 
     def write(self, x: Tensor, tile_of_x: Tensor, tile: _Tile) -> None:
         """Put [M, R, C, …] back in its place."""
@@ -339,6 +341,8 @@ class _Backward:
 
         self.inputs = {"q": empty(p.q_heads, p.dstate), "k": empty(p.k_heads, p.dstate), "v": empty(p.v_heads, p.headdim)}
         self.values = {slot: empty(p.nheads) for slot in scan.slots}
+        # whether the gradient of v can be written where it belongs, unscaled and unshared
+        self.in_place = p.v_heads == p.nheads and "cols" not in scan.slots
         # ⟨dY_t, Y_t⟩, where Y is this term's own and not rounded; else Y is computed again span by span
         self.y = None if "rows" in scan.slots else y
 
@@ -359,6 +363,8 @@ class _Backward:
             tile = scan.tile(t0, chunks)
             grads = self.span(tile, starts[:, : tile.rows])
             for name, total in {**self.inputs, **self.values}.items():
+                if name == "v" and self.in_place and scan.view(total, tile) is not None:
+                    continue
                 grad = grads[name]  # [M, R, C, heads, D] or [M, R, C, H]
                 scan.write(total, reduce_to(grad, (*grad.shape[:3], *total.shape[2:]), 3), tile)
             self.end = starts[0]
@@ -396,9 +402,14 @@ class _Backward:
         # between chunks
         dtotal = self._anchor(rows) if "log_a" in scan.slots else None
         late = self._through_states(tile, starts, scan.wide("entering", gu, tile.entering), dq, dk)
-        dv_tile = dv.view(m, rows, heads, c, dim).transpose(2, 3)
-        dv_tile = dv_tile + late if tile.leaving is None else torch.addcmul(dv_tile, late, tile.leaving[..., None])
-        out = {"v": dv_tile, **{name: d.view(m, rows, -1, c, n).transpose(2, 3) for name, d in (("q", dq), ("k", dk))}}
+        dv = dv.view(m, rows, heads, c, dim).transpose(2, 3)
+        place = scan.view(self.inputs["v"], tile) if self.in_place else None
+        place = scan.room("dv_tile", *tile.v.shape) if place is None else place
+        if tile.leaving is None:
+            torch.add(dv, late, out=place)
+        else:
+            torch.addcmul(dv, late, tile.leaving[..., None], out=place)
+        out = {"v": place, **{name: d.view(m, rows, -1, c, n).transpose(2, 3) for name, d in (("q", dq), ("k", dk))}}
         self._per_token(tile, out, g, scores, starts)
         if dtotal is not None:
             drho, dkappa = (x.transpose(0, 1).flatten(1, 2) for x in (out["rho"], -out["log_cols"]))
@@ -409,7 +420,7 @@ class _Backward:
     def _anchor(self, rows: int) -> Tensor:
         """⟨dS, S⟩ per head where the span ends, [R, H]: sums over tokens start afresh from it, so that they do not drift."""
         scan = self.scan
-        product = self.dstate[:rows] * self.end[:rows]
+        product = torch.mul(self.dstate[:rows], self.end[:rows], out=scan.room("anchor", *self.dstate[:rows].shape))
         return product.unflatten(3, (scan.shared, -1)).sum((2, 4)).flatten(1)
 
     def _through_states(self, tile: _Tile, starts: Tensor, g_in: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
@@ -432,18 +443,22 @@ class _Backward:
         """Dot products per token: gradients of the scales, of log_cols (−dκ), and of ρ."""
         scan, slots = self.scan, self.scan.slots
         if "log_a" in slots or "log_cols" in slots:
-            out["log_cols"] = (out["v"] * tile.v).sum(4)
+            out["log_cols"] = self._dot(out["v"], tile.v)
         if "cols" in slots:
             w = self.read(slots["cols"], tile)  # type: ignore[arg-type]  # a slot that is there has a value
             v = repeat_heads(self.read(scan.x.v, tile), tile.v.shape[3], 3)
-            out["cols"] = (out["v"] * v).sum(4)
+            out["cols"] = self._dot(out["v"], v)
             out["v"] = out["v"] * w[..., None]
         if "log_a" not in slots and "rows" not in slots:
             return
         if self.y is not None:
-            out["rho"] = (self.read(self.dy, tile) * self.read(self.y, tile)).sum(4)
+            out["rho"] = self._dot(self.read(self.dy, tile), self.read(self.y, tile))
             return
         m, rows, groups, c, n = tile.q.shape
         read = tile.q.view(m, rows * groups, c, n) @ starts.reshape(m, rows * groups, n, -1)
-        out["rows"] = (g * scan.combine(tile, scan.inside(tile, scores), scan.narrow(read, rows))).sum(4)
+        out["rows"] = self._dot(g, scan.combine(tile, scan.inside(tile, scores), scan.narrow(read, rows)))
         out["rho"] = out["rows"] if tile.u is None else out["rows"] * tile.u
+
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """⟨a, b⟩ over the last axis."""
+        return torch.mul(a, b, out=self.scan.room("dot", *a.shape)).sum(-1)
