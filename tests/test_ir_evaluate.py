@@ -256,7 +256,7 @@ def test_contraction_is_the_nested_loops(text, heads):
 
 def test_documents_do_not_see_one_anothers_nan():
     q, k, v = _qkv(1, 1, 1)
-    v[:, 3] = torch.nan  # the second document of either row holds token 3 (rows 0: 3, 4; row 1: 0 to 5)
+    v[:, 3] = torch.nan  # with it, later tokens of its document: 4 in row 0; 4 and 5 in row 1
     got = contract(parse("decay(a) * documents(segment_ids=ids)"), X, q, k, v, H)
     assert got[0].isnan().any(-1).all(-1).tolist() == [False, False, False, True, True, False, False]
     assert got[1].isnan().any(-1).all(-1).tolist() == [False, False, False, True, True, True, False]
@@ -292,7 +292,7 @@ STATES = {
 def _steps(name: str, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
     """S_t = a_t S_{t−1} + w[t] v_t k_tᵀ, y = u[t] S q, one token, row and head at a time.
 
-    Which a a token's step multiplies, before or after it reads and writes, is what the table's formulas say of each mask.
+    Whether a step decays before or after it reads and writes is what the table's formulas say of each mask.
     """
     term, _ = STATES[name]
     y = torch.zeros(BATCH, T, H, P, dtype=torch.float64)
