@@ -23,7 +23,7 @@ from .ir.contraction import Contraction, parse_contraction
 from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
 from .ir.resolve import resolve
 from .ir.terms import Linear, term_operands
-from .plan import Plan, Step, plan, state_terms
+from .plan import Plan, Step, check, plan, state_terms
 
 LIBRARY = torch.library.Library("ssdops", "DEF")
 LIBRARY.define(
@@ -136,6 +136,7 @@ def _forward_fake(
     contraction = parse_contraction(program)
     named = dict(zip(n.operand_names(contraction.mask), operands, strict=True))
     p = problem_of(contraction.mask, q, k, v, named, states, contraction.state_dtype)
+    check(contraction, p)
     out = [q.new_empty((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.dtype)]
     if contraction.return_state or states:
         count = len(state_terms(contraction.mask))

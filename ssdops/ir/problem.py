@@ -210,7 +210,9 @@ def _check_heads(mask: n.Node, named: Mapping[str, Tensor], operands: Mapping[st
             counts |= {name: t.shape[axis] for name in ops.names(x) if (t := operands[name]).ndim >= -axis}
     nheads = max(counts.values())
     for name, count in counts.items():
-        if count == 0 or nheads % count:
+        if count == 0:
+            raise ShapeError(f"{name} has 0 heads, and needs at least one")
+        if nheads % count:
             largest = next(other for other, c in counts.items() if c == nheads)
             raise ShapeError(
                 f"{name} has {count} heads, which must divide nheads={nheads} (from {largest}); "
