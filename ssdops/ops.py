@@ -162,6 +162,32 @@ def _backward(
     program: str,
     scale: float,
 ) -> list[Tensor]:
+    # a dispatch mode (a FLOP counter, checkpointing) calls this with autograd switched off, and it is needed here
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _excluded_but_autograd()):
+        return _gradients(cotangents, q, k, v, operands, states, program, scale)
+
+
+def _excluded_but_autograd() -> Any:
+    """The dispatch keys that this thread skips now, those of autograd apart."""
+    keys = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        keys = keys.remove(key)
+    return keys
+
+
+_AUTOGRAD_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith(("Autograd", "ADI"))]
+
+
+def _gradients(
+    cotangents: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+) -> list[Tensor]:
     call = prepare(q, k, v, operands, states, program)
     dy, dstates = cotangents[0], cotangents[1:]
     total = Gradients(*(torch.zeros(t.shape, dtype=call.problem.accumulate, device=t.device) for t in (q, k, v)))
