@@ -96,7 +96,7 @@ def ssd(
         out = torch.ops.ssdops.forward(q, k, v, [mask.operands[x] for x in names], states, program, scale)
     else:
         if initial_state is not None and not states and (count := len(state_terms(mask.tree))):
-            raise ShapeError(f"initial_state has 0 states; this mask carries {count}, one per linear term; None is zero")
+            raise ShapeError(f"initial_state has 0 states; this mask carries {count}, one per linear term (None: zero)")
         program, names = _program(mask.tree, return_state, name, backend, chunk_size)
         out = ops.call(q, k, v, [mask.operands[x] for x in names], states, program, scale)
     if not return_state:
@@ -262,7 +262,7 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout is not torch.strided:
-            raise UnsupportedError(f"{name} is {x.layout}; ssd takes dense tensors, so convert it, or pack it as documents")
+            raise UnsupportedError(f"{name} is {x.layout}; ssd takes dense tensors: convert it, or pack it as documents")
 
 
 def _check_options(
@@ -270,7 +270,8 @@ def _check_options(
 ) -> None:
     if not isinstance(scale, int | float):
         raise DtypeError(
-            f"scale must be a Python number, got {type(scale).__name__}; it takes no gradient: multiply v by a tensor instead"
+            f"scale must be a Python number, got {type(scale).__name__}; it takes no gradient: "
+            "multiply v by a tensor instead"
         )
     if not isinstance(return_state, bool):
         raise DtypeError(f"return_state must be True or False, got {type(return_state).__name__}: {return_state!r}")

@@ -330,7 +330,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise UnsupportedError("ssd has no forward-mode derivative (jvp, dual tensors); use reverse mode: vjp, grad, jacrev")
+        raise UnsupportedError("ssd has no forward-mode derivative (jvp, dual tensors); use vjp, grad or jacrev")
 
     @staticmethod
     def vmap(
@@ -417,7 +417,9 @@ def _forward_vmap(
 ) -> tuple[list[Tensor], list[int]]:
     fold = Fold.of(program, info.batch_size, q, dims[0])
     out = call(
-        *(fold.rows(x, dim) for x, dim in zip((q, k, v), dims[:3], strict=True)),
+        fold.rows(q, dims[0]),
+        fold.rows(k, dims[1]),
+        fold.rows(v, dims[2]),
         fold.operands(operands, dims[3], apart=False),
         [fold.rows(x, dim) for x, dim in zip(states, dims[4], strict=True)],
         program,

@@ -189,7 +189,7 @@ def test_opcheck_backward(name, state):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_flow_under_a_dispatch_mode(name):
-    """Counters, checkpointing and checkers run operators below autograd, where a kernel's own autograd is switched off."""
+    """Counters, checkpointing and checkers run operators below autograd, where a kernel's own autograd is off."""
 
     class Passing(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
