@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
@@ -70,6 +72,9 @@ class Case:
     def floats(self) -> dict[str, Tensor]:
         """Those that have gradients."""
         return {name: x for name, x in self.tensors() if x.is_floating_point()}
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every element
 
     def map(self, fn: Callable[[str, Tensor], Tensor]) -> Case:
         """The same call on other tensors of the same meaning."""
@@ -144,7 +149,7 @@ _SHIFTABLE = (n.Causal, n.Decay, n.Retention, n.ChannelDecay, n.Product)
 
 
 def _cut_axis(x: Tensor, axis: int, start: int, stop: int, seqlen: int) -> Tensor:
-    if x.ndim < -axis or x.shape[axis] != seqlen or seqlen == 1:
+    if x.ndim < -axis or x.shape[axis] != seqlen:
         return x
     return x.narrow(axis, start, stop - start)
 
@@ -160,21 +165,19 @@ def token(mask: Mask, t: int) -> Mask:
 
 
 def extend(mask: Mask, count: int, left: bool, seqlen: int) -> Mask:
-    """The mask with `count` tokens more at one end, which neither decay nor scale anything."""
+    """The mask with `count` tokens more at one end, which neither decay nor scale anything.
+
+    Raises:
+        Unsliceable: an operand is one number for all tokens, and so for new ones too.
+    """
 
     def grow(x: Tensor, use: Use) -> Tensor:
         axis = TIME_AXIS.get(use.axes)
-        if axis is None or x.ndim < -axis or x.shape[axis] == 1 != seqlen:
-            return x
+        if axis is None or x.ndim < -axis or x.shape[axis] != seqlen:
+            raise Unsliceable(f"{use.slot} has no axis of tokens")
         shape = list(x.shape)
         shape[axis] = count
         neutral = x.new_full(shape, 0.0 if use.slot.startswith("log") or use.slot in ("d", "dt") else 1.0)
-        return _cat([neutral, x] if left != use.flipped else [x, neutral], axis)
+        return torch.cat([neutral, x] if left != use.flipped else [x, neutral], axis)
 
     return map_operands(mask, grow)
-
-
-def _cat(parts: list[Tensor], axis: int) -> Tensor:
-    import torch
-
-    return torch.cat(parts, axis)

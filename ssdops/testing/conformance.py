@@ -168,7 +168,10 @@ class Conformance:
             sizes=problems(min_batch=1),
         )  # fmt: skip
         assume(case.carried is not None and len({term.causal for term in case.carried}) == 1)
-        laws.state_equals_prefix(self.runner(data), case)
+        try:
+            laws.state_equals_prefix(self.runner(data), case)
+        except Unsliceable:
+            assume(False)
 
     @law
     def test_steps_equal_scan(self, data: st.DataObject) -> None:

@@ -251,6 +251,7 @@ def steps_equal_scan(run: Runner, case: Case) -> None:
 
 def documents_equal_separate_runs(run: Runner, case: Case, documents: Mask) -> None:
     """A packed batch gives what each of its documents gives alone."""
+    case = replace(case, initial=())
     packed = replace(case, mask=case.mask * documents)
     out, allowed = run(packed, states=False)["y"], _twice(oracle.output_bounds(packed, False))["y"]
     for row, tokens in _documents(case, documents):

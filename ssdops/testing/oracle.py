@@ -13,7 +13,7 @@ from ..ir.evaluate import contract, linear_state
 from ..ir.resolve import resolve
 from ..masks import Mask
 from ..plan import state_terms
-from .case import Case
+from .case import TIME_AXIS, Case, uses
 from .tolerance import tolerance
 
 EXPONENTS = ("log_a", "log_gamma", "log_cols")
@@ -63,11 +63,15 @@ def output_bounds(case: Case, states: bool) -> dict[str, float]:
 def gradient_bounds(case: Case, cotangents: Sequence[Tensor]) -> dict[str, float]:
     """For every gradient, how far from the oracle's it may be: from the gradient of the problem on absolute values."""
     big, leaves = _absolute(case)
-    found = _autograd(outputs(big, len(cotangents) > 1), [dy.abs() for dy in cotangents], leaves)
+    results, sizes = outputs(big, len(cotangents) > 1), [dy.abs().double() for dy in cotangents]
+    found = _autograd(results, sizes, leaves)
+    # autograd sums what ρ_i and κ_j feel before it subtracts one from the other: that is where the oracle itself rounds
+    pairing = sum(float((x.detach() * dx).sum()) for x, dx in zip(results.values(), sizes, strict=True))
+    exponents = {name for name, use in uses(case.mask.tree) if use.slot in (*EXPONENTS, "dt", "A")}
     out = {}
     for name, x in case.floats().items():
-        uses = [found[use] for use in (name, _factor(name)) if use in found]
-        out[name] = _allowed(case, name, torch.stack(uses).sum(0), x.dtype)
+        parts = [found[part] for part in (name, _factor(name)) if part in found]
+        out[name] = _allowed(case, name, torch.stack(parts).sum(0), x.dtype, pairing if name in exponents else 0.0)
     return out
 
 
@@ -76,12 +80,25 @@ def magnitudes(case: Case, states: bool) -> dict[str, float]:
     return {name: float(x.detach().max()) if x.numel() else 0.0 for name, x in outputs(_absolute(case)[0], states).items()}
 
 
-def _allowed(case: Case, name: str, big: Tensor, dtype: torch.dtype) -> float:
+def _allowed(case: Case, name: str, big: Tensor, dtype: torch.dtype, uncancelled: float = 0.0) -> float:
     if not big.numel():
         return 0.0
     p = case.problem
     products = p.batch * p.nheads * p.seqlen * p.headdim * p.dstate * (1 if "state" in name else p.seqlen)
-    return tolerance(dtype, p.accumulate, products / big.numel(), float(big.detach().abs().max()))
+    magnitude = float(big.detach().abs().max())
+    return tolerance(dtype, p.accumulate, products / big.numel(), magnitude, _span(case) * magnitude + uncancelled)
+
+
+def _span(case: Case) -> float:
+    """The greatest sum of absolute log decays along the tokens."""
+    total, seqlen = 0.0, case.q.shape[1]
+    for name, use in set(uses(case.mask.tree)):
+        x = case.mask.operands[name]
+        if use.slot in (*EXPONENTS, "dt") and x.numel():
+            per_token = use.axes in TIME_AXIS and x.ndim >= -TIME_AXIS[use.axes] and x.shape[TIME_AXIS[use.axes]] == seqlen
+            sums = x.double().abs().sum(TIME_AXIS[use.axes]) if per_token else x.double().abs() * seqlen
+            total += float(sums.detach().max())
+    return total
 
 
 def _absolute(case: Case) -> tuple[Case, dict[str, Tensor]]:

@@ -276,15 +276,18 @@ def any_mask(s: Source, depth: int) -> Mask:
 
 
 def build(s: Source, kind: str, depth: int = 2, states: bool = False) -> Mask:
-    """A mask of that kind, with an operand of nheads heads where q, k and v have fewer."""
+    """A mask of that kind."""
     if kind == "any" and not states and s.chance(2):
         mask = any_mask(s, depth)
     else:
         mask = linear_mask(s, channel=kind != "scalar", states=states)
+    return with_heads(s, mask)
+
+
+def with_heads(s: Source, mask: Mask) -> Mask:
+    """The mask, with an operand of nheads heads where q, k and v have fewer."""
     z = s.sizes
-    if z.nheads > max(z.q_heads, z.k_heads, z.v_heads):
-        mask = mask.scale(cols=s.normal(z.nheads))
-    return mask
+    return mask.scale(cols=s.normal(z.nheads)) if z.nheads > max(z.q_heads, z.k_heads, z.v_heads) else mask
 
 
 @st.composite
@@ -348,7 +351,7 @@ def cases(
     others = [dtype, *wider] if mixed else [dtype]
     operand_dtype = draw(st.sampled_from([*others, torch.float32] if mixed and dtype.itemsize == 2 else others))
     source = Source(draw, size, operand_dtype)
-    mask = make(source) if make is not None else build(source, kind, states=states)
+    mask = with_heads(source, make(source)) if make is not None else build(source, kind, states=states)
     q, k, v = _qkv(source, [dtype, draw(st.sampled_from(others)) if mixed and source.chance(6) else dtype, dtype])
     scale = source.pick([1.0, 0.7, -0.5])
     case = Case(q, k, v, mask, scale)

@@ -17,7 +17,7 @@ C = 4.0
 """The constant; there is one, for every backend, dtype and test."""
 
 
-def tolerance(output: torch.dtype, compute: torch.dtype, length: float, magnitude: float) -> float:
+def tolerance(output: torch.dtype, compute: torch.dtype, length: float, magnitude: float, oracle: float = 0.0) -> float:
     """c · max(eps(compute) · √length, eps(output)) · magnitude, and never less than what the dtypes can tell from zero.
 
     Args:
@@ -25,10 +25,12 @@ def tolerance(output: torch.dtype, compute: torch.dtype, length: float, magnitud
         compute: the dtype in which it accumulates.
         length: how many products meet in one element.
         magnitude: the greatest element that absolute values give.
+        oracle: what the oracle itself may be off by, in units of eps(float64); it matters where compute is float64 too.
     """
     out, acc = torch.finfo(output), torch.finfo(compute)
     floor = max(out.smallest_normal * (out.eps if output is torch.float16 else 1.0), acc.smallest_normal)
-    return C * max(max(acc.eps * sqrt(max(length, 1.0)), out.eps) * magnitude, floor)
+    error = max(acc.eps * sqrt(max(length, 1.0)), out.eps) * magnitude
+    return C * max(error + torch.finfo(torch.float64).eps * oracle, floor)
 
 
 def assert_close(actual: Tensor, expected: Tensor, allowed: float, what: str) -> None:
