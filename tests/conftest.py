@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `default` is fast and always draws the same; `pytest --hypothesis-profile=thorough` goes deeper."""
+"""Hypothesis profiles: `default` is fast and always the same; `pytest --hypothesis-profile=thorough` goes deeper."""
 
 from hypothesis import Phase, settings
 

@@ -1,4 +1,4 @@
-"""torch's own check of first and second derivatives, for every structure of the mask table on every backend that runs it."""
+"""torch's own check of first and second derivatives, for every structure on every backend that runs it."""
 
 import pytest
 import torch

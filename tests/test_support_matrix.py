@@ -1,7 +1,7 @@
 """The committed support matrix: what each backend runs, compared with what it says, and really run.
 
-`python tests/test_support_matrix.py > tests/support_matrix.txt` writes it anew; nobody passes by refusing, as a cell that
-changes from yes to no is a change of that file.
+`python tests/test_support_matrix.py > support_matrix.txt` writes it anew (see the table's header); nobody passes by
+refusing, as a cell that changes from yes to no is a change of that file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = {"d": torch.float64, "s": torch.float32, "b": torch.bfloat16, "h": torc
 HEADER = """\
 # What each backend runs. Written by: python tests/test_support_matrix.py > tests/support_matrix.txt
 # A cell lists dtypes of q, k, v and the operands: d float64, s float32, b bfloat16, h float16; - is none.
-# forward: Y. backward: gradients of q, k, v, operands. step: ssd_step. states: initial and final states, and their gradients.
+# forward: Y. backward: gradients of q, k, v, operands. step: ssd_step. states: initial and final ones, and gradients.
 """
 
 
@@ -83,7 +83,8 @@ def written() -> str:
     rows = [("structure", "backend", "device", *DIRECTIONS)]
     for structure in STRUCTURES:
         for backend, device in TARGETS.items():
-            rows.append((structure.replace(" ", "_"), backend, device, *(cell(structure, backend, d) for d in DIRECTIONS)))
+            cells = (cell(structure, backend, direction) for direction in DIRECTIONS)
+            rows.append((structure.replace(" ", "_"), backend, device, *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return HEADER + "\n".join(lines) + "\n"
@@ -97,7 +98,7 @@ def committed() -> dict[tuple[str, str], dict[str, str]]:
 
 def test_table_is_what_backends_say() -> None:
     """No backend may gain or lose anything without the table saying so."""
-    assert TABLE.read_text() == written(), "support_matrix.txt is not what backends say; the file's header says how to renew it"
+    assert TABLE.read_text() == written(), "the table is not what backends say; its header says how to renew it"
 
 
 def test_every_backend_is_in_the_table() -> None:

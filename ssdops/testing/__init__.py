@@ -1,11 +1,12 @@
-"""What the tests are made of, for users' own masks and backends too: strategies, laws, the conformance suite, the tolerance.
+"""What the tests are made of, for users' own masks and backends too: strategies, laws, conformance suite, tolerance.
 
 Needs the `testing` extra (hypothesis).
 """
 
 from .case import Case
 from .conformance import Conformance, check_backend
-from .strategies import cases, linear_mask_trees, mask_for, mask_trees, operand_tensors, problems
+from .source import problems
+from .strategies import cases, linear_mask_trees, mask_for, mask_trees, operand_tensors
 from .tolerance import C, assert_close, tolerance
 
 __all__ = [

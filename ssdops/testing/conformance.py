@@ -6,8 +6,8 @@
         backend = "chunked"
         kind = "scalar"
 
-A mask of one's own is held to the same laws by giving `make_mask`, a function of a `Source` (`ssdops.testing.strategies`) that makes it
-with its operands; outside pytest, `check_backend(name)` runs everything.
+A mask of one's own is held to the same laws by giving `make_mask`, a function that makes it with its operands from a
+`Source` (`ssdops.testing.source`); outside pytest, `check_backend(name)` runs everything.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from hypothesis import strategies as st
 from .. import masks
 from ..ir.problem import FLOATS
 from ..masks import Mask
-from . import laws, strategies
+from . import isolation, laws, strategies
 from .case import Case, Unsliceable
 from .laws import Runner
 from .oracle import magnitudes
-from .strategies import Sizes, Source, problems
+from .source import Draw, Sizes, Source, problems
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 EXACT = (torch.float64, torch.float32)
-_CHECKS = (HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
+_CHECKS = (
+    HealthCheck.differing_executors,
+    HealthCheck.too_slow,
+    HealthCheck.filter_too_much,
+    HealthCheck.data_too_large,
+)
 
 
 def law(test: Test) -> Any:
@@ -75,13 +80,9 @@ class Conformance:
         dtypes: Sequence[torch.dtype] | None = None,
     ) -> Case:
         """A call, on this suite's device; discarded where the output's dtype is too small for it."""
-        own = type(self).__dict__.get("make_mask") or type(self).make_mask
-        chosen = own if own is not None else make
-        case: Case = data.draw(
-            strategies.cases(
-                self.kind, make=chosen, states=states, sizes=sizes, dtypes=[d for d in dtypes or self.dtypes if d in self.dtypes]
-            )
-        )
+        make = type(self).make_mask or make
+        allowed = [d for d in dtypes or self.dtypes if d in self.dtypes]
+        case: Case = data.draw(strategies.cases(self.kind, make=make, states=states, sizes=sizes, dtypes=allowed))
         if states and not case.carried:
             assume(False)
         if case.problem.dtype == torch.float16:
@@ -104,7 +105,7 @@ class Conformance:
     @law
     def test_scans_equal_oracle(self, data: st.DataObject) -> None:
         """One scan at a time, exactly: every direction, strictness and scale."""
-        case = self.draw(data, make=lambda s: strategies.scan_mask(s, self.kind != "scalar"), states=self.has_states, dtypes=EXACT)
+        case = self.draw(data, make=_scan(self.kind), states=self.has_states, dtypes=EXACT)
         laws.equals_oracle(self.runner(data), case)
         laws.gradients_equal_oracle(self.runner(data), case)
 
@@ -131,7 +132,8 @@ class Conformance:
     @law
     def test_strides_do_not_matter(self, data: st.DataObject) -> None:
         """Any strides."""
-        laws.strides_do_not_matter(self.runner(data), self.draw(data, dtypes=EXACT, sizes=problems(max_seqlen=24, max_dim=5)))
+        case = self.draw(data, dtypes=EXACT, sizes=problems(max_seqlen=24, max_dim=5))
+        laws.strides_do_not_matter(self.runner(data), case)
 
     @law
     def test_linear_in_v(self, data: st.DataObject) -> None:
@@ -141,8 +143,7 @@ class Conformance:
     @law
     def test_causal(self, data: st.DataObject) -> None:
         """Later tokens change nothing before them."""
-        causal = None if self.kind == "any" else _causal(self.kind)
-        laws.causal(self.runner(data), self.draw(data, make=causal))
+        laws.causal(self.runner(data), self.draw(data, make=_causal(self.kind, quadratic=self.kind == "any")))
 
     # --- states -------------------------------------------------------------------------------------------------------
 
@@ -163,10 +164,7 @@ class Conformance:
         """A state is the tokens that made it."""
         if not self.has_states:
             return
-        case = self.draw(
-            data, make=lambda s: strategies.scan_mask(s, self.kind != "scalar"), states=True, dtypes=EXACT,
-            sizes=problems(min_batch=1),
-        )  # fmt: skip
+        case = self.draw(data, make=_scan(self.kind), states=True, dtypes=EXACT, sizes=problems(min_batch=1))
         assume(case.carried is not None and len({term.causal for term in case.carried}) == 1)
         try:
             laws.state_equals_prefix(self.runner(data), case)
@@ -179,7 +177,11 @@ class Conformance:
         if not self.has_states:
             return
         case = self.draw(
-            data, make=_causal(self.kind), states=True, dtypes=EXACT, sizes=problems(max_seqlen=12, max_dim=5, min_batch=1)
+            data,
+            make=_causal(self.kind),
+            states=True,
+            dtypes=EXACT,
+            sizes=problems(max_seqlen=12, max_dim=5, min_batch=1),
         )
         assume(case.q.shape[1] > 0 and all(term.causal for term in case.carried or ()))
         laws.steps_equal_scan(self.runner(data), case)
@@ -191,7 +193,7 @@ class Conformance:
         """Packing changes nothing."""
         case, documents = self._packed(data)
         try:
-            laws.documents_equal_separate_runs(self.runner(data), case, documents)
+            isolation.documents_equal_separate_runs(self.runner(data), case, documents)
         except Unsliceable:
             assume(False)
 
@@ -199,19 +201,19 @@ class Conformance:
     def test_poison_stays_in_its_document(self, data: st.DataObject) -> None:
         """NaN and inf never cross documents."""
         case, documents = self._packed(data)
-        laws.poison_stays_in_its_document(self.runner(data), case, documents, data.draw(_POISON))
+        isolation.poison_stays_in_its_document(self.runner(data), case, documents, data.draw(_POISON))
 
     @law
     def test_poison_stays_in_its_row(self, data: st.DataObject) -> None:
         """NaN and inf never cross batch rows."""
         case = self.draw(data, sizes=problems(min_batch=2, max_dim=5), dtypes=EXACT)
-        laws.poison_stays_in_its_row(self.runner(data), case, data.draw(_POISON))
+        isolation.poison_stays_in_its_row(self.runner(data), case, data.draw(_POISON))
 
     @law
     def test_poison_stays_in_its_head(self, data: st.DataObject) -> None:
         """NaN and inf never cross heads."""
         case = self.draw(data, sizes=problems(min_batch=1, max_dim=5), dtypes=EXACT)
-        laws.poison_stays_in_its_head(self.runner(data), case, data.draw(_POISON))
+        isolation.poison_stays_in_its_head(self.runner(data), case, data.draw(_POISON))
 
     def _packed(self, data: st.DataObject) -> tuple[Case, Mask]:
         """A call without documents, and documents to pack it into."""
@@ -229,8 +231,18 @@ class Conformance:
 _POISON = st.sampled_from([float("nan"), float("inf"), float("-inf")])
 
 
-def _causal(kind: str) -> Callable[[Source], Mask]:
-    return lambda s: strategies.linear_mask(s, channel=kind != "scalar", backwards=False)
+def _scan(kind: str) -> Callable[[Source], Mask]:
+    return lambda s: strategies.scan_mask(s, channel=kind != "scalar")
+
+
+def _causal(kind: str, quadratic: bool = False) -> Callable[[Source], Mask]:
+    def make(s: Source) -> Mask:
+        if quadratic and s.chance(2):
+            other = strategies.QUADRATIC[s.pick(["fenwick", "dense", "toeplitz"])](s)
+            return other * (masks.window(3) if s.chance(2) else masks.decay(s.token_log()))
+        return strategies.linear_mask(s, channel=kind != "scalar", backwards=False)
+
+    return make
 
 
 def _unpacked(kind: str) -> Callable[[Source], Mask]:
@@ -247,7 +259,7 @@ def _unpacked(kind: str) -> Callable[[Source], Mask]:
 
 
 @st.composite
-def _documents_for(draw: strategies.Draw, case: Case) -> Mask:
+def _documents_for(draw: Draw, case: Case) -> Mask:
     p = case.problem
     sizes = Sizes(p.batch, p.seqlen, p.nheads, p.headdim, p.dstate, p.q_heads, p.k_heads, p.v_heads)
     return Source(draw, sizes, torch.float32).documents()

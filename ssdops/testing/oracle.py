@@ -1,4 +1,4 @@
-"""What a call should give: the float64 oracle of `ssdops.ir.evaluate`, its gradients by autograd, and how far off is fair."""
+"""What a call should give: the float64 oracle of `ssdops.ir.evaluate`, its gradients, and how far off is fair."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .case import TIME_AXIS, Case, uses
 from .tolerance import tolerance
 
 EXPONENTS = ("log_a", "log_gamma", "log_cols")
-"""Slots whose values are exponents: absolute values would change what they mean, and what they scale is positive anyway."""
+"""Slots whose values are exponents: they keep their signs, as what they scale is positive anyway."""
 
 
 def outputs(case: Case, states: bool) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def gradient_bounds(case: Case, cotangents: Sequence[Tensor]) -> dict[str, float
     big, leaves = _absolute(case)
     results, sizes = outputs(big, len(cotangents) > 1), [dy.abs().double() for dy in cotangents]
     found = _autograd(results, sizes, leaves)
-    # autograd sums what ρ_i and κ_j feel before it subtracts one from the other: that is where the oracle itself rounds
+    # autograd sums what ρ_i and κ_j feel before it subtracts one from the other: the oracle itself rounds there
     pairing = sum(float((x.detach() * dx).sum()) for x, dx in zip(results.values(), sizes, strict=True))
     exponents = {name for name, use in uses(case.mask.tree) if use.slot in (*EXPONENTS, "dt", "A")}
     out = {}
@@ -77,7 +77,9 @@ def gradient_bounds(case: Case, cotangents: Sequence[Tensor]) -> dict[str, float
 
 def magnitudes(case: Case, states: bool) -> dict[str, float]:
     """The greatest elements of the outputs on absolute values."""
-    return {name: float(x.detach().max()) if x.numel() else 0.0 for name, x in outputs(_absolute(case)[0], states).items()}
+    return {
+        name: float(x.detach().max()) if x.numel() else 0.0 for name, x in outputs(_absolute(case)[0], states).items()
+    }
 
 
 def _allowed(case: Case, name: str, big: Tensor, dtype: torch.dtype, uncancelled: float = 0.0) -> float:
@@ -95,8 +97,9 @@ def _span(case: Case) -> float:
     for name, use in set(uses(case.mask.tree)):
         x = case.mask.operands[name]
         if use.slot in (*EXPONENTS, "dt") and x.numel():
-            per_token = use.axes in TIME_AXIS and x.ndim >= -TIME_AXIS[use.axes] and x.shape[TIME_AXIS[use.axes]] == seqlen
-            sums = x.double().abs().sum(TIME_AXIS[use.axes]) if per_token else x.double().abs() * seqlen
+            axis = TIME_AXIS.get(use.axes, 0)
+            per_token = axis < 0 and x.ndim >= -axis and x.shape[axis] == seqlen
+            sums = x.double().abs().sum(axis) if per_token else x.double().abs() * seqlen
             total += float(sums.detach().max())
     return total
 

@@ -1,9 +1,9 @@
 """The one tolerance of every comparison: `c · eps(dtype) · √(reduction length) · magnitude`, against a float64 oracle.
 
-A reduction of n terms that accumulates in one dtype errs by about eps · √n times the sum of the terms' absolute values. A result
-that is then rounded to a coarser dtype errs by one rounding more, a reduction of length 1 in that dtype; the coarser of the two
-counts. The magnitude is what the oracle gives for absolute values (`ssdops.testing.oracle.bounds`), at its greatest over
-the tensor: where terms cancel, it is what they were, and not what is left of them.
+A reduction of n terms that accumulates in one dtype errs by about eps · √n times the sum of the terms' absolute values.
+A result that is then rounded to a coarser dtype errs by one rounding more, a reduction of length 1 in that dtype; the
+coarser of the two counts. The magnitude is what the oracle gives for absolute values (`ssdops.testing.oracle`), at its
+greatest over the tensor: where terms cancel, it is what they were, and not what is left of them.
 """
 
 from __future__ import annotations
