@@ -20,7 +20,7 @@ from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
 from .base import Config, Gradients, Inputs, Support, Work, exponent_dtype, reduce_value, reject_scan
 from .rows import Rows
-from .scan import diagonal_backward, diagonal_forward, exponents, log_gradient
+from .scan import diagonal_backward, diagonal_forward, exponent_gradient, exponents
 
 SIZES = (64, 32, 128, 256)
 """Chunk sizes to consider, the default first."""
@@ -247,25 +247,28 @@ def _backward(scan: _Scan, dy: Tensor, dstate: Tensor | None) -> Gradients:
     for (t0, t1), start in zip(reversed(scan.tiles()), reversed(starts), strict=True):
         tile = scan.tile(t0, t1)
         g = scan.by_head(scan.rows.read(dy, t0, t1), p.nheads)
-        rows = tile.rows
-        grads = _chunk_gradients(scan, tile, g, start[:rows], dstates[:rows])
+        end, rows = state, tile.rows  # the state after this chunk
+        grads = _chunk_gradients(scan, tile, g, start[:rows], end[:rows], dstates[:rows])
         for name, total in (("q", out.q), ("k", out.k), ("v", out.v)):
             grad = grads[name].transpose(1, 2)  # [R, C, heads, D]
             shared = reduce_to(grad, (*grad.shape[:2], total.shape[2], grad.shape[3]), 2)
             scan.rows.write(total, shared, t0, t1)
         for slot, total in values.items():
             scan.rows.write(total, grads[slot], t0, t1)
+        state = start
     out.values = {slot: reduce_value(total, x.values[slot]) for slot, total in values.items()}
     out.initial = None if x.initial is None else scan.leave(dstates)
     return out
 
 
-def _chunk_gradients(scan: _Scan, tile: _Tile, g: Tensor, start: Tensor, dstate: Tensor) -> dict[str, Tensor]:
+def _chunk_gradients(
+    scan: _Scan, tile: _Tile, g: Tensor, start: Tensor, end: Tensor, dstate: Tensor
+) -> dict[str, Tensor]:
     """Gradients of one chunk; `dstate`, the cotangent of its end state, becomes that of its start state, in place.
 
     Args:
         g: the cotangent of Y [R, H, C, P].
-        start: the state before the chunk [R, G, N, r·P].
+        start, end: the states before and after the chunk [R, G, N, r·P].
     """
     out: dict[str, Tensor] = {}
     g = g if scan.scale == 1.0 else g * scan.scale
@@ -277,7 +280,7 @@ def _chunk_gradients(scan: _Scan, tile: _Tile, g: Tensor, start: Tensor, dstate:
     decays = scan.decays(tile)
     scores = scan.masked_scores(tile, decays)  # [R, H, C, C]
     dmasked = scan.lower(gu @ wv.transpose(2, 3))  # d(L ∘ QKᵀ)
-    change = scores * dmasked  # [R, H, C, C]: what exp(ρ_i − κ_j) feels
+    change = scores * dmasked  # [R, H, C, C]: what ρ_i and κ_j feel
     dscores = dmasked if decays is None else scan.lower(dmasked * decays)
     dscores = dscores.unflatten(1, (scan.groups, scan.shared)).sum(2)  # [R, G, C, C]
     dwv = scores.transpose(2, 3) @ gu
@@ -288,13 +291,14 @@ def _chunk_gradients(scan: _Scan, tile: _Tile, g: Tensor, start: Tensor, dstate:
     kept = scan.narrow(tile.k @ dstate)  # [R, C, H, P]
     out["q"] = dscores @ tile.k + g_in @ start.transpose(2, 3)
     out["k"] = dscores.transpose(2, 3) @ tile.q + v_out @ dstate.transpose(2, 3)
-    kept_v = (scan.narrow(v_out) * kept).sum(3)  # [R, C, H]
+    drho = change.sum(3).transpose(1, 2) + (scan.narrow(g_in) * read).sum(3)  # [R, C, H]
+    dkappa = -(change.sum(2).transpose(1, 2) + (scan.narrow(v_out) * kept).sum(3))
     dv = dwv.transpose(1, 2) * tile.w[..., None] if tile.w is not None else dwv.transpose(1, 2)
     out["v"] = (dv + (kept if leaving is None else kept * leaving[..., None])).transpose(1, 2)
-    if tile.total is not None and scan.term.log_a is not None:
-        through = (dstate * start).unflatten(3, (scan.shared, -1)).sum((2, 4)).flatten(1) * tile.total.exp().to(scan.acc)
-        out["log_a"] = log_gradient(scan.term, change, (scan.narrow(g_in) * read).sum(3), kept_v, through)
-    out["log_cols"] = change.sum(2).transpose(1, 2) + kept_v
+    if tile.total is not None:
+        wide = (dstate * end).unflatten(3, (scan.shared, -1)).sum((2, 4)).flatten(1)  # [R, H]: ⟨dS, S⟩
+        out["log_a"] = exponent_gradient(scan.term, drho, dkappa, wide)
+    out["log_cols"] = -dkappa
     if tile.u is not None:
         across = read if entering is None else read * entering[..., None]
         y = (scores @ wv).transpose(1, 2) + across

@@ -6,7 +6,6 @@ from math import lcm
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..ir.resolve import repeat_heads
 from ..ir.terms import Diagonal, Linear
@@ -35,26 +34,6 @@ def exponent_gradient(term: Linear, drho: Tensor, dkappa: Tensor, dtotal: Tensor
     late = late if term.row_inclusive else late + drho
     late = late if term.col_inclusive else late + dkappa
     return both - late + dtotal[:, None]
-
-
-def log_gradient(term: Linear, inside: Tensor, entering: Tensor, leaving: Tensor, through: Tensor) -> Tensor:
-    """The gradient of d in one chunk, from the parts of the pairing that each d_s scales: nothing is ever subtracted.
-
-    d_s scales pair (i, j) of the chunk if it lies between them, what enters at i if it comes before, what leaves from j if it
-    comes after, and whatever passes through. Differences of sums over ρ and κ would lose it where decay is strong.
-
-    Args:
-        inside: change of L ∘ QKᵀ by pair [R, H, C, C], zero above the diagonal.
-        entering, leaving: by token [R, C, H].
-        through: [R, H].
-    """
-    skipped = int(term.col_inclusive)  # d_s scales j < s, not j = s
-    pairs = inside.cumsum(3).tril_(-skipped - (not term.row_inclusive)).sum(2).transpose(1, 2)  # [R, C, H]
-    early = pairs + leaving.cumsum(1)
-    early = pad(early[:, :-1], (0, 0, 1, 0)) if skipped else early
-    late = _reverse_cumsum(entering)
-    late = late if term.row_inclusive else pad(late[:, 1:], (0, 0, 0, 1))
-    return early + late + through[:, None]
 
 
 def _reverse_cumsum(x: Tensor) -> Tensor:
