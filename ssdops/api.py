@@ -9,8 +9,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import masks, ops
-from .errors import DtypeError, MaskError, ShapeError, UnsupportedError
+from . import config, masks, ops
+from .errors import (
+    DeviceError,
+    DtypeError,
+    MaskError,
+    ShapeError,
+    SsdopsError,
+    UnknownBackendError,
+    UnsupportedError,
+    ValueRangeError,
+)
 from .ir import nodes as n
 from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
@@ -74,16 +83,20 @@ def ssd(
     """
     mask = masks.causal() if mask is None else mask
     _check_types(q, k, v, mask)
-    if torch.is_autocast_enabled(q.device.type):
+    _check_options(scale, return_state, state_dtype, backend, chunk_size)
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    states = _states(initial_state)
+    states = _states(initial_state, "initial_state")
     name = None if state_dtype is None else str(state_dtype).removeprefix("torch.")
+    scale = float(scale)
     if torch.compiler.is_compiling():
         program = str(Contraction(mask.tree, return_state, name, backend, chunk_size))
         names = n.names_of(mask.tree)
         out = torch.ops.ssdops.forward(q, k, v, [mask.operands[x] for x in names], states, program, scale)
     else:
+        if initial_state is not None and not states and (count := len(state_terms(mask.tree))):
+            raise ShapeError(f"initial_state has 0 states; this mask carries {count}, one per linear term; None is zero")
         program, names = _program(mask.tree, return_state, name, backend, chunk_size)
         out = ops.call(q, k, v, [mask.operands[x] for x in names], states, program, scale)
     if not return_state:
@@ -114,7 +127,7 @@ def ssd_step(
             linear term, which is updated in place: the one input that ssdops ever writes to.
         scale: a factor on y.
         state_indices: the slot of each batch row, `(batch,)`, int32 or int64, each slot at most once; rows whose slot is
-            −1 give zero and touch nothing.
+            −1 give zero and touch nothing. A pool takes no gradient, and none flows through it.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -138,24 +151,31 @@ def ssd_step(
     """
     _check_types(q, k, v, mask)
     for name, x in (("q", q), ("k", k), ("v", v)):
+        dim = "headdim" if name == "v" else "dstate"
         if x.ndim != 3:
-            dim = "headdim" if name == "v" else "dstate"
-            raise ShapeError(f"{name} must be (batch, heads, {dim}) in a step, got {x.ndim} dimensions: {tuple(x.shape)}")
+            raise ShapeError(
+                f"{name} must be (batch, heads, {dim}) in a step, got {x.ndim} dimensions: {tuple(x.shape)}"
+            )
+        if x.shape[0] != q.shape[0]:
+            raise ShapeError(f"{name} has batch {x.shape[0]}, expected {q.shape[0]} as in q")
     _check_recurrence(mask.tree)
-    states = _states(state)
+    states = _states(state, "state")
     pools: list[Tensor] = []
     if state_indices is not None:
-        pools, states = states, [_slots(pool, state_indices, q.shape[0]) for pool in states]
-    y, new = ssd(
-        q[:, None], k[:, None], v[:, None], _with_time(mask),
-        scale=scale, initial_state=tuple(states) if states else None, return_state=True,
-        state_dtype=states[0].dtype if states else None, backend=backend,
-    )  # fmt: skip
+        pools, states = states, _read_slots(mask, states, state_indices, q)
+    try:
+        y, new = ssd(
+            q[:, None], k[:, None], v[:, None], _with_time(mask),
+            scale=scale, initial_state=tuple(states) if state is not None else None, return_state=True,
+            state_dtype=states[0].dtype if states else None, backend=backend,
+        )  # fmt: skip
+    except SsdopsError as error:  # as the arguments are called here
+        raise type(error)(str(error).replace("initial_state", "state")) from None
     if state_indices is None:
         return y[:, 0], new
-    for pool, updated in zip(pools, _states(new), strict=True):
-        torch.ops.ssdops.write_slots_(pool, updated, state_indices)
-    assert state is not None  # _slots() has read it
+    for pool, updated in zip(pools, _states(new, "state"), strict=True):
+        torch.ops.ssdops.write_slots_(pool, updated.detach(), state_indices)
+    assert state is not None  # _read_slots() has read it
     return torch.where((state_indices >= 0)[:, None, None], y[:, 0], 0.0), state
 
 
@@ -241,6 +261,25 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout is not torch.strided:
+            raise UnsupportedError(f"{name} is {x.layout}; ssd takes dense tensors, so convert it, or pack it as documents")
+
+
+def _check_options(
+    scale: float, return_state: bool, state_dtype: torch.dtype | None, backend: str, chunk_size: int | None
+) -> None:
+    if not isinstance(scale, int | float):
+        raise DtypeError(
+            f"scale must be a Python number, got {type(scale).__name__}; it takes no gradient: multiply v by a tensor instead"
+        )
+    if not isinstance(return_state, bool):
+        raise DtypeError(f"return_state must be True or False, got {type(return_state).__name__}: {return_state!r}")
+    if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
+        raise DtypeError(f"state_dtype must be a torch.dtype or None, got {type(state_dtype).__name__}: {state_dtype!r}")
+    if not isinstance(backend, str):
+        raise UnknownBackendError(f"backend must be a name or 'auto', got {type(backend).__name__}: {backend!r}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool)):
+        raise DtypeError(f"chunk_size must be an int or None, got {type(chunk_size).__name__}: {chunk_size!r}")
 
 
 @lru_cache(maxsize=4096)
@@ -267,13 +306,37 @@ def _with_time(mask: Mask) -> Mask:
     return Mask(mask.tree, operands)
 
 
-def _slots(pool: Tensor, indices: Tensor, batch: int) -> Tensor:
-    """The states of the rows, read from a pool; rows without a slot read slot 0 and are dropped later."""
+def _read_slots(mask: Mask, pools: list[Tensor], indices: Tensor, q: Tensor) -> list[Tensor]:
+    """The states of the rows, read from their pools; rows without a slot read slot 0 and are dropped later."""
+    batch = q.shape[0]
+    if not isinstance(indices, Tensor):
+        raise DtypeError(f"state_indices must be a torch.Tensor, got {type(indices).__name__}")
     if indices.shape != (batch,) or indices.dtype not in (torch.int32, torch.int64):
         raise ShapeError(f"state_indices must be ({batch},) int32 or int64, got {tuple(indices.shape)} {indices.dtype}")
-    if pool.requires_grad:
-        raise UnsupportedError("a state pool is updated in place and takes no gradient; detach it")
-    return pool[indices.clamp_min(0)]
+    if indices.device != q.device:
+        raise DeviceError(f"state_indices is on {indices.device}, but q is on {q.device}; move it to q's device")
+    if not pools:
+        raise ShapeError("state_indices says which slots of a pool to use, and state is None; give the pool as state")
+    for pool in pools:
+        if pool.ndim != 4 or pool.shape[0] < 1:
+            raise ShapeError(f"state must be a pool (slots, nheads, headdim, dstate), got {tuple(pool.shape)}")
+        if pool.requires_grad:
+            raise UnsupportedError("a state pool is updated in place and takes no gradient; detach it")
+        if pool.device != q.device:
+            raise DeviceError(f"state is on {pool.device}, but q is on {q.device}; move it to q's device")
+    if not torch.compiler.is_compiling() and (indices.device.type == "cpu" or config.check_values()):
+        _check_slots(indices.tolist(), min(pool.shape[0] for pool in pools))
+    return [pool[indices.clamp_min(0)] for pool in pools]
+
+
+def _check_slots(indices: list[int], slots: int) -> None:
+    taken = [index for index in indices if index != -1]
+    for row, index in enumerate(indices):
+        if not -1 <= index < slots:
+            raise ValueRangeError(f"state_indices must lie in [0, {slots}), or be -1, got {index} at row {row}")
+    if len(set(taken)) < len(taken):
+        twice = next(index for index in taken if taken.count(index) > 1)
+        raise ValueRangeError(f"state_indices must name each slot once, got slot {twice} for {taken.count(twice)} rows")
 
 
 @lru_cache(maxsize=4096)
@@ -284,7 +347,12 @@ def _program(
     return str(Contraction(tree, return_state, state_dtype, backend, chunk_size)), n.operand_names(tree)
 
 
-def _states(state: State | None) -> list[Tensor]:
+def _states(state: State | None, name: str) -> list[Tensor]:
     if state is None:
         return []
-    return [state] if isinstance(state, Tensor) else list(state)
+    if isinstance(state, Tensor):
+        return [state]
+    if not isinstance(state, tuple | list) or not all(isinstance(x, Tensor) for x in state):
+        kinds = [type(x).__name__ for x in state] if isinstance(state, tuple | list) else type(state).__name__
+        raise DtypeError(f"{name} must be a tensor or a tuple of tensors, got {kinds}")
+    return list(state)

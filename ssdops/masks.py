@@ -10,11 +10,14 @@ Operands per token are `(batch, seqlen, nheads)` or broadcastable from the right
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+
 from torch import Tensor
 
 from .errors import MaskError
 from .ir import nodes as n
-from .ir.verify import MAX_DEPTH, MAX_NODES, verify
+from .ir.verify import MAX_DEPTH, MAX_NODES, check_fields
 
 __all__ = [
     "Mask", "causal", "channel_decay", "decay", "dense", "diagonal", "documents", "fenwick", "full", "retention",
@@ -46,11 +49,11 @@ class Mask:
 
     def __mul__(self, other: Mask) -> Mask:
         """The Hadamard product L1[i, j] · L2[i, j]."""
-        return self._with(other, n.product_of) if isinstance(other, Mask) else NotImplemented
+        return self._with(other, n.Product) if isinstance(other, Mask) else NotImplemented
 
     def __add__(self, other: Mask) -> Mask:
         """L1[i, j] + L2[i, j]."""
-        return self._with(other, n.sum_of) if isinstance(other, Mask) else NotImplemented
+        return self._with(other, n.Sum) if isinstance(other, Mask) else NotImplemented
 
     def __sub__(self, other: Mask) -> Mask:
         """L1[i, j] − L2[i, j]."""
@@ -71,7 +74,9 @@ class Mask:
 
     def shift(self, count: int = 1) -> Mask:
         """Delayed by `count` tokens: L[i − count, j], the first `count` rows zero."""
-        return self._around(verify(n.Shift(self.tree, count)))
+        node = n.Shift(self.tree, count)
+        check_fields(node)
+        return self._around(node)
 
     def strict(self) -> Mask:
         """Without the diagonal: L[i, j] · 1[i ≠ j]."""
@@ -95,11 +100,14 @@ class Mask:
     def _around(self, tree: n.Node) -> Mask:
         return Mask(tree, self.operands, self._size + 1, self._depth + 1)
 
-    def _with(self, other: Mask, join: object) -> Mask:
+    def _with(self, other: Mask, kind: type[n.Sum] | type[n.Product]) -> Mask:
         operands, table = _merged(self.operands, other.operands)
         right = n.rename_operands(other.tree, table) if table else other.tree
-        tree: n.Node = join(self.tree, right)  # type: ignore[operator]
-        return Mask(tree, operands, self._size + other._size + 1, max(self._depth, other._depth) + 1)
+        tree = n.sum_of(self.tree, right) if kind is n.Sum else n.product_of(self.tree, right)
+        # sums in sums and products in products are flattened: they add neither a node nor a level
+        sizes = [m._size - isinstance(m.tree, kind) for m in (self, other)]
+        depths = [m._depth + (not isinstance(m.tree, kind)) for m in (self, other)]
+        return Mask(tree, operands, sum(sizes) + 1, max(depths))
 
     def __str__(self) -> str:
         return str(self.tree)
@@ -109,11 +117,17 @@ class Mask:
         return f"Mask({self.tree}; {shapes})" if shapes else f"Mask({self.tree})"
 
 
-def _tensors(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+_OPTIONAL = {kind: frozenset(f.name for f in fields(kind) if f.default is None) for kind in n.LEAVES.values()}
+"""Operands that a leaf may be without; which ones together, `check_fields` knows."""
+
+
+def _tensors(operands: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    given: dict[str, Tensor] = {}
     for name, x in operands.items():
         if not isinstance(x, Tensor):
             raise MaskError(f"{name} must be a torch.Tensor, got {type(x).__name__}; wrap it with torch.as_tensor")
-    return operands
+        given[name] = x
+    return given
 
 
 def _merged(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -121,7 +135,7 @@ def _merged(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[dict[str
     names = dict(left)
     table: dict[str, str] = {}
     for name, tensor in right.items():
-        chosen = next((other for other, t in left.items() if t is tensor), None)
+        chosen = next((other for other, t in names.items() if t is tensor), None)
         if chosen is None:
             chosen, count = name, 0
             while chosen in names:
@@ -133,10 +147,12 @@ def _merged(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[dict[str
     return names, table
 
 
-def _leaf(kind: type[n.Leaf], operands: dict[str, Tensor | None], **static: int | None) -> Mask:
-    given = _tensors({name: t for name, t in operands.items() if t is not None})
-    tree = kind(**{name: name for name in given}, **static)  # type: ignore[arg-type]  # fields are named as operands
-    return Mask(tree, given)
+def _leaf(kind: type[n.Leaf], operands: Mapping[str, Tensor | None], **static: int | None) -> Mask:
+    given = _tensors({name: t for name, t in operands.items() if t is not None or name not in _OPTIONAL[kind]})
+    kept, table = _merged({}, given)
+    tree = kind(**{name: table.get(name, name) for name in given}, **static)  # type: ignore[arg-type]
+    check_fields(tree)
+    return Mask(tree, kept)
 
 
 def causal() -> Mask:
@@ -189,20 +205,12 @@ def documents(
     Raises:
         MaskError: both or neither of cu_seqlens and segment_ids are given.
     """
-    mask_operands = {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}
-    mask = _leaf(n.Documents, mask_operands, n_segments=n_segments)
-    verify(mask.tree)
-    return mask
+    return _leaf(n.Documents, {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}, n_segments=n_segments)
 
 
 def window(left: int, right: int = 0) -> Mask:
     """L[i, j] = 1[−right ≤ i − j ≤ left]: a band of `left` earlier tokens, the token itself, and `right` later ones."""
-    for name, value in (("left", left), ("right", right)):
-        if not isinstance(value, int):
-            raise MaskError(f"window({name}) must be an int, got {type(value).__name__}")
-    tree = n.Window(left, right)
-    verify(tree)
-    return Mask(tree, {})
+    return _leaf(n.Window, {}, left=left, right=right)
 
 
 def toeplitz(coeffs: Tensor) -> Mask:
@@ -244,7 +252,7 @@ def semiseparable(log_a: Tensor, b: Tensor, c: Tensor) -> Mask:
             f"b and c must be (batch, seqlen, nheads, rank) of one rank, got {tuple(b.shape)} and {tuple(c.shape)}"
         )
     operands = _tensors({"log_a": log_a, "b": b, "c": c})
-    return Mask(n.Semiseparable("log_a", "b", "c", b.shape[3]), operands)
+    return _leaf(n.Semiseparable, operands, rank=b.shape[3])
 
 
 def fenwick(log_a: Tensor, levels: Tensor) -> Mask:
@@ -272,11 +280,7 @@ def trapezoidal(
     Raises:
         MaskError: gamma is missing, or not exactly one of beta and beta_over_a is given.
     """
-    mask = _leaf(
-        n.Trapezoidal, {"log_a": log_a, "beta": beta, "gamma": gamma, "beta_over_a": beta_over_a}
-    )
-    verify(mask.tree)
-    return mask
+    return _leaf(n.Trapezoidal, {"log_a": log_a, "beta": beta, "gamma": gamma, "beta_over_a": beta_over_a})
 
 
 def channel_decay(log_a: Tensor | None = None, *, dt: Tensor | None = None, A: Tensor | None = None) -> Mask:
@@ -286,6 +290,4 @@ def channel_decay(log_a: Tensor | None = None, *, dt: Tensor | None = None, A: T
         log_a: `(batch, seqlen, nheads, dstate)`, sizes of 1 broadcast.
         dt, A: instead, the factored form log_a = dt[..., None] · A, with dt per token and A `(nheads, dstate)`.
     """
-    mask = _leaf(n.ChannelDecay, {"log_a": log_a, "dt": dt, "A": A})
-    verify(mask.tree)
-    return mask
+    return _leaf(n.ChannelDecay, {"log_a": log_a, "dt": dt, "A": A})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import config
 from .adjoint import differentiable_backward
@@ -23,7 +24,8 @@ from .ir.contraction import Contraction, parse_contraction
 from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
 from .ir.resolve import resolve
 from .ir.terms import Linear, term_operands
-from .plan import Plan, Step, plan, state_terms
+from .plan import Plan, Step, check, plan, state_terms
+from .vmap import Fold, unmapped_shape
 
 LIBRARY = torch.library.Library("ssdops", "DEF")
 LIBRARY.define(
@@ -31,7 +33,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "backward(Tensor[] cotangents, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, "
-    "float scale) -> Tensor[]"
+    "float scale, Tensor y) -> Tensor[]"
 )
 LIBRARY.define("write_slots_(Tensor(a!) pool, Tensor values, Tensor indices) -> ()")
 _forward_op = torch.ops.ssdops.forward.default
@@ -105,13 +107,14 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
 ) -> list[Tensor]:
     call = prepare(q, k, v, operands, states, program)
-    p, total, finals = call.problem, None, []
+    p, total = call.problem, None
+    finals: list[Tensor] = []
     for _, step, x in _bound(call, q, k, v, operands, states, scale):
-        y, final = registry.get(step.backend).forward(step.term, x, step.config)
-        total = y if total is None else total.add_(y)
+        out = registry.get(step.backend).forward(step.term, x, step.config)
+        total = out.y if total is None else total.add_(out.y)
         if isinstance(step.term, Linear) and call.contraction.return_state:
-            assert final is not None  # every backend returns the state of a linear term
-            finals.append(final.to(p.state_dtype))
+            assert out.state is not None  # every backend returns the state of a linear term
+            finals.append(out.state.to(p.state_dtype))
     if total is None:
         total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=q.device)
     return [total.to(p.dtype), *finals]
@@ -136,6 +139,7 @@ def _forward_fake(
     contraction = parse_contraction(program)
     named = dict(zip(n.operand_names(contraction.mask), operands, strict=True))
     p = problem_of(contraction.mask, q, k, v, named, states, contraction.state_dtype)
+    check(contraction, p)
     out = [q.new_empty((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.dtype)]
     if contraction.return_state or states:
         count = len(state_terms(contraction.mask))
@@ -158,24 +162,58 @@ def _backward(
     states: list[Tensor],
     program: str,
     scale: float,
+    y: Tensor,
+) -> list[Tensor]:
+    # a dispatch mode (a FLOP counter, checkpointing) calls this with autograd switched off, and it is needed here
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _excluded_but_autograd()):
+        return _gradients(cotangents, q, k, v, operands, states, program, scale)
+
+
+def _excluded_but_autograd() -> Any:
+    """The dispatch keys that this thread skips now, those of autograd apart."""
+    keys = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        keys = keys.remove(key)
+    return keys
+
+
+_AUTOGRAD_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith(("Autograd", "ADI"))]
+
+
+def _gradients(
+    cotangents: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
 ) -> list[Tensor]:
     call = prepare(q, k, v, operands, states, program)
     dy, dstates = cotangents[0], cotangents[1:]
-    total = Gradients(*(torch.zeros(t.shape, dtype=call.problem.accumulate, device=t.device) for t in (q, k, v)))
+    total: Gradients | None = None
+    # the output is a term's own Y where there is one term, and was not rounded where it has the accumulation dtype
+    own = y if len(call.plan.steps) == 1 and y.dtype == call.problem.accumulate else None
     named = dict(zip(call.names, operands, strict=True))
     doperands = {name: torch.zeros_like(x) for name, x in named.items() if x.is_floating_point()}
     dinitial: list[Tensor] = []
     for index, step, x in _bound(call, q, k, v, operands, states, scale):
         dstate = dstates[index] if index >= 0 and dstates else None
-        grads = registry.get(step.backend).backward(step.term, x, step.config, dy, dstate)
-        for whole, part in ((total.q, grads.q), (total.k, grads.k), (total.v, grads.v)):
-            whole += part
+        grads = registry.get(step.backend).backward(step.term, x, step.config, dy, dstate, own)
+        if total is None:
+            total = grads
+        else:
+            for whole, part in ((total.q, grads.q), (total.k, grads.k), (total.v, grads.v)):
+                whole += part
         for name, grad in {**grads.operands, **_through_expressions(step, grads, named)}.items():
             doperands[name] = doperands[name] + grad.to(doperands[name].dtype)
         if index >= 0 and states:
             assert grads.initial is not None  # every backend returns it where an initial state was given
             dinitial.append(grads.initial.to(states[index].dtype))
     empty = q.new_empty(0)
+    if total is None:
+        total = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     return [
         total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype),
         *[doperands.get(name, empty) for name in call.names], *dinitial,
@@ -210,6 +248,7 @@ def _backward_fake(
     states: list[Tensor],
     program: str,
     scale: float,
+    y: Tensor,
 ) -> list[Tensor]:
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format) if x.is_floating_point() else q.new_empty(0)
@@ -233,18 +272,33 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         program, scale, n_operands, *tensors = inputs
         ctx.program, ctx.scale, ctx.n_operands = program, scale, n_operands
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(output[0], *tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *rest = ctx.saved_tensors
+        y, q, k, v, *rest = ctx.saved_tensors
         operands, states = rest[: ctx.n_operands], rest[ctx.n_operands :]
         if torch.is_grad_enabled():
             grads = differentiable_backward(call, list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
         else:
-            grads = _backward_op(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
+            grads = _backward_op(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale, y)
         wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
         return (None, None, None, *(grad if needed else None for grad, needed in wanted))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedError("ssd has no forward-mode derivative (jvp, dual tensors); use reverse mode: vjp, grad, jacrev")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], program: str, scale: float, n_operands: int, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        q, k, v, *rest = tensors
+        operands, states = list(rest[:n_operands]), list(rest[n_operands:])
+        dims = in_dims[3:]
+        dims = (*dims[:3], dims[3 : 3 + n_operands], dims[3 + n_operands :], None, None)
+        out, out_dims = _forward_vmap(info, dims, q, k, v, operands, states, program, scale)
+        return tuple(out), tuple(out_dims)
 
 
 def _autograd(
@@ -264,15 +318,68 @@ def call(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
 ) -> list[Tensor]:
     """`ssdops::forward`, entered at the autograd level: what eager callers use, as it is the shortest way in."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands, *states)):
+    learnt = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands, *states))
+    if learnt or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return list(_Differentiable.apply(program, scale, len(operands), q, k, v, *operands, *states))
     with torch._C._AutoDispatchBelowAutograd():
         out: list[Tensor] = _forward_op(q, k, v, operands, states, program, scale)
         return out
 
 
-def _no_vmap(*args: Any) -> Any:
-    raise UnsupportedError("torch.func.vmap over ssd is not supported; fold the mapped axis into batch, which ssd maps over")
+# --- vmap ------------------------------------------------------------------------------------------------------------
+
+
+def _forward_vmap(
+    info: Any,
+    dims: tuple[Any, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+) -> tuple[list[Tensor], list[int]]:
+    fold = Fold.of(program, info.batch_size, q, dims[0])
+    out = call(
+        *(fold.rows(x, dim) for x, dim in zip((q, k, v), dims[:3], strict=True)),
+        fold.operands(operands, dims[3], apart=False),
+        [fold.rows(x, dim) for x, dim in zip(states, dims[4], strict=True)],
+        program,
+        scale,
+    )
+    return [fold.unfold(x) for x in out], [0] * len(out)
+
+
+def _backward_vmap(
+    info: Any,
+    dims: tuple[Any, ...],
+    cotangents: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+) -> tuple[list[Tensor], list[int]]:
+    fold = Fold.of(program, info.batch_size, q, dims[1])
+    grads = _backward_op(
+        [fold.rows(x, dim) for x, dim in zip(cotangents, dims[0], strict=True)],
+        *(fold.rows(x, dim) for x, dim in zip((q, k, v), dims[1:4], strict=True)),
+        fold.operands(operands, dims[4], apart=True),
+        [fold.rows(x, dim) for x, dim in zip(states, dims[5], strict=True)],
+        program,
+        scale,
+    )
+    of_operands = grads[3 : 3 + len(operands)]
+    shapes = [unmapped_shape(x, dim) for x, dim in zip(operands, dims[4], strict=True)]
+    out = [
+        *(fold.unfold(x) for x in grads[:3]),
+        *(fold.operand_gradient(*x) for x in zip(fold.axes, of_operands, shapes, strict=True)),
+        *(fold.unfold(x) for x in grads[3 + len(operands) :]),
+    ]
+    return out, [0] * len(out)
 
 
 def _write_slots(pool: Tensor, values: Tensor, indices: Tensor) -> None:
@@ -288,3 +395,5 @@ LIBRARY.impl("backward", _backward, "CompositeExplicitAutograd")
 LIBRARY.impl("forward", _autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("ssdops::forward", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("ssdops::backward", _backward_fake, lib=LIBRARY)
+torch.library.register_vmap("ssdops::forward", _forward_vmap, lib=LIBRARY)
+torch.library.register_vmap("ssdops::backward", _backward_vmap, lib=LIBRARY)

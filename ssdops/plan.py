@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NoReturn
 
 from .autotune.cost import predict
 from .backends import registry
@@ -93,9 +94,36 @@ def plan(contraction: Contraction, problem: Problem) -> Plan:
         UnknownBackendError: no backend has that name.
         ShapeError: chunk_size is below 1.
     """
+    _check_chunk_size(contraction)
+    return Plan(tuple(_step(term, contraction, problem) for term in terms_of(contraction.mask)))
+
+
+def check(contraction: Contraction, problem: Problem) -> None:
+    """Raise what `plan` would raise, without predicting anything: sizes may be symbolic, and are not compared."""
+    _check_chunk_size(contraction)
+    for term in terms_of(contraction.mask):
+        names = registry.names() if contraction.backend == "auto" else (contraction.backend,)
+        found = [x for name in names for x in _configs(term, name, contraction, problem)]
+        if all(isinstance(x, Rejection) for x in found):
+            _refuse(term, contraction, problem)
+
+
+def _check_chunk_size(contraction: Contraction) -> None:
     if contraction.chunk_size is not None and contraction.chunk_size < 1:
         raise ShapeError(f"chunk_size must be at least 1, got {contraction.chunk_size}")
-    return Plan(tuple(_step(term, contraction, problem) for term in terms_of(contraction.mask)))
+
+
+def _refuse(term: Term, contraction: Contraction, problem: Problem) -> NoReturn:
+    """Say why nothing that the user allowed runs the term, and what does."""
+    found = {name: list(_configs(term, name, contraction, problem)) for name in registry.names()}
+    reasons = {name: x[0].reason for name, x in found.items() if isinstance(x[0], Rejection)}
+    if contraction.backend == "auto":
+        listed = "; ".join(reasons.values())
+        raise UnsupportedError(f"no backend can run {term.node()}: {listed}")
+    able = ", ".join(name for name in found if name not in reasons) or "none"
+    raise UnsupportedError(
+        f"backend {contraction.backend!r} cannot run {term.node()}: {reasons[contraction.backend]} (able: {able})"
+    )
 
 
 def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
@@ -106,6 +134,8 @@ def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
         found = list(_candidates(term, name, contraction, problem))
         candidates += [step for step in found if isinstance(step, Step)]
         rejected += [r for r in found if isinstance(r, Rejection)]
+    if not candidates:
+        _refuse(term, contraction, problem)
     best = min(candidates, key=lambda step: step.seconds)
     slower = {
         step.backend: step.seconds
@@ -121,20 +151,23 @@ def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
 
 def _named(term: Term, contraction: Contraction, problem: Problem) -> Step:
     """The one backend that the user asked for, or the reason why not and who can."""
-    found = list(_candidates(term, contraction.backend, contraction, problem))
-    if isinstance(found[0], Step):
-        return found[0]
-    able = [
-        name
-        for name in registry.names()
-        if any(isinstance(step, Step) for step in _candidates(term, name, contraction, problem))
-    ]
-    raise UnsupportedError(
-        f"backend {contraction.backend!r} cannot run {term.node()}: {found[0].reason} (able: {', '.join(able) or 'none'})"
-    )
+    first = next(_candidates(term, contraction.backend, contraction, problem))
+    if isinstance(first, Rejection):
+        _refuse(term, contraction, problem)
+    return first
 
 
 def _candidates(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Step | Rejection]:
+    """Every configuration of one backend as a step with its predicted cost, the default first; or a rejection."""
+    backend = registry.get(name)
+    for config in _configs(term, name, contraction, problem):
+        if isinstance(config, Rejection):
+            yield config
+        else:
+            yield Step(term, name, config, predict(backend.work(term, problem, config), problem.target.device))
+
+
+def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:
     """Every configuration of one backend that fits what the user fixed, the default first; or a rejection."""
     backend = registry.get(name)
     support = backend.supports(term, problem)
@@ -147,5 +180,4 @@ def _candidates(term: Term, name: str, contraction: Contraction, problem: Proble
             yield Rejection(name, f"'{name}' has no chunks, and chunk_size={contraction.chunk_size} was asked for")
             return
         configs = (Config(contraction.chunk_size),)
-    for config in configs:
-        yield Step(term, name, config, predict(backend.work(term, problem, config), problem.target.device))
+    yield from configs

@@ -85,6 +85,27 @@ class Inputs:
         return x.expand(p.batch, p.seqlen, *x.shape[2:])
 
 
+    def empty_output(self) -> Tensor:
+        """Room for Y; zeros where documents leave tokens out."""
+        p = self.problem
+        covered = self.spans is None or sum(s.stop - s.start for s in self.spans) == p.batch * p.seqlen
+        make = torch.empty if covered else torch.zeros
+        return make((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.accumulate, device=self.q.device)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a term gives.
+
+    Attributes:
+        y: `(batch, seqlen, nheads, headdim)` in the accumulation dtype.
+        state: the final states of a linear term.
+    """
+
+    y: Tensor
+    state: Tensor | None = None
+
+
 @dataclass
 class Gradients:
     """Gradients of one term's inputs.
@@ -121,12 +142,18 @@ class Backend(Protocol):
         """What a forward pass costs."""
         ...
 
-    def forward(self, term: Term, x: Inputs, config: Config) -> tuple[Tensor, Tensor | None]:
-        """Y `(batch, seqlen, nheads, headdim)` in the accumulation dtype, and the final states of a linear term."""
+    def forward(self, term: Term, x: Inputs, config: Config) -> Output:
+        """Run the term."""
         ...
 
-    def backward(self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None) -> Gradients:
-        """Gradients for the cotangents of Y and of the final states (None is 0)."""
+    def backward(
+        self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None, y: Tensor | None = None
+    ) -> Gradients:
+        """Gradients for the cotangents of Y and of the final states (None is 0).
+
+        Args:
+            y: this term's own Y where it is at hand in the accumulation dtype.
+        """
         ...
 
 

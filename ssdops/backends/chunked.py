@@ -4,13 +4,19 @@ Chunk by chunk, with the state in hand, so that nothing grows with seqlen but th
 their scores are computed once, and their states lie side by side as columns [N, heads · P] of one matrix, so that what
 enters and what leaves a chunk are single large matmuls, and gradients of shared q and k are summed over heads inside them.
 
-Shapes: R rows still running, C tokens of the chunk, G distinct score heads, r = H/G heads sharing them, N dstate, P headdim.
+What needs no state (scores, decays, what is inside a chunk) is done for a *span* of M chunks at once, as on a CPU every torch
+call costs microseconds, and in buffers that are used again, as fresh memory costs a page fault.
+
+Shapes: M chunks of a span, R rows still running, C tokens of a chunk, G distinct score heads, r = H/G heads sharing them,
+N dstate, P headdim.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -18,12 +24,14 @@ from torch import Tensor
 from ..ir.problem import Problem, common_heads
 from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
-from .base import Config, Gradients, Inputs, Support, Work, exponent_dtype, reduce_value, reject_scan
+from .base import Config, Gradients, Inputs, Output, Support, Work, exponent_dtype, reduce_value, reject_scan
 from .rows import Rows
 from .scan import diagonal_backward, diagonal_forward, exponent_gradient, exponents
 
 SIZES = (64, 32, 128, 256)
 """Chunk sizes to consider, the default first."""
+SPAN = 512
+"""Tokens, over all rows, that a span aims at: enough to hide the cost of calls, few enough to stay in cache."""
 
 
 class Chunked:
@@ -56,51 +64,67 @@ class Chunked:
         chunks = ceil(p.seqlen / size) if p.seqlen else 0
         return Work(
             tokens * (scores + p.nheads * per_head),
-            tokens * p.nheads * (4 * size + 4 * p.headdim),
+            tokens * p.nheads * (4 * size + 4 * p.headdim + 3 * p.dstate * p.headdim / size),
             4 * tokens * (p.q_heads * p.dstate + p.k_heads * p.dstate + 2 * p.nheads * p.headdim),
-            25.0 * chunks,
+            10.0 + 25.0 * chunks,
         )
 
-    def forward(self, term: Term, x: Inputs, config: Config) -> tuple[Tensor, Tensor | None]:
+    def forward(self, term: Term, x: Inputs, config: Config) -> Output:
         """One chunk after another."""
         if isinstance(term, Diagonal):
-            return diagonal_forward(term, x), None
+            return Output(diagonal_forward(term, x))
         assert isinstance(term, Linear)  # supports() refuses the rest
-        scan, p = _Scan(term, x, config), x.problem
-        y = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.accumulate, device=x.q.device)
+        scan, y = _Scan(term, x, config), x.empty_output()
         state = scan.initial()
-        for t0, t1 in scan.tiles():
-            tile = scan.tile(t0, t1)
-            scan.rows.write(y, scan.output(tile, state[: tile.rows]), t0, t1)
-            scan.update_(tile, state[: tile.rows])
-        return y, scan.leave(state)
+        for span in scan.spans:
+            tile = scan.tile(*span)
+            scan.write_output(tile, scan.across(tile, state), y)
+        return Output(y, scan.leave(state))
 
-    def backward(self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None) -> Gradients:
+    def backward(
+        self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None, y: Tensor | None = None
+    ) -> Gradients:
         """Forward again for the states at chunk starts, then back over the chunks with the state's cotangent in hand."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, dy)
         assert isinstance(term, Linear)  # supports() refuses the rest
         scan = _Scan(term, x, config)
-        return _backward(scan, dy, dstate)
+        return _Backward(scan, dy, dstate, y).run()
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp in place, with results below 1e-34 (float64: 1e-303) put to 0.
+
+    On CPUs exp takes ten times as long where its result is denormal, zero or infinite, as strong decays make it.
+    """
+    floor = -78.0 if x.dtype == torch.float32 else -696.0
+    return torch.nn.functional.threshold_(x.clamp_min_(floor).exp_(), math.exp(floor) * 1.001, 0.0)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """One chunk of every row still running."""
+    """A span of chunks, of every row still running, in the accumulation dtype."""
 
+    t0: int  # local time
     rows: int  # R
-    q: Tensor  # [R, G, C, N]
-    k: Tensor  # [R, G, C, N]
-    v: Tensor  # [R, H, C, P]
-    rho: Tensor | None  # [R, C, H]: None where nothing decays
-    kappa: Tensor | None
-    total: Tensor | None  # [R, H]
-    u: Tensor | None  # [R, C, H]
-    w: Tensor | None
+    q: Tensor  # [M, R, G, C, N]
+    k: Tensor  # [M, R, G, C, N]
+    v: Tensor  # [M, R, C, H, P], column scales in it
+    u: Tensor | None  # row scales [M, R, C, H]
+    rho: Tensor | None  # [M, R, H, C], in the dtype of exponents; None where nothing decays, as the four below
+    kappa: Tensor | None  # [M, R, H, C]
+    entering: Tensor | None  # exp(ρ_i), [M, R, C, H]
+    leaving: Tensor | None  # exp(E − κ_j), [M, R, C, H]
+    total: Tensor | None  # exp(E), [M, R, H]
+
+    @property
+    def t1(self) -> int:
+        """Where the span ends in local time."""
+        return self.t0 + self.v.shape[0] * self.v.shape[2]
 
 
 class _Scan:
-    """A linear term over its rows, in chunks."""
+    """A linear term over its rows, in spans of chunks."""
 
     def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
         p = x.problem
@@ -111,13 +135,29 @@ class _Scan:
         self.shared = p.nheads // self.groups
         self.acc, self.exact = p.accumulate, exponent_dtype(p)
         self.scale = term.sign * x.scale
-        self._slots = {name: x.per_head(name) for name in x.values}
+        self.slots = {name: x.per_head(name) for name in x.values}
+        self.spans = self._spans()
+        self._room: dict[str, Tensor] = {}
 
-    def tiles(self) -> list[tuple[int, int]]:
-        """[t0, t1) of each chunk, in local time."""
-        return self.rows.tiles(self.size)
+    def _spans(self) -> list[tuple[int, int]]:
+        """(start, chunks) of each span in local time; a last chunk that is short is a span of its own."""
+        length, out, t0 = self.rows.length, [], 0
+        while t0 < length:
+            chunks = max(SPAN // (self.size * max(self.rows.alive(t0), 1)), 1)
+            chunks = max(min(chunks, (length - t0) // self.size), 1)
+            out.append((t0, chunks))
+            t0 += chunks * self.size
+        return out
 
-    # --- states: [R, G, N, r·P] here, [R, H, P, N] outside -----------------------------------------------------------
+    def room(self, name: str, *shape: int) -> Tensor:
+        """A buffer to write into, the same memory at every call of that name."""
+        size = prod(shape)
+        have = self._room.get(name)
+        if have is None or have.numel() < size:
+            have = self._room[name] = torch.empty(size, dtype=self.acc, device=self.x.q.device)
+        return have[:size].view(shape)
+
+    # --- states: [R, G, N, r·P] here, [R, H, P, N] outside ------------------------------------------------------------
 
     def initial(self) -> Tensor:
         """A fresh state for every row."""
@@ -137,177 +177,288 @@ class _Scan:
         wide = states.unflatten(3, (self.shared, self.x.problem.headdim))  # [R, G, N, r, P]
         return self.rows.leave(wide.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous(), self.rows.count)
 
-    # --- reading --------------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------------------------
 
-    def tile(self, t0: int, t1: int) -> _Tile:
-        """Chunk [t0, t1), in the accumulation dtype, heads before time."""
-        slots = {name: self.rows.read(s, t0, t1) for name, s in self._slots.items() if s is not None}
-        q, k = (self.by_head(self.rows.read(t, t0, t1), self.groups) for t in (self.x.q, self.x.k))
-        v = self.by_head(self.rows.read(self.x.v, t0, t1), self.x.problem.nheads)
-        rho = kappa = total = None
-        if "log_a" in slots:
-            rho, kappa, total = exponents(self.term, slots["log_a"].to(self.exact))
-        if "log_cols" in slots:
-            z = slots["log_cols"].to(self.exact)
-            rho, total = (torch.zeros_like(z), torch.zeros_like(z[:, 0])) if rho is None else (rho, total)
-            kappa = -z if kappa is None else kappa - z
-        u, w = (slots[s].to(self.acc) if s in slots else None for s in ("rows", "cols"))
-        return _Tile(len(q), q, k, v, rho, kappa, total, u, w)
+    def tile(self, t0: int, chunks: int) -> _Tile:
+        """A span of chunks."""
+        t1 = min(t0 + chunks * self.size, self.rows.length)
+        p = self.x.problem
 
-    def by_head(self, x: Tensor, heads: int) -> Tensor:
-        """[R, C, h, D] → [R, heads, C, D]."""
-        return repeat_heads(x.to(self.acc).transpose(1, 2), heads, 1)
+        def read(x: Tensor, dtype: torch.dtype = self.acc) -> Tensor:  # [R, T, …] → [M, R, C, …]
+            tile = self.rows.read(x, t0, t1).to(dtype)
+            return tile.reshape(len(tile), chunks, -1, *tile.shape[2:]).transpose(0, 1)
 
-    def wide(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """weight · x with heads side by side: [R, H, C, P] and [R, C, H] → [R, G, C, r·P]."""
-        grouped = x.unflatten(1, (self.groups, self.shared)).transpose(2, 3)  # [R, G, C, r, P]
+        slots = {name: read(slot, self.exact) for name, slot in self.slots.items() if slot is not None}
+        q, k = (repeat_heads(read(t).transpose(2, 3), self.groups, 2).contiguous() for t in (self.x.q, self.x.k))
+        v = repeat_heads(read(self.x.v), p.nheads, 3)
+        u, w = (slots[name].to(self.acc) if name in slots else None for name in ("rows", "cols"))
+        v = v if w is None else v * w[..., None]
+        return _Tile(t0, v.shape[1], q, k, v, u, *self._exponentials(slots.get("log_a"), slots.get("log_cols")))
+
+    def _exponentials(self, log_a: Tensor | None, log_cols: Tensor | None) -> tuple[Tensor | None, ...]:
+        """ρ, κ, exp(ρ), exp(E − κ) and exp(E), from log decays and column exponents [M, R, C, H]."""
+        given = log_a if log_a is not None else log_cols
+        if given is None:
+            return (None,) * 5
+        shape = given.shape
+        d = torch.zeros_like(given) if log_a is None else log_a
+        rho, kappa, total = exponents(self.term, d.reshape(-1, *shape[2:]))
+        kappa = kappa if log_cols is None else kappa - log_cols.reshape(kappa.shape)
+        return (
+            rho.view(shape).transpose(2, 3).contiguous(),
+            kappa.view(shape).transpose(2, 3).contiguous(),
+            exp_(rho.to(self.acc, copy=True)).view(shape),
+            exp_((total[:, None] - kappa).to(self.acc)).view(shape),
+            exp_(total.to(self.acc, copy=True)).view(*shape[:2], shape[3]),
+        )
+
+    # --- layouts ----------------------------------------------------------------------------------------------------
+
+    def wide(self, name: str, x: Tensor, weight: Tensor | None) -> Tensor:
+        """weight · x with heads side by side: [M, R, C, H, P] and [M, R, C, H] → [M, R·G, C, r·P]."""
+        m, rows, c, _, dim = x.shape
+        out = self.room(name, m, rows, self.groups, c, self.shared, dim)
+        grouped = x.reshape(m, rows, c, self.groups, self.shared, dim).transpose(2, 3)
         if weight is None:
-            return grouped.flatten(3)
-        weight = weight.to(self.acc).unflatten(2, (self.groups, self.shared)).transpose(1, 2)  # [R, G, C, r]
-        out = torch.empty(grouped.shape, dtype=x.dtype, device=x.device)
-        return torch.mul(grouped, weight[..., None], out=out).flatten(3)
+            out.copy_(grouped)
+        else:
+            torch.mul(grouped, weight.reshape(m, rows, c, self.groups, self.shared, 1).transpose(2, 3), out=out)
+        return out.view(m, rows * self.groups, c, self.shared * dim)
 
-    def narrow(self, x: Tensor) -> Tensor:
-        """[R, G, C, r·P] → [R, C, H, P], a view."""
-        return x.unflatten(3, (self.shared, self.x.problem.headdim)).transpose(1, 2).flatten(2, 3)
+    def narrow(self, x: Tensor, rows: int) -> Tensor:
+        """[M, R·G, C, r·P] → [M, R, C, H, P]: a view where heads are all of one group, or groups of one head."""
+        m, _, c, _ = x.shape
+        grouped = x.view(m, rows, self.groups, c, self.shared, -1).transpose(2, 3)  # [M, R, C, G, r, P]
+        return grouped.reshape(m, rows, c, self.groups * self.shared, grouped.shape[-1])
 
-    # --- one chunk ------------------------------------------------------------------------------------------------
-
-    def decays(self, tile: _Tile) -> Tensor | None:
-        """exp(ρ_i − κ_j), [R, H, C, C]; meaningless above the diagonal."""
-        if tile.rho is None or tile.kappa is None:
-            return None
-        rho, kappa = tile.rho.transpose(1, 2), tile.kappa.transpose(1, 2)
-        shape = (*rho.shape, kappa.shape[2])
-        out = torch.empty(shape, dtype=self.acc, device=rho.device)
-        # above the diagonal the exponent may be positive and overflow: the caller selects what lies below
-        return torch.sub(rho[..., None], kappa[:, :, None], out=out).exp_()
-
-    def masked_scores(self, tile: _Tile, decays: Tensor | None) -> Tensor:
-        """(L ∘ QKᵀ) of the chunk, column scales left to v, [R, H, C, C]."""
-        scores = tile.q @ tile.k.transpose(2, 3)  # [R, G, C, C]
-        if decays is None:
-            return self.lower(repeat_heads(scores, self.x.problem.nheads, 1).contiguous())
-        grouped = decays.unflatten(1, (self.groups, self.shared))
-        return self.lower((grouped * scores[:, :, None]).flatten(1, 2))
+    def by_head(self, name: str, x: Tensor) -> Tensor:
+        """[M, R, C, H, P] → [M·R·H, C, P], in a buffer."""
+        m, rows, c, heads, dim = x.shape
+        out = self.room(name, m, rows, heads, c, dim)
+        out.copy_(x.transpose(2, 3))
+        return out.view(-1, c, dim)
 
     def lower(self, x: Tensor) -> Tensor:
         """x with what lies above the diagonal (and on it, if strict) put to zero, in place."""
         return x.tril_(-1 if self.term.strict else 0)
 
-    def columns(self, tile: _Tile) -> Tensor:
-        """w · v, [R, H, C, P]."""
-        return tile.v if tile.w is None else tile.v * tile.w.transpose(1, 2)[..., None]
+    # --- inside chunks ----------------------------------------------------------------------------------------------
 
-    def output(self, tile: _Tile, state: Tensor) -> Tensor:
-        """Y of the chunk from its own tokens and from the state before it, [R, C, H, P]."""
-        inside = (self.masked_scores(tile, self.decays(tile)) @ self.columns(tile)).transpose(1, 2)
-        across = self.narrow(tile.q @ state)
-        if tile.rho is None:
-            y = inside + across
-        else:
-            y = torch.addcmul(inside, across, tile.rho.exp().to(self.acc)[..., None])
-        if tile.u is not None:
-            y *= tile.u[..., None]
-        return y if self.scale == 1.0 else y.mul_(self.scale)
+    def decays(self, tile: _Tile) -> Tensor | None:
+        """exp(ρ_i − κ_j) on and below the diagonal (below it, if strict), [M·R·H, C, C]."""
+        if tile.rho is None or tile.kappa is None:
+            return None
+        c = tile.rho.shape[3]
+        out = self.room("decays", *tile.rho.shape, c)
+        # above the diagonal the exponent may be positive and overflow: that half is put to zero, not multiplied by it
+        self.lower(torch.sub(tile.rho[..., None], tile.kappa[..., None, :], out=out))
+        return self.lower(exp_(out)).view(-1, c, c)
 
-    def leaving(self, tile: _Tile) -> Tensor | None:
-        """exp(E − κ_j) · w_j: what remains of token j after the chunk, [R, C, H]."""
-        if tile.total is None or tile.kappa is None:
-            return tile.w
-        left = (tile.total[:, None] - tile.kappa).exp().to(self.acc)
-        return left if tile.w is None else left * tile.w
+    def masked_scores(self, tile: _Tile, decays: Tensor | None, out: Tensor | None) -> Tensor:
+        """L ∘ QKᵀ of each chunk, [M·R·H, C, C], written to `out` (which may be `decays` itself)."""
+        c, dim = tile.q.shape[3:]
+        scores = tile.q.view(-1, c, dim) @ tile.k.view(-1, c, dim).transpose(1, 2)  # [M·R·G, C, C]
+        if decays is None or out is None:
+            return repeat_heads(self.lower(scores).view(-1, self.groups, c, c), self.x.problem.nheads, 1).reshape(-1, c, c)
+        grouped = (-1, self.shared, c, c)
+        torch.mul(decays.view(grouped), scores[:, None], out=out.view(grouped))
+        return out
 
-    def decay_state_(self, tile: _Tile, state: Tensor) -> None:
-        """state ← exp(E) · state."""
+    def inside(self, tile: _Tile, scores: Tensor) -> Tensor:
+        """What tokens of a chunk give to one another, [M, R, C, H, P]."""
+        m, rows, c, heads, dim = tile.v.shape
+        v = self.by_head("v", tile.v)
+        out = torch.bmm(scores, v, out=self.room("inside", *v.shape))
+        return out.view(m, rows, heads, c, dim).transpose(2, 3)
+
+    # --- between chunks ---------------------------------------------------------------------------------------------
+
+    def walk(self, tile: _Tile, state: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Walk the state through the span, in place: yields each chunk's index and its start state [R·G, N, r·P]."""
+        _, rows, groups, c, n = tile.q.shape
+        running = state[:rows].view(rows * groups, n, -1)
+        v = self.wide("leaving", tile.v, tile.leaving)
+        for index in range(len(tile.q)):
+            yield index, running
+            self.decay_(tile, index, running)
+            running.baddbmm_(tile.k[index].view(-1, c, n).transpose(1, 2), v[index])
+
+    def across(self, tile: _Tile, state: Tensor) -> Tensor:
+        """What each chunk of the span reads of the state before it, exp(ρ) apart, [M, R, C, H, P]; the state walks on."""
+        m, rows, groups, c, n = tile.q.shape
+        out = self.room("across", m, rows * groups, c, state.shape[3])
+        for index, running in self.walk(tile, state):
+            torch.bmm(tile.q[index].view(-1, c, n), running, out=out[index])
+        return self.narrow(out, rows)
+
+    def decay_(self, tile: _Tile, index: int, running: Tensor) -> None:
+        """state ← exp(E) · state, for one chunk; state [R·G, N, r·P]."""
         if tile.total is not None:
-            factor = tile.total.exp().to(self.acc).unflatten(1, (self.groups, self.shared))
-            state.unflatten(3, (self.shared, -1)).mul_(factor[:, :, None, :, None])
+            factor = tile.total[index].reshape(-1, 1, self.shared, 1)
+            running.view(*running.shape[:2], self.shared, -1).mul_(factor)
 
-    def update_(self, tile: _Tile, state: Tensor) -> None:
-        """state ← exp(E) · state + Kᵀ (leaving ∘ V)."""
-        self.decay_state_(tile, state)
-        state += tile.k.transpose(2, 3) @ self.wide(tile.v, self.leaving(tile))
+    def combine(self, tile: _Tile, inside: Tensor, across: Tensor, out: Tensor | None = None) -> Tensor:
+        """Y from both, row scales apart, [M, R, C, H, P]."""
+        if tile.entering is None:
+            return torch.add(inside, across, out=out)
+        return torch.addcmul(inside, across, tile.entering[..., None], out=out)
 
+    def write_output(self, tile: _Tile, across: Tensor, y: Tensor) -> None:
+        """Write Y of the span."""
+        decays = self.decays(tile)
+        inside = self.inside(tile, self.masked_scores(tile, decays, decays))
+        view = self.view(y, tile)
+        out = self.combine(tile, inside, across, view)
+        if tile.u is not None:
+            out *= tile.u[..., None]
+        if self.scale != 1.0:
+            out *= self.scale
+        if view is None:
+            self.write(y, out, tile)
 
-def _backward(scan: _Scan, dy: Tensor, dstate: Tensor | None) -> Gradients:
-    x, p, acc = scan.x, scan.x.problem, scan.acc
-    starts, state = [], scan.initial()
-    for t0, t1 in scan.tiles():
-        starts.append(state.clone())
-        tile = scan.tile(t0, t1)
-        scan.update_(tile, state[: tile.rows])
-    dstates = torch.zeros_like(state) if dstate is None else scan.inward(dstate)
+    def view(self, x: Tensor, tile: _Tile) -> Tensor | None:
+        """The span's part of x itself, [M, R, C, …], where it can be written in place."""
+        view = self.rows.view(x, tile.t0, tile.t1)
+        return None if view is None else view.unflatten(1, (tile.v.shape[0], -1)).transpose(0, 1)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.zeros(p.batch, p.seqlen, *shape, dtype=acc, device=dy.device)
-
-    out = Gradients(empty(p.q_heads, p.dstate), empty(p.k_heads, p.dstate), empty(p.v_heads, p.headdim))
-    values = {slot: empty(p.nheads) for slot in x.values}
-    for (t0, t1), start in zip(reversed(scan.tiles()), reversed(starts), strict=True):
-        tile = scan.tile(t0, t1)
-        g = scan.by_head(scan.rows.read(dy, t0, t1), p.nheads)
-        end, rows = state, tile.rows  # the state after this chunk
-        grads = _chunk_gradients(scan, tile, g, start[:rows], end[:rows], dstates[:rows])
-        for name, total in (("q", out.q), ("k", out.k), ("v", out.v)):
-            grad = grads[name].transpose(1, 2)  # [R, C, heads, D]
-            shared = reduce_to(grad, (*grad.shape[:2], total.shape[2], grad.shape[3]), 2)
-            scan.rows.write(total, shared, t0, t1)
-        for slot, total in values.items():
-            scan.rows.write(total, grads[slot], t0, t1)
-        state = start
-    out.values = {slot: reduce_value(total, x.values[slot]) for slot, total in values.items()}
-    out.initial = None if x.initial is None else scan.leave(dstates)
-    return out
+    def write(self, x: Tensor, tile_of_x: Tensor, tile: _Tile) -> None:
+        """Put [M, R, C, …] back in its place."""
+        self.rows.write(x, tile_of_x.transpose(0, 1).flatten(1, 2), tile.t0, tile.t1)
 
 
-def _chunk_gradients(
-    scan: _Scan, tile: _Tile, g: Tensor, start: Tensor, end: Tensor, dstate: Tensor
-) -> dict[str, Tensor]:
-    """Gradients of one chunk; `dstate`, the cotangent of its end state, becomes that of its start state, in place.
+class _Backward:
+    """The spans of a term from the last to the first, the cotangent of the state in hand."""
 
-    Args:
-        g: the cotangent of Y [R, H, C, P].
-        start, end: the states before and after the chunk [R, G, N, r·P].
-    """
-    out: dict[str, Tensor] = {}
-    g = g if scan.scale == 1.0 else g * scan.scale
-    gu = g if tile.u is None else g * tile.u.transpose(1, 2)[..., None]
-    wv = scan.columns(tile)
-    entering = None if tile.rho is None else tile.rho.exp().to(scan.acc)  # [R, C, H]
-    leaving = scan.leaving(tile)
-    # inside the chunk
-    decays = scan.decays(tile)
-    scores = scan.masked_scores(tile, decays)  # [R, H, C, C]
-    dmasked = scan.lower(gu @ wv.transpose(2, 3))  # d(L ∘ QKᵀ)
-    change = scores * dmasked  # [R, H, C, C]: what ρ_i and κ_j feel
-    dscores = dmasked if decays is None else scan.lower(dmasked * decays)
-    dscores = dscores.unflatten(1, (scan.groups, scan.shared)).sum(2)  # [R, G, C, C]
-    dwv = scores.transpose(2, 3) @ gu
-    # through the states on both sides
-    g_in = scan.wide(gu, entering)  # [R, G, C, r·P]
-    read = scan.narrow(tile.q @ start)  # [R, C, H, P]
-    v_out = scan.wide(tile.v, leaving)
-    kept = scan.narrow(tile.k @ dstate)  # [R, C, H, P]
-    out["q"] = dscores @ tile.k + g_in @ start.transpose(2, 3)
-    out["k"] = dscores.transpose(2, 3) @ tile.q + v_out @ dstate.transpose(2, 3)
-    drho = change.sum(3).transpose(1, 2) + (scan.narrow(g_in) * read).sum(3)  # [R, C, H]
-    dkappa = -(change.sum(2).transpose(1, 2) + (scan.narrow(v_out) * kept).sum(3))
-    dv = dwv.transpose(1, 2) * tile.w[..., None] if tile.w is not None else dwv.transpose(1, 2)
-    out["v"] = (dv + (kept if leaving is None else kept * leaving[..., None])).transpose(1, 2)
-    if tile.total is not None:
-        wide = (dstate * end).unflatten(3, (scan.shared, -1)).sum((2, 4)).flatten(1)  # [R, H]: ⟨dS, S⟩
-        out["log_a"] = exponent_gradient(scan.term, drho, dkappa, wide)
-    out["log_cols"] = -dkappa
-    if tile.u is not None:
-        across = read if entering is None else read * entering[..., None]
-        y = (scores @ wv).transpose(1, 2) + across
-        out["rows"] = (g.transpose(1, 2) * y).sum(3)
-    if tile.w is not None:
-        # the weight without w, so that nothing is divided
-        left = tile.total[:, None] - tile.kappa if tile.total is not None and tile.kappa is not None else None
-        late = kept if left is None else kept * left.exp().to(scan.acc)[..., None]
-        out["cols"] = ((dwv.transpose(1, 2) + late) * tile.v.transpose(1, 2)).sum(3)
-    scan.decay_state_(tile, dstate)
-    dstate += tile.q.transpose(2, 3) @ g_in
-    return out
+    def __init__(self, scan: _Scan, dy: Tensor, dstate: Tensor | None, y: Tensor | None) -> None:
+        p = scan.x.problem
+        self.scan, self.dy = scan, dy
+        self.end, self.states = self._states()
+        self.dstate = torch.zeros_like(self.end) if dstate is None else scan.inward(dstate)
+
+        def empty(*shape: int) -> Tensor:
+            make = torch.empty if scan.rows.covers else torch.zeros
+            return make((p.batch, p.seqlen, *shape), dtype=scan.acc, device=dy.device)
+
+        self.inputs = {"q": empty(p.q_heads, p.dstate), "k": empty(p.k_heads, p.dstate), "v": empty(p.v_heads, p.headdim)}
+        self.values = {slot: empty(p.nheads) for slot in scan.slots}
+        # whether the gradient of v can be written where it belongs, unscaled and unshared
+        self.in_place = p.v_heads == p.nheads and "cols" not in scan.slots
+        # ⟨dY_t, Y_t⟩, where Y is this term's own and not rounded; else Y is computed again span by span
+        self.y = None if "rows" in scan.slots else y
+
+    def _states(self) -> tuple[Tensor, list[Tensor]]:
+        """The final state, and per span the states at chunk starts [M, R, G, N, r·P]."""
+        scan, state = self.scan, self.scan.initial()
+        kept = [state.new_empty(chunks, *state.shape) for _, chunks in scan.spans]
+        for (t0, chunks), room in zip(scan.spans, kept, strict=True):
+            tile = scan.tile(t0, chunks)
+            for index, _ in scan.walk(tile, state):
+                room[index, : tile.rows] = state[: tile.rows]
+        return state, kept
+
+    def run(self) -> Gradients:
+        """All spans."""
+        scan = self.scan
+        for (t0, chunks), starts in zip(reversed(scan.spans), reversed(self.states), strict=True):
+            tile = scan.tile(t0, chunks)
+            grads = self.span(tile, starts[:, : tile.rows])
+            for name, total in {**self.inputs, **self.values}.items():
+                if name == "v" and self.in_place and scan.view(total, tile) is not None:
+                    continue
+                grad = grads[name]  # [M, R, C, heads, D] or [M, R, C, H]
+                scan.write(total, reduce_to(grad, (*grad.shape[:3], *total.shape[2:]), 3), tile)
+            self.end = starts[0]
+        x = scan.x
+        values = {slot: reduce_value(total, x.values[slot]) for slot, total in self.values.items()}
+        initial = None if x.initial is None else scan.leave(self.dstate)
+        return Gradients(**self.inputs, initial=initial, values=values)
+
+    def read(self, x: Tensor, tile: _Tile) -> Tensor:
+        """[M, R, C, …] of a tensor laid out like dy."""
+        part = self.scan.rows.read(x, tile.t0, tile.t1).to(self.scan.acc)
+        return part.reshape(tile.rows, tile.v.shape[0], -1, *part.shape[2:]).transpose(0, 1)
+
+    def span(self, tile: _Tile, starts: Tensor) -> dict[str, Tensor]:
+        """Gradients of one span, [M, R, C, heads, …], from the states at its chunks' starts [M, R, G, N, r·P].
+
+        `self.dstate`, the cotangent of the state at its end, becomes that of the state at its start.
+        """
+        scan = self.scan
+        m, rows, c, heads, dim = tile.v.shape
+        n = tile.q.shape[4]
+        g = self.read(self.dy, tile)
+        g = g if scan.scale == 1.0 else g * scan.scale
+        gu = g if tile.u is None else g * tile.u[..., None]
+        # inside chunks
+        decays = scan.decays(tile)
+        scores = scan.masked_scores(tile, decays, None if decays is None else scan.room("scores", *decays.shape))
+        v_head, gu_head = scan.by_head("v", tile.v), scan.by_head("gu", gu)
+        dmasked = torch.bmm(gu_head, v_head.transpose(1, 2), out=scan.room("dmasked", *scores.shape))
+        dmasked = scan.lower(dmasked) if decays is None else dmasked.mul_(decays)
+        dscores = dmasked.view(-1, scan.shared, c, c).sum(1)  # [M·R·G, C, C]
+        dv = torch.bmm(scores.transpose(1, 2), gu_head, out=scan.room("dv", *v_head.shape))
+        dq = (dscores @ tile.k.view(-1, c, n)).view(m, -1, c, n)
+        dk = (dscores.transpose(1, 2) @ tile.q.view(-1, c, n)).view(m, -1, c, n)
+        # between chunks
+        dtotal = self._anchor(rows) if "log_a" in scan.slots else None
+        late = self._through_states(tile, starts, scan.wide("entering", gu, tile.entering), dq, dk)
+        dv = dv.view(m, rows, heads, c, dim).transpose(2, 3)
+        place = scan.view(self.inputs["v"], tile) if self.in_place else None
+        place = scan.room("dv_tile", *tile.v.shape) if place is None else place
+        if tile.leaving is None:
+            torch.add(dv, late, out=place)
+        else:
+            torch.addcmul(dv, late, tile.leaving[..., None], out=place)
+        out = {"v": place, **{name: d.view(m, rows, -1, c, n).transpose(2, 3) for name, d in (("q", dq), ("k", dk))}}
+        self._per_token(tile, out, g, scores, starts)
+        if dtotal is not None:
+            drho, dkappa = (x.transpose(0, 1).flatten(1, 2) for x in (out["rho"], -out["log_cols"]))
+            d = exponent_gradient(scan.term, drho, dkappa, dtotal)  # [R, M·C, H]
+            out["log_a"] = d.view(rows, m, c, heads).transpose(0, 1)
+        return out
+
+    def _anchor(self, rows: int) -> Tensor:
+        """⟨dS, S⟩ per head where the span ends, [R, H]: sums over tokens start afresh from it, so that they do not drift."""
+        scan = self.scan
+        product = torch.mul(self.dstate[:rows], self.end[:rows], out=scan.room("anchor", *self.dstate[:rows].shape))
+        return product.unflatten(3, (scan.shared, -1)).sum((2, 4)).flatten(1)
+
+    def _through_states(self, tile: _Tile, starts: Tensor, g_in: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
+        """Walk dS back through the span, in place; add to dq and dk; return what reaches v, exp(E − κ) apart."""
+        scan = self.scan
+        m, rows, groups, c, n = tile.q.shape
+        v = scan.wide("leaving", tile.v, tile.leaving)
+        running = self.dstate[:rows].view(rows * groups, n, -1)
+        late = scan.room("late", *v.shape)
+        for index in reversed(range(m)):
+            q, k = (x[index].view(-1, c, n) for x in (tile.q, tile.k))
+            torch.bmm(k, running, out=late[index])
+            dk[index].baddbmm_(v[index], running.transpose(1, 2))
+            dq[index].baddbmm_(g_in[index], starts[index].reshape(rows * groups, n, -1).transpose(1, 2))
+            scan.decay_(tile, index, running)
+            running.baddbmm_(q.transpose(1, 2), g_in[index])
+        return scan.narrow(late, rows)
+
+    def _per_token(self, tile: _Tile, out: dict[str, Tensor], g: Tensor, scores: Tensor, starts: Tensor) -> None:
+        """Dot products per token: gradients of the scales, of log_cols (−dκ), and of ρ."""
+        scan, slots = self.scan, self.scan.slots
+        if "log_a" in slots or "log_cols" in slots:
+            out["log_cols"] = self._dot(out["v"], tile.v)
+        if "cols" in slots:
+            w = self.read(slots["cols"], tile)  # type: ignore[arg-type]  # a slot that is there has a value
+            v = repeat_heads(self.read(scan.x.v, tile), tile.v.shape[3], 3)
+            out["cols"] = self._dot(out["v"], v)
+            out["v"] = out["v"] * w[..., None]
+        if "log_a" not in slots and "rows" not in slots:
+            return
+        if self.y is not None:
+            out["rho"] = self._dot(self.read(self.dy, tile), self.read(self.y, tile))
+            return
+        m, rows, groups, c, n = tile.q.shape
+        read = tile.q.view(m, rows * groups, c, n) @ starts.reshape(m, rows * groups, n, -1)
+        out["rows"] = self._dot(g, scan.combine(tile, scan.inside(tile, scores), scan.narrow(read, rows)))
+        out["rho"] = out["rows"] if tile.u is None else out["rows"] * tile.u
+
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """⟨a, b⟩ over the last axis."""
+        return torch.mul(a, b, out=self.scan.room("dot", *a.shape)).sum(-1)

@@ -15,7 +15,7 @@ from ..ir.evaluate import Scope, entries
 from ..ir.problem import Problem, common_heads
 from ..ir.resolve import Span, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
-from .base import Config, Gradients, Inputs, Support, Work, bind, exponent_dtype
+from .base import Config, Gradients, Inputs, Output, Support, Work, bind, exponent_dtype
 from .scan import diagonal_backward, diagonal_forward, exponents
 
 ROWS = 256
@@ -43,13 +43,15 @@ class Naive:
         pairs = float(p.batch * p.nheads) * p.seqlen**2
         return Work(2 * pairs * (p.dstate + p.headdim), 12 * pairs, 40 * pairs, 40.0 + 20 * p.seqlen / ROWS)
 
-    def forward(self, term: Term, x: Inputs, config: Config) -> tuple[Tensor, Tensor | None]:
+    def forward(self, term: Term, x: Inputs, config: Config) -> Output:
         """By entries."""
         if isinstance(term, Diagonal):
-            return diagonal_forward(term, x), None
-        return contract_by_entries(term, x)
+            return Output(diagonal_forward(term, x))
+        return Output(*contract_by_entries(term, x))
 
-    def backward(self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None) -> Gradients:
+    def backward(
+        self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None, y: Tensor | None = None
+    ) -> Gradients:
         """By differentiating the forward pass, which is plain torch."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, dy)
@@ -61,11 +63,11 @@ class Naive:
             }
             initial = None if x.initial is None else x.initial.detach().clone().requires_grad_()
             fresh = bind(term, x.problem, q, k, v, {**x.operands, **floats}, initial, x.scale)
-            y, state = contract_by_entries(term, fresh)
+            out, state = contract_by_entries(term, fresh)
         inputs = [q, k, v, *floats.values(), *([] if initial is None else [initial])]
-        outputs, cotangents = [y], [dy.to(acc)]
+        outputs, cotangents = [out], [dy.to(acc)]
         if state is not None and dstate is not None:
-            outputs, cotangents = [y, state], [dy.to(acc), dstate.to(state.dtype)]
+            outputs, cotangents = [out, state], [dy.to(acc), dstate.to(state.dtype)]
         kept = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         grads = torch.autograd.grad(
             [o for o, _ in kept], inputs, [c for _, c in kept], allow_unused=True, materialize_grads=True

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ir.problem import Problem
 from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
-from .base import Config, Gradients, Inputs, Support, Work, reduce_value, reject_scan
+from .base import Config, Gradients, Inputs, Output, Support, Work, reduce_value, reject_scan
 from .rows import Rows
 from .scan import diagonal_backward, diagonal_forward
 
@@ -44,20 +44,22 @@ class Recurrent:
         touched = float(p.batch * p.nheads * p.headdim * p.dstate) * p.seqlen
         return Work(0.0, 5 * touched, 12 * touched, 12.0 * p.seqlen)
 
-    def forward(self, term: Term, x: Inputs, config: Config) -> tuple[Tensor, Tensor | None]:
+    def forward(self, term: Term, x: Inputs, config: Config) -> Output:
         """One step per token."""
         if isinstance(term, Diagonal):
-            return diagonal_forward(term, x), None
+            return Output(diagonal_forward(term, x))
         assert isinstance(term, Linear)  # supports() refuses the rest
-        scan, p = Scan(term, x), x.problem
-        y = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.accumulate, device=x.q.device)
+        scan = Scan(term, x)
+        y = x.empty_output()
         state = scan.initial()
         for t in range(scan.rows.length):
             step = scan.step(t)
             scan.rows.write(y, step.advance(state, scan.order)[:, None], t, t + 1)
-        return y, scan.rows.leave(state, scan.n_states)
+        return Output(y, scan.rows.leave(state, scan.n_states))
 
-    def backward(self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None) -> Gradients:
+    def backward(
+        self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None, y: Tensor | None = None
+    ) -> Gradients:
         """Forward again with a state kept every √T steps, then back, each stretch from its kept state."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, dy)

@@ -25,7 +25,7 @@ class Rows:
     """
 
     def __init__(self, spans: list[Span] | None, batch: int, seqlen: int, causal: bool, device: torch.device) -> None:
-        self.seqlen, self.causal, self.device = seqlen, causal, device
+        self.seqlen, self.causal, self.device, self._batch_rows = seqlen, causal, device, batch
         self.spans = None if spans is None else sorted(spans, key=lambda s: s.start - s.stop)
         if self.spans is None:
             self.count, self.length = batch, seqlen
@@ -42,6 +42,11 @@ class Rows:
                 [s.state for s in self.spans],
             )
         )
+
+    @property
+    def covers(self) -> bool:
+        """Whether writing every tile fills the tensor: batch rows do, documents do unless tokens lie outside them all."""
+        return self.spans is None or sum(self.lengths) == self.seqlen * self._batch_rows
 
     def alive(self, t0: int) -> int:
         """How many rows, the first ones, have a token at local time t0."""
@@ -62,6 +67,10 @@ class Rows:
         rows, tokens, inside = self._index(t0, t1)
         tile = x[rows, tokens]
         return tile.masked_fill_(~inside.view(*inside.shape, *(1,) * (tile.ndim - 2)), 0.0)
+
+    def view(self, y: Tensor, t0: int, t1: int) -> Tensor | None:
+        """The tile of y itself where it is one in local time's order, to be written in place; else None."""
+        return y[:, t0:t1] if self.spans is None and self.causal else None
 
     def write(self, y: Tensor, tile: Tensor, t0: int, t1: int) -> None:
         """Put a tile back where `read` took it from, dropping the padding."""

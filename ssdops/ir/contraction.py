@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 from ..errors import ParseError
 from . import nodes as n
-from .text import parse, parse_expression, show
+from .text import abridged, distinct, parse_expression, parse_tree, show
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,21 @@ class Contraction:
 def parse_contraction(text: str) -> Contraction:
     """The contraction that `text` spells; parse_contraction(str(c)) == c."""
     tree = parse_expression(text)
-    options = {f.name for f in fields(Contraction)[1:]}
+    options = tuple(f.name for f in fields(Contraction)[1:])
     match tree:
-        case ast.Call(ast.Name("contract"), [mask], keywords) if all(
-            kw.arg in options and isinstance(kw.value, ast.Constant) for kw in keywords
-        ):
-            values = {str(kw.arg): ast.literal_eval(kw.value) for kw in keywords}
-            return Contraction(parse(ast.unparse(mask)), **values)
+        case ast.Call(ast.Name("contract"), [mask], keywords) if distinct(keywords, options):
+            values = {str(kw.arg): _constant(kw.value, text) for kw in keywords}
+            return Contraction(parse_tree(mask, text), **values)
         case _:
-            raise ParseError(f"{text!r} is not a contraction; expected contract(mask, {', '.join(sorted(options))})")
+            raise ParseError(f"{abridged(text)} is not a contraction; expected contract(mask, {', '.join(options)})")
+
+
+def _constant(tree: ast.expr, text: str) -> Any:
+    match tree:
+        case ast.Constant(value):
+            return value
+        case ast.UnaryOp(ast.USub(), ast.Constant(int(value))):
+            return -value
+        case _:
+            place = ast.get_source_segment(text.strip(), tree) or text
+            raise ParseError(f"in contraction {abridged(text)}: expected a constant, got {abridged(place)}")

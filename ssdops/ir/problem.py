@@ -116,13 +116,13 @@ def count_states(mask: n.Node, operands: Mapping[str, Tensor], batch: int) -> in
     documents = {node for node in n.walk(mask) if isinstance(node, n.Documents)}
     if not documents:
         return batch
-    counts: set[int | None] = set()
+    counts: list[int | None] = []  # no set: traced sizes compare, but do not hash
     for doc in documents:
         if doc.cu_seqlens is not None:
-            counts.add(operands[next(ops.names(doc.cu_seqlens))].shape[0] - 1)
+            counts.append(operands[next(ops.names(doc.cu_seqlens))].shape[0] - 1)
         else:
-            counts.add(None if doc.n_segments is None else batch * doc.n_segments)
-    return counts.pop() if len(counts) == 1 else None
+            counts.append(None if doc.n_segments is None else batch * doc.n_segments)
+    return counts[0] if all(count == counts[0] for count in counts) else None
 
 
 def check_states(states: Sequence[Tensor], n_terms: int, problem: Problem, given: bool = True) -> None:
@@ -210,7 +210,9 @@ def _check_heads(mask: n.Node, named: Mapping[str, Tensor], operands: Mapping[st
             counts |= {name: t.shape[axis] for name in ops.names(x) if (t := operands[name]).ndim >= -axis}
     nheads = max(counts.values())
     for name, count in counts.items():
-        if count == 0 or nheads % count:
+        if count == 0:
+            raise ShapeError(f"{name} has 0 heads, and needs at least one")
+        if nheads % count:
             largest = next(other for other, c in counts.items() if c == nheads)
             raise ShapeError(
                 f"{name} has {count} heads, which must divide nheads={nheads} (from {largest}); "
@@ -238,7 +240,7 @@ def _check_operand_shapes(
                 for name in (b, c):
                     if operands[name].shape[-1] != rank:
                         raise ShapeError(f"{name} has rank {operands[name].shape[-1]}, expected {rank}")
-            case n.Fenwick(levels=str(name)):
+            case n.Fenwick(levels=str(name)) if isinstance(seqlen, int):  # a traced seqlen is checked when it is known
                 needed, have = fenwick_levels(seqlen), operands[name].shape[-1]
                 if have < needed:
                     raise ShapeError(f"{name} has {have} levels; seqlen={seqlen} needs n_levels >= {needed}")

@@ -107,7 +107,7 @@ def parse(text: str) -> n.Node:
     Raises:
         ParseError: the text is not a mask expression; the message shows the place.
     """
-    return _node(parse_expression(text), text)
+    return parse_tree(parse_expression(text), text)
 
 
 def parse_expression(text: str) -> ast.expr:
@@ -115,12 +115,25 @@ def parse_expression(text: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ParseError(f"mask text {text!r} is not an expression: {error}") from None
+        raise ParseError(f"mask text {abridged(text)} is not an expression: {error}") from None
+
+
+def parse_tree(tree: ast.expr, text: str) -> n.Node:
+    """The mask that a part of the text spells, given as `parse_expression(text)` or a part of it."""
+    try:
+        return _node(tree, text)
+    except RecursionError:
+        raise ParseError(f"mask text {abridged(text)} nests too deeply to be a mask") from None
+
+
+def abridged(text: str, length: int = 300) -> str:
+    """The text quoted for a message, its middle left out if it is long."""
+    return repr(text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}")
 
 
 def _fail(tree: ast.AST, text: str, expected: str) -> ParseError:
     place = ast.get_source_segment(text.strip(), tree) or text
-    return ParseError(f"in mask text {text!r}: expected {expected}, got {place!r}")
+    return ParseError(f"in mask text {abridged(text)}: expected {expected}, got {abridged(place)}")
 
 
 def _node(tree: ast.expr, text: str) -> n.Node:
@@ -153,12 +166,18 @@ def _method(
             return _POSTFIX[method](mask)
         case "shift", [], []:
             return n.Shift(mask, 1)
-        case "shift", [ast.Constant(int(count))], []:
-            return n.Shift(mask, count)
-        case "scale", [], [_, *_] if all(kw.arg in ("rows", "cols", "log_cols") for kw in keywords):
+        case "shift", [count], []:
+            return n.Shift(mask, _integer(count, text))
+        case "scale", [], [_, *_] if distinct(keywords, ("rows", "cols", "log_cols")):
             return n.Scale(mask, **{str(kw.arg): _operand(kw.value, text) for kw in keywords})
         case _:
             raise _fail(tree, text, ".T, .reverse(), .strict(), .shift(n) or .scale(rows=, cols=, log_cols=)")
+
+
+def distinct(keywords: list[ast.keyword], known: tuple[str, ...]) -> bool:
+    """Whether every keyword is a known one and none is given twice (which `ast` lets pass)."""
+    given = [kw.arg for kw in keywords]
+    return len(set(given)) == len(given) and set(given) <= set(known)
 
 
 def _leaf(

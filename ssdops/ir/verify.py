@@ -11,6 +11,10 @@ MAX_NODES = 512
 MAX_DEPTH = 64
 """And nest this deeply, so that recursion over a mask never meets Python's limit."""
 
+_COUNTS: dict[type[n.Node], tuple[str, ...]] = {
+    n.Window: ("left", "right"), n.Documents: ("n_segments",), n.Shift: ("n",), n.Semiseparable: ("rank",),
+}  # fmt: skip
+
 
 def verify(node: n.Node) -> n.Node:
     """Return node if it is well formed.
@@ -34,11 +38,16 @@ def verify(node: n.Node) -> n.Node:
 def _check(node: n.Node, depth: int) -> int:
     if depth > MAX_DEPTH:
         raise MaskError(f"the mask expression nests deeper than {MAX_DEPTH} levels; write it flatter")
-    _check_fields(node)
+    check_fields(node)
     return 1 + sum(_check(child, depth + 1) for child in n.children(node))
 
 
-def _check_fields(node: n.Node) -> None:
+def check_fields(node: n.Node) -> None:
+    """Whether the node itself is well formed, its children apart; raises MaskError if not."""
+    for name in _COUNTS.get(type(node), ()):
+        value = getattr(node, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise MaskError(f"{node.op}({name}) must be an int, got {type(value).__name__}: {value!r}")
     match node:
         case n.Sum(terms) if len(terms) == 1 or any(isinstance(t, n.Sum) for t in terms):
             raise MaskError(f"a sum must be flat and have no or several terms, got {terms}; use sum_of")

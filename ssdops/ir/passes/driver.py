@@ -32,7 +32,10 @@ class Pass:
         Raises:
             MaskError: distributing products over sums made the expression larger than verify() allows.
         """
-        return _rewrite(node, self.rules, _Budget())
+        try:
+            return _rewrite(node, self.rules, _Budget())
+        except RecursionError:
+            raise MaskError(f"the mask expression nests too deeply for pass {self.name!r}; write it flatter") from None
 
 
 class _Budget:

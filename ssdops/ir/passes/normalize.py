@@ -8,10 +8,15 @@ reading stays a quadratic term, run by entries.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
+from itertools import product
+from math import prod
 
+from ...errors import MaskError
 from .. import nodes as n
 from .. import operands as ops
 from ..terms import Diagonal, Linear, Quadratic, Term
+from ..verify import MAX_NODES
 from .driver import OnPass, Pass, run
 from .simplify import SIMPLIFY
 
@@ -79,12 +84,15 @@ def distribute(m: n.Node) -> n.Node | None:
             return n.sum_of(*(n.rebuild(m, (t,)) for t in terms))
         case n.Shift(n.Sum(terms)) | n.Scale(n.Sum(terms)):
             return n.sum_of(*(n.rebuild(m, (t,)) for t in terms))
-        case n.Product(factors):
-            for at, factor in enumerate(factors):
-                if isinstance(factor, n.Sum):
-                    rest = factors[:at], factors[at + 1 :]
-                    return n.sum_of(*(n.product_of(*rest[0], t, *rest[1]) for t in factor.terms))
-            return None
+        case n.Product(factors) if any(isinstance(f, n.Sum) for f in factors):
+            choices = [f.terms if isinstance(f, n.Sum) else (f,) for f in factors]
+            count = prod(len(terms) for terms in choices)
+            if count > MAX_NODES:
+                raise MaskError(
+                    f"the mask multiplies {len(factors)} factors out to {count} terms, more than {MAX_NODES}; "
+                    "split it over several calls, whose outputs add"
+                )
+            return n.sum_of(*(n.product_of(*picked) for picked in product(*choices)))
         case _:
             return None
 
@@ -115,9 +123,10 @@ def lift_scale(m: n.Node) -> n.Node | None:
         case n.Shift(n.Scale(x, rows, cols, log_cols), 1):
             return n.Scale(n.Shift(x, 1), None if rows is None else ops.Delay(rows), cols, log_cols)
         case n.Product(factors) if any(isinstance(f, n.Scale) for f in factors):
-            at = next(i for i, f in enumerate(factors) if isinstance(f, n.Scale))
-            scale = factors[at]
-            return n.rebuild(scale, (n.product_of(*factors[:at], scale.mask, *factors[at + 1 :]),))  # type: ignore
+            scales = [f for f in factors if isinstance(f, n.Scale)]
+            bare = n.product_of(*(f.mask if isinstance(f, n.Scale) else f for f in factors))
+            rows, cols = (reduce(ops.mul, slot) for slot in ([s.rows for s in scales], [s.cols for s in scales]))
+            return n.Scale(bare, rows, cols, reduce(ops.add, [s.log_cols for s in scales]))
         case _:
             return None
 

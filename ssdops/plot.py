@@ -1,0 +1,276 @@
+"""A picture of a mask: an example of its matrix, and the blocks that its terms are computed in. Needs matplotlib.
+
+The example has seeded operands and at most 64 tokens in chunks of 8. Left, the entries `L[i, j]` of one head; right,
+each term of the normal form on its chunk grid: of a scan, diagonal blocks run as masked attention, and the blocks off
+the diagonal go through the state. The number in a block is its rank, computed from the example.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedError, ValueRangeError
+from .ir import nodes as n
+from .ir import operands as ops
+from .ir.evaluate import evaluate
+from .ir.problem import fenwick_levels
+from .ir.resolve import Span, document_spans
+from .ir.terms import Diagonal, Linear, Quadratic, Term
+from .plan import terms_of
+
+TOKENS, CHUNKS, MOST_TERMS = 64, 8, 9
+GREY = "#f2f2f2"
+COLORS = {"quadratic": "#d1495b", "low rank": "#2e86ab", "by entries": "#edae49", "diagonal": "#3d7a57"}
+MEANINGS = {
+    "quadratic": "inside a chunk: masked attention",
+    "low rank": "between chunks: through the state",
+    "by entries": "not a scan: entry by entry",
+    "diagonal": "diagonal: token by token",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows and columns [start, stop) of a block, how it is computed, and its rank in the example."""
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    kind: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small instance of a mask: its operands, one batch row and one head."""
+
+    operands: dict[str, Tensor]
+    seqlen: int
+
+    def matrix(self, tree: n.Node) -> Tensor:
+        """L[i, j] in float64; of a per-channel decay, its first channel."""
+        dense = evaluate(tree, self.operands, 1, self.seqlen, 1)[0, 0]
+        return dense if dense.ndim == 2 else dense[..., 0]
+
+
+def draw(tree: n.Node, seqlen: int, path: Path) -> None:
+    """Draw the mask into a PNG.
+
+    Args:
+        tree: the mask.
+        seqlen: of the call; the example is as long, up to 64 tokens.
+        path: ends in .png.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+        ValueRangeError: the path is not a PNG's, or cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError("drawing needs matplotlib, which is not installed: pip install ssdops[plot]") from None
+    if path.suffix.lower() != ".png":
+        raise ValueRangeError(f"--plot writes a PNG, so its name must end in .png, got {path}")
+    example = example_of(tree, min(seqlen, TOKENS))
+    terms = terms_of(tree)
+    figure = Figure(figsize=(12.5, 6.4), dpi=120, layout="constrained")
+    sides: Any = figure.subfigures(1, 2, width_ratios=(1, 1.08))
+    _draw_matrix(sides[0], example, tree)
+    _draw_terms(sides[1], example, terms)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ValueRangeError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+# --- the example ----------------------------------------------------------------------------------------------------
+
+
+def example_of(tree: n.Node, seqlen: int) -> Example:
+    """Seeded operands for every name in the tree, for one batch row, one head and one state channel."""
+    generator = torch.Generator().manual_seed(0)
+    operands = {}
+    for node in n.walk(tree):
+        rank = node.rank if isinstance(node, n.Semiseparable) else 1
+        for slot, axes in n.SLOTS[type(node)]:
+            x = getattr(node, slot)
+            for name in ops.names(x) if x is not None else ():
+                operands[name] = _operand(slot, axes, seqlen, rank, generator)
+    return Example(operands, seqlen)
+
+
+def _operand(slot: str, axes: str, seqlen: int, rank: int, generator: torch.Generator) -> Tensor:
+    """Values that make a readable picture: decays that fade over a few chunks, and scales around 1."""
+    sizes = {"seqlen": seqlen, "rank": rank, "n_levels": fenwick_levels(seqlen), "2*seqlen-1": 2 * seqlen - 1}
+    shape = [sizes.get(axis, 1) for axis in axes.split()]
+    cuts = torch.tensor([0, round(seqlen * 0.36), round(seqlen * 0.62), seqlen])
+    noise = torch.rand(shape, generator=generator) if axes not in n.INTEGER_AXES else cuts
+    match slot:
+        case "log_a" | "log_gamma":
+            return -0.18 * noise
+        case "cu_seqlens":
+            return cuts
+        case "segment_ids":
+            return (torch.arange(seqlen)[None, :, None] >= cuts[1:-1]).sum(2)
+        case "coeffs":
+            lag = torch.arange(2 * seqlen - 1) - (seqlen - 1)
+            return ((lag / 3).cos() * (-lag.abs() / 12).exp())[None]
+        case "levels":
+            return noise * 0.75 ** torch.arange(shape[-1])
+        case "dt":
+            return 0.1 + 0.2 * noise
+        case "A":
+            return -noise
+        case "log_cols":
+            return noise - 0.5
+        case "L":
+            return torch.randn([*shape[:2], seqlen, seqlen], generator=generator)
+        case _:
+            return 0.5 + noise
+
+
+# --- left: the matrix -----------------------------------------------------------------------------------------------
+
+
+def _draw_matrix(figure: Any, example: Example, tree: n.Node) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm, SymLogNorm
+
+    dense, axes = example.matrix(tree), figure.subplots()
+    size = dense.abs().max().item() or 1.0
+    norm: Any
+    if (dense < 0).any():
+        norm, colors = SymLogNorm(size / 30, vmin=-size, vmax=size), "RdBu_r"
+        ticks = [-size, -size / 10, 0.0, size / 10, size]
+    else:
+        positive = dense[dense > 0]
+        low = max(positive.min().item(), size * 1e-6) if len(positive) else size
+        low = low if low < size else size / 10
+        norm, colors = LogNorm(low, size), "viridis"
+        ticks = [low ** (1 - part / 4) * size ** (part / 4) for part in range(5)]
+    shown = torch.where(dense == 0, torch.nan, dense)
+    image = axes.imshow(
+        shown.numpy(), norm=norm, cmap=colormaps[colors].with_extremes(bad=GREY), interpolation="nearest"
+    )
+    bar = figure.colorbar(image, ax=axes, shrink=0.75, label="L[i, j]; grey is 0", location="bottom", pad=0.02)
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+    bar.minorticks_off()
+    axes.set_xlabel("column j (reads k, v)")
+    axes.set_ylabel("row i (reads q, writes y)")
+    axes.set_title(f"an example of {example.seqlen} tokens, one head", fontsize=10)
+    figure.suptitle(_wrapped(f"L = {tree}", 58), fontsize=11, family="monospace")
+
+
+# --- right: the blocks ----------------------------------------------------------------------------------------------
+
+
+def _draw_terms(figure: Any, example: Example, terms: tuple[Term, ...]) -> None:
+    from matplotlib.patches import Patch
+
+    shown = terms[:MOST_TERMS]
+    count = max(len(shown), 1)
+    columns = ceil(sqrt(count))
+    grid = figure.subplots(ceil(count / columns), columns, squeeze=False)
+    kinds: dict[str, None] = {}
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, term in zip(grid.flat, shown, strict=False):
+        axes.set_axis_on()
+        kinds |= dict.fromkeys(_draw_term(axes, example, term, 10 if columns == 1 else 7))
+        width, fontsize = {1: (64, 10), 2: (38, 9)}.get(columns, (32, 7))
+        axes.set_title(_wrapped(str(term.node()), width), fontsize=fontsize, family="monospace")
+    left_out = f"; {len(terms) - len(shown)} more terms are not drawn" if len(terms) > len(shown) else ""
+    chunk = chunk_size(example.seqlen)
+    noun = f"{len(terms)} terms" if len(terms) != 1 else "one term"
+    figure.suptitle(f"normal form: {noun} in chunks of {chunk}; numbers are ranks{left_out}", fontsize=11)
+    if kinds:
+        patches = [Patch(color=COLORS[kind], label=MEANINGS[kind]) for kind in COLORS if kind in kinds]
+        figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+
+
+def _draw_term(axes: Any, example: Example, term: Term, fontsize: int) -> list[str]:
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
+    seqlen, found = example.seqlen, list(blocks(example, term))
+    axes.set(xlim=(0, seqlen), ylim=(seqlen, 0), aspect="equal", xticks=[], yticks=[], facecolor=GREY)
+    support = example.matrix(term.node()) != 0
+    for block in found:
+        (i0, i1), (j0, j1) = block.rows, block.cols
+        color = COLORS[block.kind]
+        if block.kind == "low rank":
+            axes.add_patch(Rectangle((j0, i0), j1 - j0, i1 - i0, facecolor=color, alpha=0.55, edgecolor="white"))
+        else:
+            if block.kind != "diagonal":
+                axes.add_patch(Rectangle((j0, i0), j1 - j0, i1 - i0, facecolor="none", edgecolor=color, linewidth=0.8))
+            _fill_entries(axes, support, block, color)
+        if block.kind != "diagonal" and min(i1 - i0, j1 - j0) >= chunk_size(seqlen) / 2:  # else there is no room
+            text = axes.text((j0 + j1) / 2, (i0 + i1) / 2, str(block.rank), ha="center", va="center", fontsize=fontsize)
+            text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    return list(dict.fromkeys(block.kind for block in found))
+
+
+def _fill_entries(axes: Any, support: Tensor, block: Block, color: str) -> None:
+    from matplotlib.colors import ListedColormap
+
+    (i0, i1), (j0, j1) = block.rows, block.cols
+    image = torch.where(support[i0:i1, j0:j1], 1.0, torch.nan)
+    axes.imshow(
+        image.numpy(), extent=(j0, j1, i1, i0), cmap=ListedColormap([color]), alpha=0.75, interpolation="nearest"
+    )
+
+
+def chunk_size(seqlen: int) -> int:
+    """The example's chunk length."""
+    return max(ceil(seqlen / CHUNKS), 1)
+
+
+def blocks(example: Example, term: Term) -> Iterator[Block]:
+    """The blocks of a term that are not zero.
+
+    Chunks start anew with each document, at its right end for an anticausal scan.
+    """
+    dense, chunks = example.matrix(term.node()), list(_chunks(example, term))
+    for i, rows in enumerate(chunks):
+        for j, cols in enumerate(chunks):
+            block = dense[slice(*rows), slice(*cols)]
+            if not block.any():
+                continue
+            yield Block(rows, cols, _kind(term, i == j), int(torch.linalg.matrix_rank(block, rtol=1e-9)))
+
+
+def _kind(term: Term, on_diagonal: bool) -> str:
+    match term:
+        case Linear():
+            return "quadratic" if on_diagonal else "low rank"
+        case Diagonal():
+            return "diagonal"
+        case Quadratic():
+            return "by entries"
+
+
+def _chunks(example: Example, term: Term) -> Iterator[tuple[int, int]]:
+    size = chunk_size(example.seqlen)
+    documents = term.documents if isinstance(term, Linear) else None
+    spans = [Span(0, 0, example.seqlen, 0)]
+    if documents is not None:
+        spans = document_spans(documents, example.operands, 1, example.seqlen)
+    for span in spans:
+        if isinstance(term, Linear) and not term.causal:
+            edges = [span.start, *reversed(range(span.stop, span.start, -size))]
+        else:
+            edges = [*range(span.start, span.stop, size), span.stop]
+        yield from pairwise(edges)
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines = textwrap.wrap(text, max(width, 16))
+    return "\n".join(lines[:3]) + (" …" if len(lines) > 3 else "")

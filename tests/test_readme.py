@@ -1,0 +1,77 @@
+"""What README.md says is so: its Python runs, its table tells what masks become, its `explain` output is real."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import runpy
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ssdops import masks
+from ssdops.cli import app
+from ssdops.ir import nodes as n
+from ssdops.ir.terms import Diagonal, Linear, Quadratic
+from ssdops.ir.text import parse
+from ssdops.plan import terms_of
+
+ROOT = Path(__file__).parent.parent
+README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `(.+?\(.*\))` \| (.+) \| (.+?) \|$", README, re.MULTILINE)
+
+
+def test_python_blocks_run() -> None:
+    torch.manual_seed(0)
+    source = "\n".join(re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(source, {}, "README.md", "README.md", 0)
+    assert len(test.examples) > 15
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_the_table_names_every_mask() -> None:
+    named = {node.op for text, _, _ in ROWS for node in n.walk(parse(text)) if isinstance(node, n.Leaf)}
+    assert named == set(masks.__all__) - {"Mask"}
+
+
+@pytest.mark.parametrize(("text", "runs_as"), [(text, runs_as) for text, _, runs_as in ROWS])
+def test_the_table_tells_what_masks_become(text: str, runs_as: str) -> None:
+    counts = Counter(type(term) for term in terms_of(parse(text)))
+    expected = {
+        "1 scan": {Linear: 1},
+        "2 scans": {Linear: 2},
+        "a scan per rank": {Linear: 1},
+        "1 scan, diagonal": {Linear: 1, Diagonal: 1},
+        "diagonal": {Diagonal: 1},
+        "quadratic": {Quadratic: 1},
+    }
+    assert counts == expected[runs_as]
+
+
+def test_explain_output_is_real() -> None:
+    """Every line of the README's output is printed; figures may differ, and further backends may have come."""
+    command, shown = re.findall(r"^\$ ssdops (explain .*)\n((?:.*\n)*?)```$", README, re.MULTILINE)[0]
+    result = CliRunner().invoke(app, shlex.split(command), env={"COLUMNS": "104"})
+    assert result.exit_code == 0, result.output
+
+    def lines(text: str) -> list[str]:
+        """Without figures, and without the rules and spaces that depend on widths."""
+        text = re.sub(r"[\d.]+(e[+-]\d+)?", "#", text)
+        return [" ".join(line.split()) for line in text.splitlines() if line.strip(" ─")]
+
+    assert set(lines(shown)) <= set(lines(result.output))
+    assert len(lines(shown)) > 10
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or ROOT.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+def test_examples_run(path: Path) -> None:
+    runpy.run_path(str(path), run_name="__main__")
