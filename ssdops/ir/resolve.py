@@ -140,7 +140,7 @@ def document_spans(
     spans: list[Span] = []
     for row, line in enumerate(ids.expand(batch, -1).tolist()):
         starts = [t for t in range(seqlen) if t == 0 or line[t] != line[t - 1]]
-        found = {line[start]: (start, stop) for start, stop in zip(starts, [*starts[1:], seqlen], strict=True)}
+        found = {line[start]: (start, stop) for start, stop in zip(starts, [*starts[1:], seqlen], strict=False)}
         wanted = sorted(found) if documents.n_segments is None else range(documents.n_segments)
         first = len(spans)
         spans.extend(Span(row, *found.get(s, (0, 0)), first + offset) for offset, s in enumerate(wanted))
