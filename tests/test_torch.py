@@ -184,7 +184,7 @@ def test_opcheck_forward(name, state):
 def test_opcheck_backward(name, state):
     given = arguments(name, state, learnt=False)
     out = torch.ops.ssdops.forward(*given)
-    torch.library.opcheck(torch.ops.ssdops.backward.default, ([torch.randn_like(y) for y in out], *given))
+    torch.library.opcheck(torch.ops.ssdops.backward.default, ([torch.randn_like(y) for y in out], [], *given))
 
 
 @pytest.mark.parametrize("name", MASKS)
