@@ -153,9 +153,7 @@ def ssd_step(
     for name, x in (("q", q), ("k", k), ("v", v)):
         dim = "headdim" if name == "v" else "dstate"
         if x.ndim != 3:
-            raise ShapeError(
-                f"{name} must be (batch, heads, {dim}) in a step, got {x.ndim} dimensions: {tuple(x.shape)}"
-            )
+            raise ShapeError(f"{name} must be (batch, heads, {dim}) in a step, got {x.ndim} dimensions: {tuple(x.shape)}")
         if x.shape[0] != q.shape[0]:
             raise ShapeError(f"{name} has batch {x.shape[0]}, expected {q.shape[0]} as in q")
     _check_recurrence(mask.tree)
@@ -270,8 +268,7 @@ def _check_options(
 ) -> None:
     if not isinstance(scale, int | float):
         raise DtypeError(
-            f"scale must be a Python number, got {type(scale).__name__}; it takes no gradient: "
-            "multiply v by a tensor instead"
+            f"scale must be a Python number, got {type(scale).__name__}; it takes no gradient: multiply v by a tensor instead"
         )
     if not isinstance(return_state, bool):
         raise DtypeError(f"return_state must be True or False, got {type(return_state).__name__}: {return_state!r}")

@@ -34,8 +34,8 @@ LIBRARY.define(
     "bool save=False) -> Tensor[]"
 )
 LIBRARY.define(
-    "backward(Tensor[] cotangents, Tensor[] saved, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, "
-    "float scale) -> Tensor[]"
+    "backward(Tensor[] cotangents, Tensor[] saved, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, "
+    "str program, float scale) -> Tensor[]"
 )
 LIBRARY.define("write_slots_(Tensor(a!) pool, Tensor values, Tensor indices) -> ()")
 _forward_op = torch.ops.ssdops.forward.default
@@ -67,9 +67,7 @@ def _signature(q: Tensor, k: Tensor, v: Tensor, rest: Sequence[Tensor], n_states
     )  # fmt: skip
 
 
-def prepare(
-    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], states: Sequence[Tensor], program: str
-) -> Prepared:
+def prepare(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], states: Sequence[Tensor], program: str) -> Prepared:
     """Check and plan a call, or recall it: everything but the values of the tensors is decided here.
 
     Raises:
@@ -179,6 +177,7 @@ def _forward_fake(
         count = len(state_terms(contraction.mask))
         check_states(states, count, p, given=bool(states))
         if contraction.return_state:
+            assert p.n_states is not None  # check_states() has refused a mask that does not say
             shape = (p.n_states, p.nheads, p.headdim, p.dstate)
             out += [q.new_empty(shape, dtype=p.state_dtype) for _ in range(count)]
     return out
@@ -393,7 +392,9 @@ def _call(
 ) -> list[Tensor]:
     learnt = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands, *states))
     if learnt or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        outputs = _Differentiable.apply(program, scale, len(operands), save, q, k, v, *operands, *states)
+        outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]  # as torch has it
+            program, scale, len(operands), save, q, k, v, *operands, *states
+        )
         return list(outputs[: _public_outputs(program)])
     with torch._C._AutoDispatchBelowAutograd():
         out: list[Tensor] = _forward_op(q, k, v, operands, states, program, scale)

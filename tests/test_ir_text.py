@@ -252,9 +252,7 @@ def test_contractions_read_back(contraction):
 
 def test_defaults_are_left_out_of_the_text():
     assert str(Contraction(A)) == "contract(decay(a))"
-    assert (
-        str(Contraction(A, return_state=True, chunk_size=64)) == "contract(decay(a), return_state=True, chunk_size=64)"
-    )
+    assert str(Contraction(A, return_state=True, chunk_size=64)) == "contract(decay(a), return_state=True, chunk_size=64)"
 
 
 def _options() -> Iterator[Contraction]:

@@ -84,7 +84,6 @@ class Inputs:
         p, x = self.problem, repeat_heads(self.values[slot], self.problem.nheads, 2)
         return x.expand(p.batch, p.seqlen, *x.shape[2:])
 
-
     def empty_output(self) -> Tensor:
         """Room for Y; zeros where documents leave tokens out."""
         p = self.problem

@@ -99,7 +99,7 @@ def exp_(x: Tensor) -> Tensor:
     On CPUs exp takes ten times as long where its result is denormal, zero or infinite, as strong decays make it.
     """
     floor = -78.0 if x.dtype == torch.float32 else -696.0
-    return torch.nn.functional.threshold_(x.clamp_min_(floor).exp_(), math.exp(floor) * 1.001, 0.0)
+    return torch.threshold_(x.clamp_min_(floor).exp_(), math.exp(floor) * 1.001, 0.0)
 
 
 @dataclass(frozen=True)
@@ -292,9 +292,7 @@ class _Scan:
     def room_to_keep(self, tile: _Tile, state: Tensor) -> _Kept:
         """Fresh memory for a span's keepsakes."""
         m, rows, groups, c, _ = tile.q.shape
-        return _Kept(
-            state.new_empty(m, rows, *state.shape[1:]), state.new_empty(m, rows * groups, c, state.shape[3])
-        )
+        return _Kept(state.new_empty(m, rows, *state.shape[1:]), state.new_empty(m, rows * groups, c, state.shape[3]))
 
     def across(self, tile: _Tile, state: Tensor, kept: _Kept | None = None) -> Tensor:
         """Walk the state through the span, in place: what each chunk reads of it, exp(ρ) apart, [M, R, C, H, P]."""
@@ -395,7 +393,8 @@ class _Backward:
         x = scan.x
         values = {slot: reduce_value(total, x.values[slot]) for slot, total in self.values.items()}
         initial = None if x.initial is None else scan.leave(self.dstate)
-        return Gradients(**self.inputs, initial=initial, values=values)
+        q, k, v = self.inputs.values()
+        return Gradients(q, k, v, initial=initial, values=values)
 
     def read(self, x: Tensor, tile: _Tile) -> Tensor:
         """[M, R, C, …] of a tensor laid out like dy."""
@@ -449,9 +448,7 @@ class _Backward:
         product = torch.mul(self.dstate[:rows], self.end[:rows], out=scan.room("boundary", *self.dstate[:rows].shape))
         return product.view(*product.shape[:3], scan.shared, -1).sum((2, 4)).flatten(1)
 
-    def _through_states(
-        self, tile: _Tile, starts: Tensor, g_in: Tensor, v_out: Tensor, dq: Tensor, dk: Tensor
-    ) -> Tensor:
+    def _through_states(self, tile: _Tile, starts: Tensor, g_in: Tensor, v_out: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
         """Walk dS back through the span, in place; add to dq and dk; return what reaches v, exp(E − κ) apart."""
         scan = self.scan
         m, rows, groups, c, n = tile.q.shape

@@ -225,4 +225,5 @@ class _Accumulators:
         x = self.scan.x
         initial = None if x.initial is None else self.scan.rows.leave(dstates, self.scan.n_states)
         values = {slot: reduce_value(total, x.values[slot]) for slot, total in self.values.items()}
-        return Gradients(**self.inputs, initial=initial, values=values)
+        q, k, v = self.inputs.values()
+        return Gradients(q, k, v, initial=initial, values=values)
