@@ -7,7 +7,7 @@ backward passes are tested against.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -18,44 +18,35 @@ from .backends.base import Inputs, bind, reduce_value, share_heads
 from .backends.naive import contract_by_entries
 from .backends.scan import diagonal_forward, exponent_gradient
 from .ir import nodes as n
-from .ir.contraction import Contraction, parse_contraction
+from .ir.contraction import Contraction
 from .ir.passes.adjoint import ADJOINTS
-from .ir.problem import Problem, problem_of
 from .ir.resolve import document_spans, repeat_heads, resolve, segment_ids
 from .ir.terms import Diagonal, Linear
 from .plan import terms_of
+from .run import Call
 
-Call: TypeAlias = Callable[[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], str, float], list[Tensor]]
-"""`ssdops::forward`, differentiable."""
+Runner: TypeAlias = Callable[[Call], list[Tensor]]
 
 
-def differentiable_backward(
-    call: Call,
-    cotangents: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    operands: list[Tensor],
-    states: list[Tensor],
-    program: str,
-    scale: float,
-) -> list[Tensor | None]:
+def differentiable_backward(run: Runner, call: Call, cotangents: list[Tensor]) -> list[Tensor | None]:
     """Gradients of q, k, v, the operands and the states, as a differentiable function of all of them.
 
     A mask that is one bare scan is differentiated by the adjoint contractions; any other is first written as bare scans with
     elementwise torch around them, which autograd takes apart.
+
+    Args:
+        run: `ssdops::forward`, differentiable.
     """
-    contraction = parse_contraction(program)
-    named = dict(zip(n.operand_names(contraction.mask), operands, strict=True))
-    terms = terms_of(contraction.mask)
+    terms = terms_of(call.contraction.mask)
     if len(terms) == 1 and isinstance(terms[0], Linear) and _is_bare(terms[0]):
-        return _Bare(call, contraction, terms[0], q, k, v, named, states, scale).gradients(cotangents)
+        return _Bare(run, call, terms[0]).gradients(cotangents)
     with torch.enable_grad():
         # views, so that a tensor passed twice is two inputs
-        inputs = [x.view_as(x) if x.is_floating_point() else x for x in (q, k, v, *operands, *states)]
-        fresh = dict(zip(named, inputs[3:], strict=False))
-        q, k, v = inputs[:3]
-        out = _composed(call, contraction, q, k, v, fresh, inputs[3 + len(operands) :], scale)
+        tensors = (call.q, call.k, call.v, *call.operands, *call.states)
+        inputs = [x.view_as(x) if x.is_floating_point() else x for x in tensors]
+        q, k, v, *rest = inputs
+        count = len(call.operands)
+        out = _composed(run, replace(call, q=q, k=k, v=v, operands=rest[:count], states=rest[count:]))
     wanted = [x for x in inputs if x.requires_grad]
     pairs = [(y, dy) for y, dy in zip(out, cotangents, strict=True) if y.requires_grad]
     grads = torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], create_graph=True, allow_unused=True)
@@ -74,27 +65,18 @@ def _is_bare(term: Linear) -> bool:
 # --- any mask, as bare scans ----------------------------------------------------------------------------------------
 
 
-def _composed(
-    call: Call,
-    contraction: Contraction,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    named: Mapping[str, Tensor],
-    states: list[Tensor],
-    scale: float,
-) -> list[Tensor]:
+def _composed(run: Runner, call: Call) -> list[Tensor]:
     """The outputs of `ssdops::forward`, from bare scans and differentiable torch."""
-    problem = problem_of(contraction.mask, q, k, v, named, states, contraction.state_dtype)
+    problem, contraction = call.problem(), call.contraction
     shape = (problem.batch, problem.seqlen, problem.nheads, problem.headdim)
-    total = torch.zeros(shape, dtype=problem.accumulate, device=q.device)
+    total = torch.zeros(shape, dtype=problem.accumulate, device=call.q.device)
     finals: list[Tensor] = []
-    remaining = list(states)
+    remaining, named = list(call.states), call.named
     for term in terms_of(contraction.mask):
         initial = remaining.pop(0) if isinstance(term, Linear) and remaining else None
-        x = bind(term, problem, q, k, v, named, initial, scale)
+        x = bind(term, problem, call.q, call.k, call.v, named, initial, call.scale)
         if isinstance(term, Linear) and term.channel is None:
-            y, *final = _scanned(call, contraction, term, x)
+            y, *final = _scanned(run, contraction, term, x)
         elif isinstance(term, Diagonal):
             y, final = diagonal_forward(term, x), []
         else:
@@ -105,7 +87,7 @@ def _composed(
     return [total.to(problem.dtype), *finals]
 
 
-def _scanned(call: Call, contraction: Contraction, term: Linear, x: Inputs) -> list[Tensor]:
+def _scanned(run: Runner, contraction: Contraction, term: Linear, x: Inputs) -> list[Tensor]:
     """One linear term: its bare scan, with the column scale folded into v and the row scale into y."""
     operands = {slot: value for slot, value in x.values.items() if slot in ("log_a", "log_cols")}
     documents = None
@@ -124,9 +106,9 @@ def _scanned(call: Call, contraction: Contraction, term: Linear, x: Inputs) -> l
     v, cols, rows = x.v, x.per_head("cols"), x.per_head("rows")
     if cols is not None:
         v = (repeat_heads(v, x.problem.nheads, 2) * cols[..., None]).to(v.dtype)
-    program = str(replace(contraction, mask=tree, backend=contraction.backend))
+    program = str(replace(contraction, mask=tree))
     initial = [] if x.initial is None else [x.initial]
-    y, *final = call(x.q, x.k, v, [operands[name] for name in n.operand_names(tree)], initial, program, x.scale)
+    y, *final = run(Call(x.q, x.k, v, [operands[name] for name in n.operand_names(tree)], initial, program, x.scale))
     y = y if rows is None else y * rows[..., None]
     y = repeat_heads(y, x.problem.nheads, 2)  # the bare scan may have fewer heads than the scales around it
     states = [repeat_heads(s, x.problem.nheads, 1) for s in final]
@@ -139,22 +121,11 @@ def _scanned(call: Call, contraction: Contraction, term: Linear, x: Inputs) -> l
 class _Bare:
     """Y = scale · (L ∘ QKᵀ)V with L one bare scan, and its gradients."""
 
-    def __init__(
-        self,
-        call: Call,
-        contraction: Contraction,
-        term: Linear,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        named: dict[str, Tensor],
-        states: list[Tensor],
-        scale: float,
-    ) -> None:
-        self.call, self.contraction, self.term = call, contraction, term
-        self.inputs = {"q": q, "k": k, "v": v}
-        self.named, self.states, self.scale = named, states, scale
-        self.problem: Problem = problem_of(contraction.mask, q, k, v, named, states, contraction.state_dtype)
+    def __init__(self, run: Runner, call: Call, term: Linear) -> None:
+        self.run, self.contraction, self.term = run, call.contraction, term
+        self.inputs = {"q": call.q, "k": call.k, "v": call.v}
+        self.named, self.states, self.scale = call.named, call.states, call.scale
+        self.problem = call.problem()
 
     def contract(
         self, mask: n.Node, q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, return_state: bool
@@ -162,7 +133,7 @@ class _Bare:
         """A contraction with another mask over the same operands."""
         program = str(replace(self.contraction, mask=mask, return_state=return_state, state_dtype=None))
         operands = [self.named[name] for name in n.operand_names(mask)]
-        return self.call(q, k, v, operands, [] if initial is None else [initial], program, 1.0)
+        return self.run(Call(q, k, v, operands, [] if initial is None else [initial], program, 1.0))
 
     def gradients(self, cotangents: list[Tensor]) -> list[Tensor | None]:
         """Of q, k, v, the operands and the states."""

@@ -26,6 +26,7 @@ from .ir.passes.normalize import normalize
 from .ir.problem import Problem, Target, problem_of
 from .masks import Mask
 from .plan import Plan, plan, state_terms
+from .run import Call
 
 State: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """The state of a mask: one matrix `(batch, nheads, headdim, dstate)` per linear term, bare if there is one."""
@@ -98,7 +99,7 @@ def ssd(
         if initial_state is not None and not states and (count := len(state_terms(mask.tree))):
             raise ShapeError(f"initial_state has 0 states; this mask carries {count}, one per linear term (None: zero)")
         program, names = _program(mask.tree, return_state, name, backend, chunk_size)
-        out = ops.call(q, k, v, [mask.operands[x] for x in names], states, program, scale)
+        out = ops.call(Call(q, k, v, [mask.operands[x] for x in names], states, program, scale))
     if not return_state:
         return out[0]
     return out[0], out[1] if len(out) == 2 else tuple(out[1:])

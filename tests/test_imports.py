@@ -19,6 +19,7 @@ ROOMS = (
     ("api",),
     ("ops",),
     ("adjoint", "vmap"),
+    ("run",),
     ("plan",),
     ("autotune",),
     ("backends",),

@@ -1,0 +1,72 @@
+"""The backend: what it can run, what that costs, and its two passes."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from ...ir.problem import Problem, common_heads
+from ...ir.terms import Diagonal, Linear, Term
+from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
+from ..scan import diagonal_backward, diagonal_forward
+from .backward import Backward
+from .forward import SIZES, Kept, Scan
+
+
+class Chunked:
+    """The block form of the contraction."""
+
+    name = "chunked"
+
+    def supports(self, term: Term, problem: Problem) -> Support:
+        """Any scan with scalar decay, and diagonals."""
+        if isinstance(term, Linear) and term.channel is not None:
+            return Support.no("'chunked' has scalar decays only, and this one is per channel; 'recurrent' and 'naive' run it")
+        return reject_scan(term, self.name) or Support.yes()
+
+    def configs(self, term: Term, problem: Problem) -> tuple[Config, ...]:
+        """Chunk sizes; on a GPU longer chunks, as every chunk is a round of launches."""
+        if isinstance(term, Diagonal):
+            return (Config(),)
+        sizes = SIZES if problem.target.device == "cpu" else tuple(sorted(SIZES, reverse=True))
+        return tuple(Config(size) for size in sizes)
+
+    def work(self, term: Term, problem: Problem, config: Config) -> Work:
+        """Linear in seqlen; the scores of a chunk once per group, everything else once per head."""
+        p, size = problem, config.chunk_size or SIZES[0]
+        tokens = float(p.batch * p.seqlen)
+        if isinstance(term, Diagonal):
+            touched = tokens * p.nheads * (p.headdim + p.dstate)
+            return Work(0.0, 3 * touched, 8 * touched, 6.0)
+        scores = 2 * size * p.dstate * common_heads(p)
+        per_head = 2 * size * p.headdim + 4 * p.dstate * p.headdim
+        chunks = ceil(p.seqlen / size) if p.seqlen else 0
+        return Work(
+            tokens * (scores + p.nheads * per_head),
+            tokens * p.nheads * (4 * size + 4 * p.headdim + 3 * p.dstate * p.headdim / size),
+            4 * tokens * (p.q_heads * p.dstate + p.k_heads * p.dstate + 2 * p.nheads * p.headdim),
+            10.0 + 25.0 * chunks,
+        )
+
+    def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
+        """One span of chunks after another; saves the states at chunk starts, and what was read of them."""
+        if isinstance(term, Diagonal):
+            return Output(diagonal_forward(term, x))
+        assert isinstance(term, Linear)  # supports() refuses the rest
+        scan, y = Scan(term, x, config), x.empty_output()
+        state = scan.initial()
+        kept: list[Kept] = []
+        for span in scan.spans:
+            tile = scan.tile(*span)
+            if save:
+                kept.append(scan.room_to_keep(tile, state))
+            scan.write_output(tile, scan.across(tile, state, kept[-1] if save else None), y)
+        saved = (state, *(x for k in kept for x in (k.starts, k.across))) if save else ()
+        return Output(y, scan.leave(state), saved)
+
+    def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
+        """Forward again for the states at chunk starts, then back over the chunks with the state's cotangent in hand."""
+        if isinstance(term, Diagonal):
+            return diagonal_backward(term, x, cotangents.y)
+        assert isinstance(term, Linear)  # supports() refuses the rest
+        scan = Scan(term, x, config)
+        return Backward(scan, cotangents).run()

@@ -1,0 +1,202 @@
+"""Running a call: checked and planned once per signature, then every step of its plan, forward or backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config
+from .backends import registry
+from .backends.base import Cotangents, Gradients, Inputs, bind
+from .ir import nodes as n
+from .ir.contraction import Contraction, parse_contraction
+from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
+from .ir.resolve import resolve
+from .ir.terms import Linear, term_operands
+from .plan import Plan, Step, plan, state_terms
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of `ssdops::forward`.
+
+    Attributes:
+        q, k: `(batch, seqlen, heads, dstate)`; v: `(batch, seqlen, heads, headdim)`.
+        operands: of the mask, in the order of their names in its tree.
+        states: the initial states, one per linear term, or none.
+        program: a contraction as text (`ir/contraction.py`).
+        scale: the factor on Y.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    operands: list[Tensor]
+    states: list[Tensor]
+    program: str
+    scale: float
+
+    @property
+    def contraction(self) -> Contraction:
+        """The program, parsed."""
+        return parse_contraction(self.program)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Operands by name."""
+        return dict(zip(n.operand_names(self.contraction.mask), self.operands, strict=True))
+
+    def problem(self) -> Problem:
+        """Checked sizes, dtypes and target.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError.
+        """
+        c = self.contraction
+        return problem_of(c.mask, self.q, self.k, self.v, self.named, self.states, c.state_dtype)
+
+    def signature(self) -> tuple[Any, ...]:
+        """Everything that a plan depends on."""
+        q, k, v = self.q, self.k, self.v
+        return (
+            self.program, len(self.states), q.device, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
+            *[(x.shape, x.dtype, x.device) for x in self.operands], *[(x.shape, x.dtype, x.device) for x in self.states],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a signature amounts to."""
+
+    contraction: Contraction
+    problem: Problem
+    plan: Plan
+    check_values: bool
+
+
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+_MAX_PREPARED = 65536
+
+
+def prepare(call: Call) -> Prepared:
+    """Check and plan a call, or recall it: everything but the values of the tensors is decided here.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ValueRangeError, UnsupportedError, UnknownBackendError, MaskError.
+    """
+    key = call.signature()
+    found = _prepared.get(key)
+    if found is None:
+        found = _prepare(call)
+        if len(_prepared) >= _MAX_PREPARED:
+            _prepared.clear()
+        _prepared[key] = found
+        if config.debug_level() >= 1:
+            print(f"ssdops: {found.contraction}\n{found.plan}")
+    if found.check_values:
+        check_values(found.contraction.mask, call.named, call.q.shape[1])
+    return found
+
+
+def _prepare(call: Call) -> Prepared:
+    contraction, problem = call.contraction, call.problem()
+    if call.states or contraction.return_state:
+        check_states(call.states, len(state_terms(contraction.mask)), problem, given=bool(call.states))
+    checked = mask_needs_values_checked(contraction.mask) and (call.q.device.type == "cpu" or config.check_values())
+    return Prepared(contraction, problem, plan(contraction, problem), checked)
+
+
+def forward(call: Call, save: bool = False) -> list[Tensor]:
+    """Y and, if wanted, the final states; with `save`, then what the backward pass may use."""
+    prepared = prepare(call)
+    p, total = prepared.problem, None
+    finals: list[Tensor] = []
+    saved: list[tuple[Tensor, ...]] = []
+    for _, step, x in _bound(prepared, call):
+        out = registry.get(step.backend).forward(step.term, x, step.config, save)
+        total = out.y if total is None else total.add_(out.y)
+        saved.append(out.saved)
+        if isinstance(step.term, Linear) and prepared.contraction.return_state:
+            assert out.state is not None  # every backend returns the state of a linear term
+            finals.append(out.state.to(p.state_dtype))
+    if total is None:
+        total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=call.q.device)
+    public = [total.to(p.dtype), *finals]
+    return [*public, *_packed(saved)] if save else public
+
+
+def _packed(saved: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """What each step saved, as one list: first how many tensors each has."""
+    return [torch.tensor([len(part) for part in saved]), *(x for part in saved for x in part)]
+
+
+def _unpacked(saved: list[Tensor], steps: int) -> list[list[Tensor]]:
+    """The inverse of `_packed`; nothing for every step if nothing was saved."""
+    if not saved:
+        return [[] for _ in range(steps)]
+    remaining = iter(saved[1:])
+    return [[next(remaining) for _ in range(count)] for count in saved[0].tolist()]
+
+
+def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
+    """Each step with its tensors, and the index of its state among the linear terms (−1 if it has none)."""
+    named, out, seen = call.named, [], 0
+    for step in prepared.plan.steps:
+        linear = isinstance(step.term, Linear)
+        initial = call.states[seen] if linear and call.states else None
+        x = bind(step.term, prepared.problem, call.q, call.k, call.v, named, initial, call.scale)
+        out.append((seen if linear else -1, step, x))
+        seen += linear
+    return out
+
+
+def backward(call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+    """Gradients of q, k, v, the operands (empty for integers) and the states."""
+    prepared = prepare(call)
+    dy, dstates = cotangents[0], cotangents[1:]
+    total: Gradients | None = None
+    named = call.named
+    doperands = {name: torch.zeros_like(x) for name, x in named.items() if x.is_floating_point()}
+    dinitial: list[Tensor] = []
+    parts = _unpacked(saved, len(prepared.plan.steps))
+    for (index, step, x), kept in zip(_bound(prepared, call), parts, strict=True):
+        dstate = dstates[index] if index >= 0 and dstates else None
+        grads = registry.get(step.backend).backward(step.term, x, step.config, Cotangents(dy, dstate, kept))
+        if total is None:
+            total = grads
+        else:
+            for whole, part in ((total.q, grads.q), (total.k, grads.k), (total.v, grads.v)):
+                whole += part
+        for name, grad in {**grads.operands, **_through_expressions(step, grads, named)}.items():
+            doperands[name] = doperands[name] + grad.to(doperands[name].dtype)
+        if index >= 0 and call.states:
+            assert grads.initial is not None  # every backend returns it where an initial state was given
+            dinitial.append(grads.initial.to(call.states[index].dtype))
+    q, k, v = call.q, call.k, call.v
+    if total is None:
+        total = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+    of_operands = [doperands[name] if name in doperands else q.new_empty(0) for name in named]
+    return [total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), *of_operands, *dinitial]
+
+
+def _through_expressions(step: Step, grads: Gradients, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of a term's slots → gradients of the operands whose expressions fill them."""
+    slots = {slot: (x, axes) for slot, (x, axes) in term_operands(step.term).items() if slot in grads.values}
+    if not slots:
+        return {}
+    with torch.enable_grad():
+        fresh = {name: t.detach().requires_grad_() for name, t in named.items() if t.is_floating_point()}
+        seqlen = grads.v.shape[1]
+        values = {slot: resolve(x, {**named, **fresh}, axes, seqlen) for slot, (x, axes) in slots.items()}
+    used = list(fresh)
+    found = torch.autograd.grad(
+        list(values.values()),
+        [fresh[name] for name in used],
+        [grads.values[slot].to(value.dtype) for slot, value in values.items()],
+        allow_unused=True,
+    )
+    return {name: grad for name, grad in zip(used, found, strict=True) if grad is not None}
