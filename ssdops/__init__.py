@@ -2,8 +2,8 @@
 
 from . import masks
 from .api import Explanation, explain, ssd, ssd_step
+from .config import VERSION as __version__
 from .errors import SsdopsError
 from .masks import Mask
 
-__version__ = "0.1.0"
-__all__ = ["Explanation", "Mask", "SsdopsError", "explain", "masks", "ssd", "ssd_step"]
+__all__ = ["Explanation", "Mask", "SsdopsError", "__version__", "explain", "masks", "ssd", "ssd_step"]

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from . import __version__
+from .config import VERSION
 from .errors import SsdopsError
 
 
@@ -42,7 +42,7 @@ Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ssdops {__version__}")
+        typer.echo(f"ssdops {VERSION}")
         raise typer.Exit
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, config
+from . import config
 from .backends import registry
 from .backends.base import Support
 from .ir import nodes as n
@@ -30,7 +30,7 @@ def run(console: Console) -> None:
     """Print the tables."""
     packages = _table("package", "version")
     packages.add_row("python", platform.python_version())
-    packages.add_row("ssdops", __version__)
+    packages.add_row("ssdops", config.VERSION)
     for name, note in PACKAGES.items():
         packages.add_row(name, Text(_version(name) or f"not installed{f' ({note})' if note else ''}"))
     console.print(packages)

@@ -1,4 +1,4 @@
-"""The only reads of the environment.
+"""The version, and the only reads of the environment.
 
 SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pass; 3 also generated source
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
@@ -6,6 +6,8 @@ SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment id
 
 import os
 from functools import lru_cache
+
+VERSION = "0.1.0"
 
 
 @lru_cache(maxsize=1)

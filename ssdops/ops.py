@@ -7,6 +7,7 @@ tracing, derivatives, and vmap.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -42,10 +43,10 @@ def call(c: Call) -> list[Tensor]:
 
 def _forward_fake(*args: Any) -> list[Tensor]:
     c = Call(*args[:7])
-    if args[7:] == (True,):
-        raise UnsupportedError("ssdops::forward(save=True) is for eager calls; what it saves has no shape while tracing")
     contraction, p = c.contraction, c.problem()
     check(contraction, p)
+    if args[7:] == (True,):
+        raise UnsupportedError("ssdops::forward(save=True) is for eager calls; what it saves has no shape while tracing")
     out = [c.q.new_empty((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.dtype)]
     if contraction.return_state or c.states:
         count = len(state_terms(contraction.mask))
@@ -70,13 +71,25 @@ def _backward_fake(cotangents: list[Tensor], saved: list[Tensor], *args: Any) ->
 
 
 def _forward(*args: Any) -> list[Tensor]:  # torch leaves `save` out where it is the default
-    return run.forward(Call(*args[:7]), *args[7:])
+    with _no_autocast(args[0]):
+        return run.forward(Call(*args[:7]), *args[7:])
 
 
 def _backward(cotangents: list[Tensor], saved: list[Tensor], *args: Any) -> list[Tensor]:
     # a dispatch mode (a FLOP counter, checkpointing) calls this with autograd switched off, and it is needed here
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _excluded_but_autograd()):
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _excluded_but_autograd()),
+        _no_autocast(args[0]),
+    ):
         return run.backward(Call(*args), cotangents, saved)
+
+
+def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
+    """Autocast casts what users pass (`api.ssd`); inside, it would take the float32 out of accumulation."""
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _excluded_but_autograd() -> Any:
@@ -118,7 +131,8 @@ class _Differentiable(torch.autograd.Function):
         ]
         args = (q, k, v, rest[: ctx.n_operands], rest[ctx.n_operands :], ctx.program, ctx.scale)
         if torch.is_grad_enabled():
-            grads = differentiable_backward(call, Call(*args), given)
+            with _no_autocast(q):
+                grads = differentiable_backward(call, Call(*args), given)
         else:
             grads = _backward_op(given, list(saved), *args)
         wanted = zip(grads, ctx.needs_input_grad[4:], strict=True)

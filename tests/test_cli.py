@@ -58,9 +58,9 @@ def test_demo_reads_the_text_that_ships() -> None:
 def test_demo_says_which_backend_is_wrong(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Chunked.forward
 
-    def wrong(self, term, x, config):
-        y, state = right(self, term, x, config)
-        return y + 1.0, state
+    def wrong(self, term, x, config, save=False):
+        out = right(self, term, x, config, save)
+        return replace(out, y=out.y + 1.0)
 
     monkeypatch.setattr(Chunked, "forward", wrong)
     result = ssdops("demo", text)
@@ -70,7 +70,7 @@ def test_demo_says_which_backend_is_wrong(text: Path, monkeypatch: pytest.Monkey
 
 
 def test_demo_does_not_pass_nan(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Chunked, "forward", lambda self, term, x, config: (x.v.float() * torch.nan, None))
+    monkeypatch.setattr(Chunked, "forward", lambda self, term, x, config, save=False: Output(x.v.float() * torch.nan))
     assert ssdops("demo", text).exit_code == 1
 
 

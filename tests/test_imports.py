@@ -14,7 +14,7 @@ from ssdops.backends import registry
 ROOT = Path(ssdops.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
-    ("cli",),
+    ("cli", "cli_common", "cli_demo", "cli_doctor", "cli_explain", "plot"),
     ("nn", "compat", "distributed", "testing"),
     ("api",),
     ("ops",),
