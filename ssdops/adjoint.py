@@ -21,7 +21,7 @@ from .ir import nodes as n
 from .ir.contraction import Contraction, parse_contraction
 from .ir.passes.adjoint import ADJOINTS
 from .ir.problem import Problem, problem_of
-from .ir.resolve import Span, repeat_heads, resolve
+from .ir.resolve import document_spans, repeat_heads, resolve, segment_ids
 from .ir.terms import Diagonal, Linear
 from .plan import terms_of
 
@@ -54,12 +54,11 @@ def differentiable_backward(
         # views, so that a tensor passed twice is two inputs
         inputs = [x.view_as(x) if x.is_floating_point() else x for x in (q, k, v, *operands, *states)]
         fresh = dict(zip(named, inputs[3:], strict=False))
-        out = _composed(call, contraction, *inputs[:3], fresh, inputs[3 + len(operands) :], scale)
+        q, k, v = inputs[:3]
+        out = _composed(call, contraction, q, k, v, fresh, inputs[3 + len(operands) :], scale)
     wanted = [x for x in inputs if x.requires_grad]
     pairs = [(y, dy) for y, dy in zip(out, cotangents, strict=True) if y.requires_grad]
-    grads = torch.autograd.grad(
-        [y for y, _ in pairs], wanted, [dy for _, dy in pairs], create_graph=True, allow_unused=True
-    )
+    grads = torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], create_graph=True, allow_unused=True)
     found = {id(x): grad for x, grad in zip(wanted, grads, strict=True)}
     return [found.get(id(x)) for x in inputs]
 
@@ -111,9 +110,12 @@ def _scanned(call: Call, contraction: Contraction, term: Linear, x: Inputs) -> l
     operands = {slot: value for slot, value in x.values.items() if slot in ("log_a", "log_cols")}
     documents = None
     if term.documents is not None:
-        kind, axes = ("cu_seqlens", n.BOUNDARIES) if term.documents.cu_seqlens is not None else ("segment_ids", n.IDS)
-        operands[kind] = resolve(getattr(term.documents, kind), x.operands, axes, x.problem.seqlen)
-        documents = replace(term.documents, **{kind: kind})
+        if term.documents.cu_seqlens is not None:
+            operands["cu_seqlens"] = resolve(term.documents.cu_seqlens, x.operands, n.BOUNDARIES, x.problem.seqlen)
+            documents = n.Documents(cu_seqlens="cu_seqlens")
+        else:
+            operands["segment_ids"] = segment_ids(term.documents, x.operands, x.problem.seqlen)
+            documents = n.Documents(segment_ids="segment_ids", n_segments=term.documents.n_segments)
     bare = replace(
         term, rows=None, cols=None, sign=1, documents=documents,
         log_a=None if term.log_a is None else "log_a", log_cols=None if term.log_cols is None else "log_cols",
@@ -184,9 +186,7 @@ class _Bare:
         dstates = [] if dinitial is None else [dinitial.to(self.states[0].dtype)]
         return [*inputs, *(doperands.get(name) for name in self.named), *dstates]
 
-    def _operand_gradients(
-        self, dy: Tensor, dv: Tensor, dfinal: Tensor | None, initial: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _operand_gradients(self, dy: Tensor, dv: Tensor, dfinal: Tensor | None, initial: Tensor | None) -> dict[str, Tensor]:
         """d ρ_t = ⟨dY_t, Y_t⟩, d κ_t = −⟨V_t, dV_t⟩, dE = ⟨dS, S⟩ at the end: with this term's own Y and dV."""
         term, p = self.term, self.problem
         out: dict[str, Tensor] = {}
@@ -205,8 +205,7 @@ class _Bare:
     def _log_decay_gradient(self, across: Tensor, along: Tensor, total: Tensor | None) -> Tensor:
         """Reversed cumulative sums inside each document, in local time; [B, T, H]."""
         p = self.problem
-        bound = bind(self.term, p, *self.inputs.values(), self.named, None, 1.0)  # type: ignore[misc]
-        spans = bound.spans or [Span(row, 0, p.seqlen, row) for row in range(p.batch)]
+        spans = document_spans(self.term.documents, self.named, p.batch, p.seqlen)
         rows: list[list[Tensor]] = [[] for _ in range(p.batch)]
         for s in sorted(spans, key=lambda s: (s.row, s.start, s.stop)):
             if s.start == s.stop:

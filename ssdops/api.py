@@ -96,7 +96,7 @@ def ssd(
         out = torch.ops.ssdops.forward(q, k, v, [mask.operands[x] for x in names], states, program, scale)
     else:
         if initial_state is not None and not states and (count := len(state_terms(mask.tree))):
-            raise ShapeError(f"initial_state has 0 states; this mask carries {count}, one per linear term; None is zero")
+            raise ShapeError(f"initial_state has 0 states; this mask carries {count}, one per linear term (None: zero)")
         program, names = _program(mask.tree, return_state, name, backend, chunk_size)
         out = ops.call(q, k, v, [mask.operands[x] for x in names], states, program, scale)
     if not return_state:
@@ -153,9 +153,7 @@ def ssd_step(
     for name, x in (("q", q), ("k", k), ("v", v)):
         dim = "headdim" if name == "v" else "dstate"
         if x.ndim != 3:
-            raise ShapeError(
-                f"{name} must be (batch, heads, {dim}) in a step, got {x.ndim} dimensions: {tuple(x.shape)}"
-            )
+            raise ShapeError(f"{name} must be (batch, heads, {dim}) in a step, got {x.ndim} dimensions: {tuple(x.shape)}")
         if x.shape[0] != q.shape[0]:
             raise ShapeError(f"{name} has batch {x.shape[0]}, expected {q.shape[0]} as in q")
     _check_recurrence(mask.tree)
@@ -262,7 +260,7 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout is not torch.strided:
-            raise UnsupportedError(f"{name} is {x.layout}; ssd takes dense tensors, so convert it, or pack it as documents")
+            raise UnsupportedError(f"{name} is {x.layout}; ssd takes dense tensors: convert it, or pack it as documents")
 
 
 def _check_options(

@@ -94,9 +94,7 @@ def run(file: Path | None, settings: Settings, console: Console) -> bool:
             progress.update(task, advance=1, description=name)
             results.append(try_backend(name, call, plan, expected))
         progress.update(task, advance=1)
-    console.print(
-        Text(f"{len(text)} bytes of {source} as q, k {_shape(call.q)} and v {_shape(call.v)}"), soft_wrap=True
-    )
+    console.print(Text(f"{len(text)} bytes of {source} as q, k {_shape(call.q)} and v {_shape(call.v)}"), soft_wrap=True)
     console.print(Text(f"mask {call.mask}, as auto runs it: {_terms(plan)}"), soft_wrap=True)
     console.print(_table(results, allowed, f"{settings.dtype} on {_where(call.q.device)}"))
     console.print(

@@ -79,8 +79,7 @@ def read_shape(text: str) -> Sizes:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != 6 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise ShapeError(
-            "--shape must be six positive integers B,T,H,P,G,N (batch, seqlen, nheads, headdim, ngroups, dstate), "
-            f"got {text!r}"
+            f"--shape must be six positive integers B,T,H,P,G,N (batch, seqlen, nheads, headdim, ngroups, dstate), got {text!r}"
         )
     return Sizes(*(int(part) for part in parts))
 
@@ -100,9 +99,7 @@ def ask(question: Question, tree: n.Node, sizes: Sizes) -> Explanation:
         name: torch.empty(shape, dtype=torch.int32 if axes in n.INTEGER_AXES else torch.float32, device="meta")
         for name, axes, shape in operand_shapes(tree, s)
     }
-    return api.explain(
-        q, q, v, Mask(tree, operands), backend=question.backend, chunk_size=question.chunk_size, target=target
-    )
+    return api.explain(q, q, v, Mask(tree, operands), backend=question.backend, chunk_size=question.chunk_size, target=target)
 
 
 def operand_shapes(tree: n.Node, sizes: Sizes) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -173,9 +170,7 @@ def _plan(plan: Plan) -> Table:
     for step in plan.steps:
         size = f"chunk_size {step.config.chunk_size}" if step.config.chunk_size else ""
         others = Text(f"taken{f', {size}' if size else ''}")
-        table.add_row(
-            Text(str(step.term.node())), Text(step.backend, style="bold"), f"{step.seconds * 1e3:.3g} ms", others
-        )
+        table.add_row(Text(str(step.term.node())), Text(step.backend, style="bold"), f"{step.seconds * 1e3:.3g} ms", others)
         for r in step.rejected:
             table.add_row("", Text(r.backend, style="dim"), "", Text(r.reason, style="dim"))
         table.add_section()

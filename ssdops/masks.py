@@ -150,7 +150,7 @@ def _merged(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[dict[str
 def _leaf(kind: type[n.Leaf], operands: Mapping[str, Tensor | None], **static: int | None) -> Mask:
     given = _tensors({name: t for name, t in operands.items() if t is not None or name not in _OPTIONAL[kind]})
     kept, table = _merged({}, given)
-    tree = kind(**{name: table.get(name, name) for name in given}, **static)  # type: ignore[arg-type]
+    tree = kind(**{name: table.get(name, name) for name in given}, **static)
     check_fields(tree)
     return Mask(tree, kept)
 
@@ -192,9 +192,7 @@ def retention(log_gamma: Tensor) -> Mask:
     return _leaf(n.Retention, {"log_gamma": log_gamma})
 
 
-def documents(
-    cu_seqlens: Tensor | None = None, *, segment_ids: Tensor | None = None, n_segments: int | None = None
-) -> Mask:
+def documents(cu_seqlens: Tensor | None = None, *, segment_ids: Tensor | None = None, n_segments: int | None = None) -> Mask:
     """L[i, j] = 1[i and j lie in the same document]: multiply any mask by it to pack documents.
 
     Args:
@@ -248,9 +246,7 @@ def semiseparable(log_a: Tensor, b: Tensor, c: Tensor) -> Mask:
         b, c: `(batch, seqlen, nheads, rank)`, sizes of 1 broadcast.
     """
     if isinstance(b, Tensor) and isinstance(c, Tensor) and (b.ndim != 4 or c.ndim != 4 or b.shape[3] != c.shape[3]):
-        raise MaskError(
-            f"b and c must be (batch, seqlen, nheads, rank) of one rank, got {tuple(b.shape)} and {tuple(c.shape)}"
-        )
+        raise MaskError(f"b and c must be (batch, seqlen, nheads, rank) of one rank, got {tuple(b.shape)} and {tuple(c.shape)}")
     operands = _tensors({"log_a": log_a, "b": b, "c": c})
     return _leaf(n.Semiseparable, operands, rank=b.shape[3])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from . import config
 from .adjoint import differentiable_backward
 from .backends import registry
-from .backends.base import Gradients, Inputs, bind
+from .backends.base import Cotangents, Gradients, Inputs, bind
 from .errors import UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction, parse_contraction
@@ -29,11 +30,12 @@ from .vmap import Fold, unmapped_shape
 
 LIBRARY = torch.library.Library("ssdops", "DEF")
 LIBRARY.define(
-    "forward(Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, float scale) -> Tensor[]"
+    "forward(Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, float scale, "
+    "bool save=False) -> Tensor[]"
 )
 LIBRARY.define(
-    "backward(Tensor[] cotangents, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, "
-    "float scale, Tensor y) -> Tensor[]"
+    "backward(Tensor[] cotangents, Tensor[] saved, Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, "
+    "str program, float scale) -> Tensor[]"
 )
 LIBRARY.define("write_slots_(Tensor(a!) pool, Tensor values, Tensor indices) -> ()")
 _forward_op = torch.ops.ssdops.forward.default
@@ -65,9 +67,7 @@ def _signature(q: Tensor, k: Tensor, v: Tensor, rest: Sequence[Tensor], n_states
     )  # fmt: skip
 
 
-def prepare(
-    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], states: Sequence[Tensor], program: str
-) -> Prepared:
+def prepare(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], states: Sequence[Tensor], program: str) -> Prepared:
     """Check and plan a call, or recall it: everything but the values of the tensors is decided here.
 
     Raises:
@@ -104,20 +104,43 @@ def _prepare(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+    save: bool = False,
 ) -> list[Tensor]:
     call = prepare(q, k, v, operands, states, program)
     p, total = call.problem, None
     finals: list[Tensor] = []
+    saved: list[tuple[Tensor, ...]] = []
     for _, step, x in _bound(call, q, k, v, operands, states, scale):
-        out = registry.get(step.backend).forward(step.term, x, step.config)
+        out = registry.get(step.backend).forward(step.term, x, step.config, save)
         total = out.y if total is None else total.add_(out.y)
+        saved.append(out.saved)
         if isinstance(step.term, Linear) and call.contraction.return_state:
             assert out.state is not None  # every backend returns the state of a linear term
             finals.append(out.state.to(p.state_dtype))
     if total is None:
         total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=q.device)
-    return [total.to(p.dtype), *finals]
+    public = [total.to(p.dtype), *finals]
+    return public if not save else [*public, *_packed(saved)]
+
+
+def _packed(saved: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """What each step saved, as one list: first how many tensors each has."""
+    return [torch.tensor([len(part) for part in saved]), *(x for part in saved for x in part)]
+
+
+def _unpacked(saved: list[Tensor], steps: int) -> list[list[Tensor]]:
+    """The inverse of `_packed`; nothing for every step if nothing was saved."""
+    if not saved:
+        return [[] for _ in range(steps)]
+    remaining = iter(saved[1:])
+    return [[next(remaining) for _ in range(count)] for count in saved[0].tolist()]
 
 
 def _bound(
@@ -134,8 +157,17 @@ def _bound(
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+    save: bool = False,
 ) -> list[Tensor]:
+    if save:
+        raise UnsupportedError("ssdops::forward(save=True) is for eager calls; what it saves has no shape while tracing")
     contraction = parse_contraction(program)
     named = dict(zip(n.operand_names(contraction.mask), operands, strict=True))
     p = problem_of(contraction.mask, q, k, v, named, states, contraction.state_dtype)
@@ -145,6 +177,7 @@ def _forward_fake(
         count = len(state_terms(contraction.mask))
         check_states(states, count, p, given=bool(states))
         if contraction.return_state:
+            assert p.n_states is not None  # check_states() has refused a mask that does not say
             shape = (p.n_states, p.nheads, p.headdim, p.dstate)
             out += [q.new_empty(shape, dtype=p.state_dtype) for _ in range(count)]
     return out
@@ -155,6 +188,7 @@ def _forward_fake(
 
 def _backward(
     cotangents: list[Tensor],
+    saved: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,11 +196,10 @@ def _backward(
     states: list[Tensor],
     program: str,
     scale: float,
-    y: Tensor,
 ) -> list[Tensor]:
     # a dispatch mode (a FLOP counter, checkpointing) calls this with autograd switched off, and it is needed here
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _excluded_but_autograd()):
-        return _gradients(cotangents, q, k, v, operands, states, program, scale)
+        return _gradients(cotangents, saved, q, k, v, operands, states, program, scale)
 
 
 def _excluded_but_autograd() -> Any:
@@ -182,6 +215,7 @@ _AUTOGRAD_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() 
 
 def _gradients(
     cotangents: list[Tensor],
+    saved: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -193,14 +227,13 @@ def _gradients(
     call = prepare(q, k, v, operands, states, program)
     dy, dstates = cotangents[0], cotangents[1:]
     total: Gradients | None = None
-    # the output is a term's own Y where there is one term, and was not rounded where it has the accumulation dtype
-    own = y if len(call.plan.steps) == 1 and y.dtype == call.problem.accumulate else None
     named = dict(zip(call.names, operands, strict=True))
     doperands = {name: torch.zeros_like(x) for name, x in named.items() if x.is_floating_point()}
     dinitial: list[Tensor] = []
-    for index, step, x in _bound(call, q, k, v, operands, states, scale):
+    parts = _unpacked(saved, len(call.plan.steps))
+    for (index, step, x), kept in zip(_bound(call, q, k, v, operands, states, scale), parts, strict=True):
         dstate = dstates[index] if index >= 0 and dstates else None
-        grads = registry.get(step.backend).backward(step.term, x, step.config, dy, dstate, own)
+        grads = registry.get(step.backend).backward(step.term, x, step.config, Cotangents(dy, dstate, kept))
         if total is None:
             total = grads
         else:
@@ -241,6 +274,7 @@ def _through_expressions(step: Step, grads: Gradients, named: dict[str, Tensor])
 
 def _backward_fake(
     cotangents: list[Tensor],
+    saved: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -248,7 +282,6 @@ def _backward_fake(
     states: list[Tensor],
     program: str,
     scale: float,
-    y: Tensor,
 ) -> list[Tensor]:
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format) if x.is_floating_point() else q.new_empty(0)
@@ -263,42 +296,67 @@ class _Differentiable(torch.autograd.Function):
     """`ssdops::forward` with its backward: the operator, or where the gradient is itself differentiated, the adjoints."""
 
     @staticmethod
-    def forward(program: str, scale: float, n_operands: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(program: str, scale: float, n_operands: int, save: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         q, k, v, *rest = tensors
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_forward_op(q, k, v, rest[:n_operands], rest[n_operands:], program, scale))
+            return tuple(_forward_op(q, k, v, rest[:n_operands], rest[n_operands:], program, scale, save))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        program, scale, n_operands, *tensors = inputs
+        program, scale, n_operands, _, *tensors = inputs
         ctx.program, ctx.scale, ctx.n_operands = program, scale, n_operands
-        ctx.save_for_backward(output[0], *tensors)
+        saved = output[_public_outputs(program) :]
+        ctx.n_inputs = len(tensors)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # zeros for every keepsake would cost as much as a pass
+        ctx.outputs = [(x.shape, x.dtype) for x in output[: len(output) - len(saved)]]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        y, q, k, v, *rest = ctx.saved_tensors
+        (q, k, v, *rest), saved = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
         operands, states = rest[: ctx.n_operands], rest[ctx.n_operands :]
+        cotangents = tuple(
+            q.new_zeros(shape, dtype=dtype) if grad is None else grad
+            for grad, (shape, dtype) in zip(cotangents, ctx.outputs, strict=False)
+        )
         if torch.is_grad_enabled():
             grads = differentiable_backward(call, list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale)
         else:
-            grads = _backward_op(list(cotangents), q, k, v, operands, states, ctx.program, ctx.scale, y)
-        wanted = zip(grads, ctx.needs_input_grad[3:], strict=True)
-        return (None, None, None, *(grad if needed else None for grad, needed in wanted))
+            grads = _backward_op(list(cotangents), list(saved), q, k, v, operands, states, ctx.program, ctx.scale)
+        wanted = zip(grads, ctx.needs_input_grad[4:], strict=True)
+        return (None, None, None, None, *(grad if needed else None for grad, needed in wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise UnsupportedError("ssd has no forward-mode derivative (jvp, dual tensors); use reverse mode: vjp, grad, jacrev")
+        raise UnsupportedError("ssd has no forward-mode derivative (jvp, dual tensors); use vjp, grad or jacrev")
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], program: str, scale: float, n_operands: int, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], program: str, scale: float, n_operands: int, save: bool, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         q, k, v, *rest = tensors
         operands, states = list(rest[:n_operands]), list(rest[n_operands:])
-        dims = in_dims[3:]
+        dims = in_dims[4:]
         dims = (*dims[:3], dims[3 : 3 + n_operands], dims[3 + n_operands :], None, None)
         out, out_dims = _forward_vmap(info, dims, q, k, v, operands, states, program, scale)
         return tuple(out), tuple(out_dims)
+
+
+def _worth_saving(q: Tensor) -> bool:
+    """Whether to keep what spares the backward pass work: on CPUs in full precision, and only for plain tensors.
+
+    What is kept is a few times the output; on a GPU, or where the output is half as wide, memory is dearer than the work.
+    """
+    plain = type(q) is Tensor or type(q) is torch.nn.Parameter
+    return plain and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+
+
+@lru_cache(maxsize=4096)
+def _public_outputs(program: str) -> int:
+    """How many outputs of a program are not keepsakes: Y, and the final states."""
+    contraction = parse_contraction(program)
+    return 1 + (len(state_terms(contraction.mask)) if contraction.return_state else 0)
 
 
 def _autograd(
@@ -310,17 +368,34 @@ def _autograd(
     states: list[Tensor],
     program: str,
     scale: float,
+    save: bool = False,
 ) -> list[Tensor]:
-    return call(q, k, v, operands, states, program, scale)
+    return _call(q, k, v, operands, states, program, scale, save=False)
 
 
 def call(
     q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], states: list[Tensor], program: str, scale: float
 ) -> list[Tensor]:
     """`ssdops::forward`, entered at the autograd level: what eager callers use, as it is the shortest way in."""
+    return _call(q, k, v, operands, states, program, scale, _worth_saving(q))
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    states: list[Tensor],
+    program: str,
+    scale: float,
+    save: bool,
+) -> list[Tensor]:
     learnt = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands, *states))
     if learnt or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return list(_Differentiable.apply(program, scale, len(operands), q, k, v, *operands, *states))
+        outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]  # as torch has it
+            program, scale, len(operands), save, q, k, v, *operands, *states
+        )
+        return list(outputs[: _public_outputs(program)])
     with torch._C._AutoDispatchBelowAutograd():
         out: list[Tensor] = _forward_op(q, k, v, operands, states, program, scale)
         return out
@@ -339,10 +414,13 @@ def _forward_vmap(
     states: list[Tensor],
     program: str,
     scale: float,
+    save: bool = False,
 ) -> tuple[list[Tensor], list[int]]:
     fold = Fold.of(program, info.batch_size, q, dims[0])
     out = call(
-        *(fold.rows(x, dim) for x, dim in zip((q, k, v), dims[:3], strict=True)),
+        fold.rows(q, dims[0]),
+        fold.rows(k, dims[1]),
+        fold.rows(v, dims[2]),
         fold.operands(operands, dims[3], apart=False),
         [fold.rows(x, dim) for x, dim in zip(states, dims[4], strict=True)],
         program,
@@ -355,6 +433,7 @@ def _backward_vmap(
     info: Any,
     dims: tuple[Any, ...],
     cotangents: list[Tensor],
+    saved: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -363,17 +442,18 @@ def _backward_vmap(
     program: str,
     scale: float,
 ) -> tuple[list[Tensor], list[int]]:
-    fold = Fold.of(program, info.batch_size, q, dims[1])
+    fold = Fold.of(program, info.batch_size, q, dims[2])
     grads = _backward_op(
         [fold.rows(x, dim) for x, dim in zip(cotangents, dims[0], strict=True)],
-        *(fold.rows(x, dim) for x, dim in zip((q, k, v), dims[1:4], strict=True)),
-        fold.operands(operands, dims[4], apart=True),
-        [fold.rows(x, dim) for x, dim in zip(states, dims[5], strict=True)],
+        [],  # what was saved is computed again
+        *(fold.rows(x, dim) for x, dim in zip((q, k, v), dims[2:5], strict=True)),
+        fold.operands(operands, dims[5], apart=True),
+        [fold.rows(x, dim) for x, dim in zip(states, dims[6], strict=True)],
         program,
         scale,
     )
     of_operands = grads[3 : 3 + len(operands)]
-    shapes = [unmapped_shape(x, dim) for x, dim in zip(operands, dims[4], strict=True)]
+    shapes = [unmapped_shape(x, dim) for x, dim in zip(operands, dims[5], strict=True)]
     out = [
         *(fold.unfold(x) for x in grads[:3]),
         *(fold.operand_gradient(*x) for x in zip(fold.axes, of_operands, shapes, strict=True)),

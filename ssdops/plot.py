@@ -157,9 +157,7 @@ def _draw_matrix(figure: Any, example: Example, tree: n.Node) -> None:
         norm, colors = LogNorm(low, size), "viridis"
         ticks = [low ** (1 - part / 4) * size ** (part / 4) for part in range(5)]
     shown = torch.where(dense == 0, torch.nan, dense)
-    image = axes.imshow(
-        shown.numpy(), norm=norm, cmap=colormaps[colors].with_extremes(bad=GREY), interpolation="nearest"
-    )
+    image = axes.imshow(shown.numpy(), norm=norm, cmap=colormaps[colors].with_extremes(bad=GREY), interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, shrink=0.75, label="L[i, j]; grey is 0", location="bottom", pad=0.02)
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.minorticks_off()
@@ -223,9 +221,7 @@ def _fill_entries(axes: Any, support: Tensor, block: Block, color: str) -> None:
 
     (i0, i1), (j0, j1) = block.rows, block.cols
     image = torch.where(support[i0:i1, j0:j1], 1.0, torch.nan)
-    axes.imshow(
-        image.numpy(), extent=(j0, j1, i1, i0), cmap=ListedColormap([color]), alpha=0.75, interpolation="nearest"
-    )
+    axes.imshow(image.numpy(), extent=(j0, j1, i1, i0), cmap=ListedColormap([color]), alpha=0.75, interpolation="nearest")
 
 
 def chunk_size(seqlen: int) -> int:

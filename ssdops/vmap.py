@@ -51,8 +51,7 @@ class Fold:
         for name, kinds in axes.items():
             if n.BOUNDARIES in kinds:
                 raise UnsupportedError(
-                    f"vmap folds the mapped axis into batch, and documents({name}) takes a batch of one; "
-                    "use segment_ids"
+                    f"vmap folds the mapped axis into batch, and documents({name}) takes a batch of one; use segment_ids"
                 )
         shape = list(q.shape)
         if q_dim is not None:

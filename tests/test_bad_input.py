@@ -226,8 +226,7 @@ def test_the_error_names_the_argument_what_was_expected_and_what_came(name):
     with torch.no_grad():
         assert str(failure(call, x)) == str(error)
     learnt = {
-        name: t.requires_grad_() if name in ("q", "k", "v", "a", "q_row", "q1", "a1") else t
-        for name, t in tensors().items()
+        name: t.requires_grad_() if name in ("q", "k", "v", "a", "q_row", "q1", "a1") else t for name, t in tensors().items()
     }
     assert str(failure(call, learnt)) == str(error)
     # and a good call after a bad one works

@@ -44,10 +44,7 @@ MODULES = {module_of(file): file for file in FILES}
 def level(module: str) -> int | None:
     """How far down the module's room lies; None if it has none. The longest name that fits is the room."""
     fits = [
-        (len(room), at)
-        for at, names in enumerate(ROOMS)
-        for room in names
-        if module == room or module.startswith(f"{room}.")
+        (len(room), at) for at, names in enumerate(ROOMS) for room in names if module == room or module.startswith(f"{room}.")
     ]
     return max(fits)[1] if fits else None
 
@@ -118,9 +115,7 @@ def _at_the_top() -> Iterator[tuple[str, str, int]]:
     """Imports that run when the module is imported; inside a function is where a circle may be cut."""
     for name, file in MODULES.items():
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        lines = {
-            line for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for line in range(f.lineno, f.end_lineno + 1)
-        }
+        lines = {line for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for line in range(f.lineno, f.end_lineno + 1)}
         yield from ((name, target, line) for target, line in imports(file) if line not in lines and target != name)
 
 
@@ -176,9 +171,7 @@ def test_nothing_foreign_is_executed(module):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"{module}:{node.lineno}"
         if isinstance(node, ast.Import):
-            assert not {a.name.split(".")[0] for a in node.names} & {"pickle", "marshal", "shelve"}, (
-                f"{module}:{node.lineno}"
-            )
+            assert not {a.name.split(".")[0] for a in node.names} & {"pickle", "marshal", "shelve"}, f"{module}:{node.lineno}"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m and (level(m) or 0) >= level("masks")])  # type: ignore[operator]
@@ -187,6 +180,4 @@ def test_the_lower_rooms_know_no_compiler(module):
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-        assert not {name.split(".")[0] for name in names} & {"triton", "tvm", "tvm_ffi", "numpy"}, (
-            f"{module}:{node.lineno}"
-        )
+        assert not {name.split(".")[0] for name in names} & {"triton", "tvm", "tvm_ffi", "numpy"}, f"{module}:{node.lineno}"

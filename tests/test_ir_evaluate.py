@@ -228,16 +228,12 @@ def test_no_tokens_and_one(seqlen):
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 4), (1, 1, 4), (4, 1, 1), (1, 4, 2), (2, 4, 1)], ids=str)
-@pytest.mark.parametrize(
-    "text", ["decay(a)", "channel_decay(ca)", "dense(L).T", "decay(a) * documents(segment_ids=ids)"]
-)
+@pytest.mark.parametrize("text", ["decay(a)", "channel_decay(ca)", "dense(L).T", "decay(a) * documents(segment_ids=ids)"])
 def test_contraction_is_the_nested_loops(text, heads):
     q, k, v = _qkv(*heads)
     scale = 0.3
     want = torch.zeros(BATCH, T, H, P, dtype=torch.float64)
-    entry = TABLE.get(text) or (
-        lambda b, h, i, j: TABLE["decay(a)"](b, h, i, j) * float(X["ids"][b, i] == X["ids"][b, j])
-    )
+    entry = TABLE.get(text) or (lambda b, h, i, j: TABLE["decay(a)"](b, h, i, j) * float(X["ids"][b, i] == X["ids"][b, j]))
     entry = entry if text not in CHANNEL else (lambda b, h, i, j: 1.0)
     for b in range(BATCH):
         for h in range(H):

@@ -277,9 +277,7 @@ def _linear_terms() -> list[Linear]:
 def test_every_linear_term_reads_back_from_its_node(terms):
     for term in terms:
         (read,) = normalize(term.node())
-        read = (
-            read if read.decays else replace(read, row_inclusive=True, col_inclusive=True)
-        )  # the flags mean nothing then
+        read = read if read.decays else replace(read, row_inclusive=True, col_inclusive=True)  # the flags mean nothing then
         assert read == term
 
 
@@ -388,9 +386,7 @@ def test_a_product_of_a_few_sums_is_multiplied_out():
     assert len(normalize(n.product_of(*sums))) == 64
 
 
-@pytest.mark.parametrize(
-    "part", ["decay(x{})", "-decay(x{}).T", "decay(x{}).scale(rows=u{})", "diagonal(x{}).strict().T"]
-)
+@pytest.mark.parametrize("part", ["decay(x{})", "-decay(x{}).T", "decay(x{}).scale(rows=u{})", "diagonal(x{}).strict().T"])
 @pytest.mark.parametrize("join", [n.sum_of, n.product_of])
 def test_wide_masks_meet_no_recursion_limit(part, join):
     wide = join(*(parse(part.format(*[at] * part.count("{}"))) for at in range(120)))

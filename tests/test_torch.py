@@ -95,9 +95,7 @@ def test_a_new_seqlen_or_batch_does_not_compile_again(name):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend(name), fullgraph=True, dynamic=True, backend=counter)
     batches = [1, 1, 1] if name == "packed" else [7, 8, 6]
-    for seqlen, batch in zip(
-        (12, 15, 10), batches, strict=True
-    ):  # equal sizes would be taken for one; all have 5 levels
+    for seqlen, batch in zip((12, 15, 10), batches, strict=True):  # equal sizes would be taken for one; all have 5 levels
         x = inputs(seqlen, batch)
         assert_alike(with_gradients(compiled, x), with_gradients(attend(name), x))
     assert counter.frame_count == 1
@@ -184,12 +182,12 @@ def test_opcheck_forward(name, state):
 def test_opcheck_backward(name, state):
     given = arguments(name, state, learnt=False)
     out = torch.ops.ssdops.forward(*given)
-    torch.library.opcheck(torch.ops.ssdops.backward.default, ([torch.randn_like(y) for y in out], *given))
+    torch.library.opcheck(torch.ops.ssdops.backward.default, ([torch.randn_like(y) for y in out], [], *given))
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_flow_under_a_dispatch_mode(name):
-    """Counters, checkpointing and checkers run operators below autograd, where a kernel's own autograd is switched off."""
+    """Counters, checkpointing and checkers run operators below autograd, where a kernel's own autograd is off."""
 
     class Passing(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -410,9 +408,7 @@ def test_a_tensor_used_twice_has_the_sum_of_both_gradients():
     x = inputs()["v"].requires_grad_()
     d = torch.randn(H, dtype=torch.float64).requires_grad_()
     mask = masks.diagonal(d) + masks.causal().scale(rows=d, cols=d)
-    assert torch.autograd.gradcheck(
-        lambda x, d: ssd(x, x, x, masks.diagonal(d) + masks.causal().scale(rows=d, cols=d)), (x, d)
-    )
+    assert torch.autograd.gradcheck(lambda x, d: ssd(x, x, x, masks.diagonal(d) + masks.causal().scale(rows=d, cols=d)), (x, d))
     assert len(mask.operands) == 1
 
 
@@ -456,9 +452,7 @@ def test_importing_and_running_on_the_cpu_touches_neither_cuda_nor_compilers():
     initialised, new = done.stdout.splitlines()
     assert initialised == "False"
     assert "ssdops" in new.split()
-    assert not {"triton", "tvm", "tvm_ffi", "numpy", "typer", "rich", "platformdirs", "hypothesis", "pytest"} & set(
-        new.split()
-    )
+    assert not {"triton", "tvm", "tvm_ffi", "numpy", "typer", "rich", "platformdirs", "hypothesis", "pytest"} & set(new.split())
 
 
 def test_the_version_is_that_of_the_package():

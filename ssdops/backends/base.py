@@ -6,7 +6,7 @@ autograd, or of other backends. Tensors of one term come as `Inputs`; cotangents
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -85,7 +85,6 @@ class Inputs:
         p, x = self.problem, repeat_heads(self.values[slot], self.problem.nheads, 2)
         return x.expand(p.batch, p.seqlen, *x.shape[2:])
 
-
     def empty_output(self) -> Tensor:
         """Room for Y; zeros where documents leave tokens out."""
         p = self.problem
@@ -101,10 +100,27 @@ class Output:
     Attributes:
         y: `(batch, seqlen, nheads, headdim)` in the accumulation dtype.
         state: the final states of a linear term.
+        saved: what the backend wants to see again in its backward pass, if it was asked to save.
     """
 
     y: Tensor
     state: Tensor | None = None
+    saved: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """What a backward pass starts from.
+
+    Attributes:
+        y: the cotangent of Y.
+        state: the cotangent of the final states; None is 0.
+        saved: what `forward` saved, if anything.
+    """
+
+    y: Tensor
+    state: Tensor | None = None
+    saved: Sequence[Tensor] = ()
 
 
 @dataclass
@@ -143,18 +159,12 @@ class Backend(Protocol):
         """What a forward pass costs."""
         ...
 
-    def forward(self, term: Term, x: Inputs, config: Config) -> Output:
-        """Run the term."""
+    def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
+        """Run the term; with `save`, at liberty to keep what spares the backward pass work."""
         ...
 
-    def backward(
-        self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None, y: Tensor | None = None
-    ) -> Gradients:
-        """Gradients for the cotangents of Y and of the final states (None is 0).
-
-        Args:
-            y: this term's own Y where it is at hand in the accumulation dtype.
-        """
+    def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
+        """Gradients of everything that the term read."""
         ...
 
 

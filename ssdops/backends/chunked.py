@@ -14,7 +14,6 @@ N dstate, P headdim.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from ..ir.problem import Problem, common_heads
 from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
-from .base import Config, Gradients, Inputs, Output, Support, Work, exponent_dtype, reduce_value, reject_scan
+from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, exponent_dtype, reduce_value, reject_scan
 from .rows import Rows
 from .scan import diagonal_backward, diagonal_forward, exponent_gradient, exponents
 
@@ -69,27 +68,29 @@ class Chunked:
             10.0 + 25.0 * chunks,
         )
 
-    def forward(self, term: Term, x: Inputs, config: Config) -> Output:
-        """One chunk after another."""
+    def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
+        """One span of chunks after another; saves the states at chunk starts, and what was read of them."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
         assert isinstance(term, Linear)  # supports() refuses the rest
         scan, y = _Scan(term, x, config), x.empty_output()
         state = scan.initial()
+        kept: list[_Kept] = []
         for span in scan.spans:
             tile = scan.tile(*span)
-            scan.write_output(tile, scan.across(tile, state), y)
-        return Output(y, scan.leave(state))
+            if save:
+                kept.append(scan.room_to_keep(tile, state))
+            scan.write_output(tile, scan.across(tile, state, kept[-1] if save else None), y)
+        saved = (state, *(x for k in kept for x in (k.starts, k.across))) if save else ()
+        return Output(y, scan.leave(state), saved)
 
-    def backward(
-        self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None, y: Tensor | None = None
-    ) -> Gradients:
+    def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """Forward again for the states at chunk starts, then back over the chunks with the state's cotangent in hand."""
         if isinstance(term, Diagonal):
-            return diagonal_backward(term, x, dy)
+            return diagonal_backward(term, x, cotangents.y)
         assert isinstance(term, Linear)  # supports() refuses the rest
         scan = _Scan(term, x, config)
-        return _Backward(scan, dy, dstate, y).run()
+        return _Backward(scan, cotangents).run()
 
 
 def exp_(x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def exp_(x: Tensor) -> Tensor:
     On CPUs exp takes ten times as long where its result is denormal, zero or infinite, as strong decays make it.
     """
     floor = -78.0 if x.dtype == torch.float32 else -696.0
-    return torch.nn.functional.threshold_(x.clamp_min_(floor).exp_(), math.exp(floor) * 1.001, 0.0)
+    return torch.threshold_(x.clamp_min_(floor).exp_(), math.exp(floor) * 1.001, 0.0)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,14 @@ class _Tile:
     def t1(self) -> int:
         """Where the span ends in local time."""
         return self.t0 + self.v.shape[0] * self.v.shape[2]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the backward pass of a span needs of the forward pass."""
+
+    starts: Tensor  # states at chunk starts, [M, R, G, N, r·P]
+    across: Tensor  # what chunks read of them, exp(ρ) apart, [M, R·G, C, r·P]
 
 
 class _Scan:
@@ -249,10 +258,17 @@ class _Scan:
         if tile.rho is None or tile.kappa is None:
             return None
         c = tile.rho.shape[3]
-        out = self.room("decays", *tile.rho.shape, c)
+        (rho, rho_rest), (kappa, kappa_rest) = (self.split(x) for x in (tile.rho, tile.kappa))
+        out = torch.sub(rho[..., None], kappa[..., None, :], out=self.room("decays", *rho.shape, c))
+        if rho_rest is not None and kappa_rest is not None:
+            out.add_(rho_rest[..., None]).sub_(kappa_rest[..., None, :])
         # above the diagonal the exponent may be positive and overflow: that half is put to zero, not multiplied by it
-        self.lower(torch.sub(tile.rho[..., None], tile.kappa[..., None, :], out=out))
-        return self.lower(exp_(out)).view(-1, c, c)
+        return self.lower(exp_(self.lower(out))).view(-1, c, c)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x as a sum of two in the accumulation dtype, so that differences keep digits without float64 matrices."""
+        high = x.to(self.acc)
+        return high, None if high.dtype == x.dtype else (x - high).to(self.acc)
 
     def masked_scores(self, tile: _Tile, decays: Tensor | None, out: Tensor | None) -> Tensor:
         """L ∘ QKᵀ of each chunk, [M·R·H, C, C], written to `out` (which may be `decays` itself)."""
@@ -273,29 +289,35 @@ class _Scan:
 
     # --- between chunks ---------------------------------------------------------------------------------------------
 
-    def walk(self, tile: _Tile, state: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Walk the state through the span, in place: yields each chunk's index and its start state [R·G, N, r·P]."""
-        _, rows, groups, c, n = tile.q.shape
-        running = state[:rows].view(rows * groups, n, -1)
-        v = self.wide("leaving", tile.v, tile.leaving)
-        for index in range(len(tile.q)):
-            yield index, running
-            self.decay_(tile, index, running)
-            running.baddbmm_(tile.k[index].view(-1, c, n).transpose(1, 2), v[index])
+    def room_to_keep(self, tile: _Tile, state: Tensor) -> _Kept:
+        """Fresh memory for a span's keepsakes."""
+        m, rows, groups, c, _ = tile.q.shape
+        return _Kept(state.new_empty(m, rows, *state.shape[1:]), state.new_empty(m, rows * groups, c, state.shape[3]))
 
-    def across(self, tile: _Tile, state: Tensor) -> Tensor:
-        """What each chunk of the span reads of the state before it, exp(ρ) apart, [M, R, C, H, P]; the state walks on."""
+    def across(self, tile: _Tile, state: Tensor, kept: _Kept | None = None) -> Tensor:
+        """Walk the state through the span, in place: what each chunk reads of it, exp(ρ) apart, [M, R, C, H, P]."""
         m, rows, groups, c, n = tile.q.shape
-        out = self.room("across", m, rows * groups, c, state.shape[3])
-        for index, running in self.walk(tile, state):
-            torch.bmm(tile.q[index].view(-1, c, n), running, out=out[index])
+        running = state[:rows].view(rows * groups, n, -1)
+        v = self.wide("leaving", tile.v, tile.leaving).unbind(0)
+        out = self.room("across", m, rows * groups, c, state.shape[3]) if kept is None else kept.across
+        q, k = (x.view(m, rows * groups, c, n) for x in (tile.q, tile.k))
+        factors, by_head = self.factors(tile), self.heads_of(running)
+        for index in range(m):
+            if kept is not None:
+                kept.starts[index] = state[:rows]
+            torch.bmm(q[index], running, out=out[index])
+            if factors is not None:
+                by_head.mul_(factors[index])
+            running.baddbmm_(k[index].transpose(1, 2), v[index])
         return self.narrow(out, rows)
 
-    def decay_(self, tile: _Tile, index: int, running: Tensor) -> None:
-        """state ← exp(E) · state, for one chunk; state [R·G, N, r·P]."""
-        if tile.total is not None:
-            factor = tile.total[index].reshape(-1, 1, self.shared, 1)
-            running.view(*running.shape[:2], self.shared, -1).mul_(factor)
+    def factors(self, tile: _Tile) -> tuple[Tensor, ...] | None:
+        """exp(E) of each chunk, shaped for `heads_of`; None where nothing decays."""
+        return None if tile.total is None else tile.total.reshape(len(tile.q), -1, 1, self.shared, 1).unbind(0)
+
+    def heads_of(self, running: Tensor) -> Tensor:
+        """A state [R·G, N, r·P] seen as [R·G, N, r, P]."""
+        return running.view(*running.shape[:2], self.shared, -1)
 
     def combine(self, tile: _Tile, inside: Tensor, across: Tensor, out: Tensor | None = None) -> Tensor:
         """Y from both, row scales apart, [M, R, C, H, P]."""
@@ -329,57 +351,58 @@ class _Scan:
 class _Backward:
     """The spans of a term from the last to the first, the cotangent of the state in hand."""
 
-    def __init__(self, scan: _Scan, dy: Tensor, dstate: Tensor | None, y: Tensor | None) -> None:
+    def __init__(self, scan: _Scan, cotangents: Cotangents) -> None:
         p = scan.x.problem
-        self.scan, self.dy = scan, dy
-        self.end, self.states = self._states()
+        self.scan, self.dy, dstate = scan, cotangents.y, cotangents.state
+        saved = cotangents.saved or self._forward()
+        self.end, starts, across = saved[0], saved[1::2], saved[2::2]
+        self.kept = [_Kept(*pair) for pair in zip(starts, across, strict=True)]
         self.dstate = torch.zeros_like(self.end) if dstate is None else scan.inward(dstate)
 
         def empty(*shape: int) -> Tensor:
             make = torch.empty if scan.rows.covers else torch.zeros
-            return make((p.batch, p.seqlen, *shape), dtype=scan.acc, device=dy.device)
+            return make((p.batch, p.seqlen, *shape), dtype=scan.acc, device=self.dy.device)
 
         self.inputs = {"q": empty(p.q_heads, p.dstate), "k": empty(p.k_heads, p.dstate), "v": empty(p.v_heads, p.headdim)}
         self.values = {slot: empty(p.nheads) for slot in scan.slots}
         # whether the gradient of v can be written where it belongs, unscaled and unshared
         self.in_place = p.v_heads == p.nheads and "cols" not in scan.slots
-        # ⟨dY_t, Y_t⟩, where Y is this term's own and not rounded; else Y is computed again span by span
-        self.y = None if "rows" in scan.slots else y
 
-    def _states(self) -> tuple[Tensor, list[Tensor]]:
-        """The final state, and per span the states at chunk starts [M, R, G, N, r·P]."""
-        scan, state = self.scan, self.scan.initial()
-        kept = [state.new_empty(chunks, *state.shape) for _, chunks in scan.spans]
-        for (t0, chunks), room in zip(scan.spans, kept, strict=True):
-            tile = scan.tile(t0, chunks)
-            for index, _ in scan.walk(tile, state):
-                room[index, : tile.rows] = state[: tile.rows]
-        return state, kept
+    def _forward(self) -> list[Tensor]:
+        """What `Chunked.forward` saves, computed again."""
+        scan, state, saved = self.scan, self.scan.initial(), []
+        for span in scan.spans:
+            tile = scan.tile(*span)
+            kept = scan.room_to_keep(tile, state)
+            scan.across(tile, state, kept)
+            saved += [kept.starts, kept.across]
+        return [state, *saved]
 
     def run(self) -> Gradients:
         """All spans."""
         scan = self.scan
-        for (t0, chunks), starts in zip(reversed(scan.spans), reversed(self.states), strict=True):
-            tile = scan.tile(t0, chunks)
-            grads = self.span(tile, starts[:, : tile.rows])
+        for span, kept in zip(reversed(scan.spans), reversed(self.kept), strict=True):
+            tile = scan.tile(*span)
+            grads = self.span(tile, kept)
             for name, total in {**self.inputs, **self.values}.items():
                 if name == "v" and self.in_place and scan.view(total, tile) is not None:
-                    continue
+                    continue  # written by span()
                 grad = grads[name]  # [M, R, C, heads, D] or [M, R, C, H]
                 scan.write(total, reduce_to(grad, (*grad.shape[:3], *total.shape[2:]), 3), tile)
-            self.end = starts[0]
+            self.end = kept.starts[0]
         x = scan.x
         values = {slot: reduce_value(total, x.values[slot]) for slot, total in self.values.items()}
         initial = None if x.initial is None else scan.leave(self.dstate)
-        return Gradients(**self.inputs, initial=initial, values=values)
+        q, k, v = self.inputs.values()
+        return Gradients(q, k, v, initial=initial, values=values)
 
     def read(self, x: Tensor, tile: _Tile) -> Tensor:
         """[M, R, C, …] of a tensor laid out like dy."""
         part = self.scan.rows.read(x, tile.t0, tile.t1).to(self.scan.acc)
         return part.reshape(tile.rows, tile.v.shape[0], -1, *part.shape[2:]).transpose(0, 1)
 
-    def span(self, tile: _Tile, starts: Tensor) -> dict[str, Tensor]:
-        """Gradients of one span, [M, R, C, heads, …], from the states at its chunks' starts [M, R, G, N, r·P].
+    def span(self, tile: _Tile, kept: _Kept) -> dict[str, Tensor]:
+        """Gradients of one span, [M, R, C, heads, …].
 
         `self.dstate`, the cotangent of the state at its end, becomes that of the state at its start.
         """
@@ -394,71 +417,96 @@ class _Backward:
         scores = scan.masked_scores(tile, decays, None if decays is None else scan.room("scores", *decays.shape))
         v_head, gu_head = scan.by_head("v", tile.v), scan.by_head("gu", gu)
         dmasked = torch.bmm(gu_head, v_head.transpose(1, 2), out=scan.room("dmasked", *scores.shape))
+        change = torch.mul(scores, dmasked, out=scan.room("change", *scores.shape)) if scan.slots else scores
         dmasked = scan.lower(dmasked) if decays is None else dmasked.mul_(decays)
         dscores = dmasked.view(-1, scan.shared, c, c).sum(1)  # [M·R·G, C, C]
         dv = torch.bmm(scores.transpose(1, 2), gu_head, out=scan.room("dv", *v_head.shape))
         dq = (dscores @ tile.k.view(-1, c, n)).view(m, -1, c, n)
         dk = (dscores.transpose(1, 2) @ tile.q.view(-1, c, n)).view(m, -1, c, n)
         # between chunks
-        dtotal = self._anchor(rows) if "log_a" in scan.slots else None
-        late = self._through_states(tile, starts, scan.wide("entering", gu, tile.entering), dq, dk)
-        dv = dv.view(m, rows, heads, c, dim).transpose(2, 3)
+        boundary = self._boundary(rows) if "log_a" in scan.slots else None
+        g_in = scan.wide("entering", gu, tile.entering)
+        v_out = scan.wide("leaving", tile.v, tile.leaving)
+        late = self._through_states(tile, kept.starts, g_in, v_out, dq, dk)  # [M, R·G, C, r·P]
         place = scan.view(self.inputs["v"], tile) if self.in_place else None
         place = scan.room("dv_tile", *tile.v.shape) if place is None else place
+        dv, reaching = dv.view(m, rows, heads, c, dim).transpose(2, 3), scan.narrow(late, rows)
         if tile.leaving is None:
-            torch.add(dv, late, out=place)
+            torch.add(dv, reaching, out=place)
         else:
-            torch.addcmul(dv, late, tile.leaving[..., None], out=place)
+            torch.addcmul(dv, reaching, tile.leaving[..., None], out=place)
         out = {"v": place, **{name: d.view(m, rows, -1, c, n).transpose(2, 3) for name, d in (("q", dq), ("k", dk))}}
-        self._per_token(tile, out, g, scores, starts)
-        if dtotal is not None:
-            drho, dkappa = (x.transpose(0, 1).flatten(1, 2) for x in (out["rho"], -out["log_cols"]))
-            d = exponent_gradient(scan.term, drho, dkappa, dtotal)  # [R, M·C, H]
-            out["log_a"] = d.view(rows, m, c, heads).transpose(0, 1)
+        self._scales(tile, out, g, scores, kept)
+        if boundary is not None or "log_cols" in scan.slots:
+            entering, leaving = self._dot(g_in, kept.across, tile), self._dot(v_out, late, tile)
+            self._exponents(out, change, entering, leaving, boundary)
         return out
 
-    def _anchor(self, rows: int) -> Tensor:
-        """⟨dS, S⟩ per head where the span ends, [R, H]: sums over tokens start afresh from it, so that they do not drift."""
+    def _boundary(self, rows: int) -> Tensor:
+        """⟨dS, S⟩ per head where the span ends, [R, H]: what every pair of tokens across that boundary gives."""
         scan = self.scan
-        product = torch.mul(self.dstate[:rows], self.end[:rows], out=scan.room("anchor", *self.dstate[:rows].shape))
-        return product.unflatten(3, (scan.shared, -1)).sum((2, 4)).flatten(1)
+        product = torch.mul(self.dstate[:rows], self.end[:rows], out=scan.room("boundary", *self.dstate[:rows].shape))
+        return product.view(*product.shape[:3], scan.shared, -1).sum((2, 4)).flatten(1)
 
-    def _through_states(self, tile: _Tile, starts: Tensor, g_in: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
+    def _through_states(self, tile: _Tile, starts: Tensor, g_in: Tensor, v_out: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
         """Walk dS back through the span, in place; add to dq and dk; return what reaches v, exp(E − κ) apart."""
         scan = self.scan
         m, rows, groups, c, n = tile.q.shape
-        v = scan.wide("leaving", tile.v, tile.leaving)
         running = self.dstate[:rows].view(rows * groups, n, -1)
-        late = scan.room("late", *v.shape)
+        late = scan.room("late", *v_out.shape)
+        q, k = (x.view(m, rows * groups, c, n) for x in (tile.q, tile.k))
+        start = starts.view(m, rows * groups, n, -1).transpose(2, 3)
+        factors, by_head = scan.factors(tile), scan.heads_of(running)
         for index in reversed(range(m)):
-            q, k = (x[index].view(-1, c, n) for x in (tile.q, tile.k))
-            torch.bmm(k, running, out=late[index])
-            dk[index].baddbmm_(v[index], running.transpose(1, 2))
-            dq[index].baddbmm_(g_in[index], starts[index].reshape(rows * groups, n, -1).transpose(1, 2))
-            scan.decay_(tile, index, running)
-            running.baddbmm_(q.transpose(1, 2), g_in[index])
-        return scan.narrow(late, rows)
+            torch.bmm(k[index], running, out=late[index])
+            dk[index].baddbmm_(v_out[index], running.transpose(1, 2))
+            dq[index].baddbmm_(g_in[index], start[index])
+            if factors is not None:
+                by_head.mul_(factors[index])
+            running.baddbmm_(q[index].transpose(1, 2), g_in[index])
+        return late
 
-    def _per_token(self, tile: _Tile, out: dict[str, Tensor], g: Tensor, scores: Tensor, starts: Tensor) -> None:
-        """Dot products per token: gradients of the scales, of log_cols (−dκ), and of ρ."""
+    def _scales(self, tile: _Tile, out: dict[str, Tensor], g: Tensor, scores: Tensor, kept: _Kept) -> None:
+        """Gradients of row and column scales, and v's own where columns are scaled."""
         scan, slots = self.scan, self.scan.slots
-        if "log_a" in slots or "log_cols" in slots:
-            out["log_cols"] = self._dot(out["v"], tile.v)
         if "cols" in slots:
             w = self.read(slots["cols"], tile)  # type: ignore[arg-type]  # a slot that is there has a value
-            v = repeat_heads(self.read(scan.x.v, tile), tile.v.shape[3], 3)
-            out["cols"] = self._dot(out["v"], v)
+            out["cols"] = (out["v"] * repeat_heads(self.read(scan.x.v, tile), tile.v.shape[3], 3)).sum(4)
             out["v"] = out["v"] * w[..., None]
-        if "log_a" not in slots and "rows" not in slots:
-            return
-        if self.y is not None:
-            out["rho"] = self._dot(self.read(self.dy, tile), self.read(self.y, tile))
-            return
-        m, rows, groups, c, n = tile.q.shape
-        read = tile.q.view(m, rows * groups, c, n) @ starts.reshape(m, rows * groups, n, -1)
-        out["rows"] = self._dot(g, scan.combine(tile, scan.inside(tile, scores), scan.narrow(read, rows)))
-        out["rho"] = out["rows"] if tile.u is None else out["rows"] * tile.u
+        if "rows" in slots:
+            across = scan.narrow(kept.across, tile.rows)
+            out["rows"] = (g * scan.combine(tile, scan.inside(tile, scores), across)).sum(4)
 
-    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """⟨a, b⟩ over the last axis."""
-        return torch.mul(a, b, out=self.scan.room("dot", *a.shape)).sum(-1)
+    def _exponents(
+        self, out: dict[str, Tensor], change: Tensor, entering: Tensor, leaving: Tensor, boundary: Tensor | None
+    ) -> None:
+        """Gradients of log_cols and log_a, from how Y changes with ρ_i and κ_j.
+
+        Args:
+            change: by pair of tokens of a chunk, [M·R·H, C, C].
+            entering, leaving: through the states on either side, by token [M, R, C, H].
+            boundary: [R, H], as `_boundary`.
+        """
+        m, rows, c, heads = leaving.shape
+
+        def by_token(x: Tensor) -> Tensor:  # [M·R·H, C] → [M, R, C, H]
+            return x.view(m, rows, heads, c).transpose(2, 3)
+
+        if "log_cols" in self.scan.slots:
+            out["log_cols"] = by_token(change.sum(1)) + leaving
+        if boundary is None:
+            return
+        # a pair (i, i) moves with no decay: left in, it would drown what strong decays leave of the others
+        change.tril_(-1)
+        drho, dkappa = by_token(change.sum(2)) + entering, by_token(change.sum(1)) + leaving
+        drho, dkappa = (x.transpose(0, 1).reshape(rows, m * c, heads) for x in (drho, -dkappa))
+        d = exponent_gradient(self.scan.term, drho, dkappa, boundary)
+        out["log_a"] = d.view(rows, m, c, heads).transpose(0, 1)
+
+    def _dot(self, a: Tensor, b: Tensor, tile: _Tile) -> Tensor:
+        """⟨a, b⟩ per token and head: [M, R·G, C, r·P] twice → [M, R, C, H]."""
+        scan = self.scan
+        m, _, c, _ = a.shape
+        product = torch.mul(a, b, out=scan.room("dot", *a.shape))
+        dots = product.view(m, tile.rows, scan.groups, c, scan.shared, -1).sum(5)  # [M, R, G, C, r]
+        return dots.transpose(2, 3).reshape(m, tile.rows, c, -1)

@@ -15,7 +15,7 @@ from ..ir.evaluate import Scope, entries
 from ..ir.problem import Problem, common_heads
 from ..ir.resolve import Span, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
-from .base import Config, Gradients, Inputs, Output, Support, Work, bind, exponent_dtype
+from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, bind, exponent_dtype
 from .scan import diagonal_backward, diagonal_forward, exponents
 
 ROWS = 256
@@ -43,41 +43,42 @@ class Naive:
         pairs = float(p.batch * p.nheads) * p.seqlen**2
         return Work(2 * pairs * (p.dstate + p.headdim), 12 * pairs, 40 * pairs, 40.0 + 20 * p.seqlen / ROWS)
 
-    def forward(self, term: Term, x: Inputs, config: Config) -> Output:
+    def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """By entries."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
         return Output(*contract_by_entries(term, x))
 
-    def backward(
-        self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None, y: Tensor | None = None
-    ) -> Gradients:
+    def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """By differentiating the forward pass, which is plain torch."""
         if isinstance(term, Diagonal):
-            return diagonal_backward(term, x, dy)
+            return diagonal_backward(term, x, cotangents.y)
         acc = x.problem.accumulate
         with torch.enable_grad():
             q, k, v = (t.detach().to(acc).requires_grad_() for t in (x.q, x.k, x.v))
-            floats = {
-                name: t.detach().clone().requires_grad_() for name, t in x.operands.items() if t.is_floating_point()
-            }
+            floats = {name: t.detach().clone().requires_grad_() for name, t in x.operands.items() if t.is_floating_point()}
             initial = None if x.initial is None else x.initial.detach().clone().requires_grad_()
             fresh = bind(term, x.problem, q, k, v, {**x.operands, **floats}, initial, x.scale)
             out, state = contract_by_entries(term, fresh)
         inputs = [q, k, v, *floats.values(), *([] if initial is None else [initial])]
-        outputs, cotangents = [out], [dy.to(acc)]
-        if state is not None and dstate is not None:
-            outputs, cotangents = [out, state], [dy.to(acc), dstate.to(state.dtype)]
-        kept = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        grads = torch.autograd.grad(
-            [o for o, _ in kept], inputs, [c for _, c in kept], allow_unused=True, materialize_grads=True
-        ) if kept else [torch.zeros_like(t) for t in inputs]  # fmt: skip
-        rest = grads[3:]
+        outputs, given = [out], [cotangents.y.to(acc)]
+        if state is not None and cotangents.state is not None:
+            outputs, given = [out, state], [*given, cotangents.state.to(state.dtype)]
+        dq, dk, dv, *rest = _pull_back(outputs, given, inputs)
         return Gradients(
-            *grads[:3],
+            dq, dk, dv,
             initial=None if initial is None else rest[-1],
             operands=dict(zip(floats, rest, strict=False)),
-        )
+        )  # fmt: skip
+
+
+def _pull_back(outputs: list[Tensor], cotangents: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of inputs; zeros where nothing reaches them (a mask that is zero, a sequence that is empty)."""
+    kept = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y.requires_grad]
+    if not kept:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    ys, dys = [y for y, _ in kept], [dy for _, dy in kept]
+    return torch.autograd.grad(ys, inputs, dys, allow_unused=True, materialize_grads=True)
 
 
 def contract_by_entries(term: Term, x: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -137,9 +138,12 @@ def _with_states(term: Linear, x: Inputs, y: Tensor, spans: list[Span]) -> tuple
     rows = (ones if slots["rows"] is None else slots["rows"].to(acc)) * (term.sign * x.scale)
     cols = ones if slots["cols"] is None else slots["cols"].to(acc)
     finals, entered = [], torch.zeros_like(y)
+
+    def turn(t: Tensor) -> Tensor:
+        return t if term.causal else t.flip(1)
+
     for s in sorted(spans, key=lambda s: s.state):
         at = (slice(s.row, s.row + 1), slice(s.start, s.stop))
-        turn = (lambda t: t) if term.causal else (lambda t: t.flip(1))
         rho, kappa, total = exponents(term, turn(d[at]))  # [1, t, H, 1 | N]
         kappa = kappa if slots["log_cols"] is None else kappa - turn(slots["log_cols"][at].to(exact))[..., None]
         leave = (total[:, None] - kappa).exp().to(acc)

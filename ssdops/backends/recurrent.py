@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ir.problem import Problem
 from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
-from .base import Config, Gradients, Inputs, Output, Support, Work, reduce_value, reject_scan
+from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reduce_value, reject_scan
 from .rows import Rows
 from .scan import diagonal_backward, diagonal_forward
 
@@ -44,7 +44,7 @@ class Recurrent:
         touched = float(p.batch * p.nheads * p.headdim * p.dstate) * p.seqlen
         return Work(0.0, 5 * touched, 12 * touched, 12.0 * p.seqlen)
 
-    def forward(self, term: Term, x: Inputs, config: Config) -> Output:
+    def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """One step per token."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
@@ -57,12 +57,10 @@ class Recurrent:
             scan.rows.write(y, step.advance(state, scan.order)[:, None], t, t + 1)
         return Output(y, scan.rows.leave(state, scan.n_states))
 
-    def backward(
-        self, term: Term, x: Inputs, config: Config, dy: Tensor, dstate: Tensor | None, y: Tensor | None = None
-    ) -> Gradients:
+    def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """Forward again with a state kept every √T steps, then back, each stretch from its kept state."""
         if isinstance(term, Diagonal):
-            return diagonal_backward(term, x, dy)
+            return diagonal_backward(term, x, cotangents.y)
         assert isinstance(term, Linear)  # supports() refuses the rest
         scan = Scan(term, x)
         out = _Accumulators(scan)
@@ -72,6 +70,7 @@ class Recurrent:
             if t % stretch == 0:
                 kept.append(state.clone())
             scan.step(t).advance(state, scan.order)
+        dy, dstate = cotangents.y, cotangents.state
         dstates = torch.zeros_like(state) if dstate is None else scan.rows.enter(dstate.to(state.dtype)).clone()
         for index in reversed(range(len(kept))):
             times = range(index * stretch, min((index + 1) * stretch, scan.rows.length))
@@ -226,4 +225,5 @@ class _Accumulators:
         x = self.scan.x
         initial = None if x.initial is None else self.scan.rows.leave(dstates, self.scan.n_states)
         values = {slot: reduce_value(total, x.values[slot]) for slot, total in self.values.items()}
-        return Gradients(**self.inputs, initial=initial, values=values)
+        q, k, v = self.inputs.values()
+        return Gradients(q, k, v, initial=initial, values=values)

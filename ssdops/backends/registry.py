@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 
 from ..errors import UnknownBackendError
@@ -20,7 +20,7 @@ def names() -> tuple[str, ...]:
     return tuple(BACKENDS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get(name: str) -> Backend:
     """The backend of that name.
 

@@ -28,7 +28,7 @@ class Rows:
         self.seqlen, self.causal, self.device, self._batch_rows = seqlen, causal, device, batch
         self.spans = None if spans is None else sorted(spans, key=lambda s: s.start - s.stop)
         if self.spans is None:
-            self.count, self.length = batch, seqlen
+            self.count, self.length = batch, seqlen if batch else 0
             return
         self.count = len(self.spans)
         self.length = max((s.stop - s.start for s in self.spans), default=0)

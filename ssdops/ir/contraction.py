@@ -35,9 +35,7 @@ class Contraction:
     chunk_size: int | None = None
 
     def __str__(self) -> str:
-        options = [
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:] if getattr(self, f.name) != f.default
-        ]
+        options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:] if getattr(self, f.name) != f.default]
         return f"contract({', '.join([show(self.mask), *options])})"
 
 

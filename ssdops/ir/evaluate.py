@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import nodes as n
 from .operands import ChannelLog, Operand, names
-from .resolve import document_spans, repeat_heads, resolve, segment_ids
+from .resolve import Span, document_spans, repeat_heads, resolve, segment_ids
 from .terms import Linear
 
 
@@ -136,10 +136,13 @@ def _leaf(node: n.Node, at: Scope) -> Block:
 
 def _decayed(at: Scope, log_a: Tensor, skip: int = 0) -> Tensor:
     """exp(Σ_{j+skip<s≤i} log_a[s]) where i ≥ j + skip, else 1; log_a [B, T, H] or [B, T, H, N]."""
-    c = log_a.cumsum(1)
-    c = c[..., None] if c.ndim == 3 else c  # [B, T, H, N]
+    log_a = log_a[..., None] if log_a.ndim == 3 else log_a  # [B, T, H, N]
+    finite = log_a.isfinite()
+    sums, oddities = torch.where(finite, log_a, 0.0).cumsum(1), (~finite).cumsum(1)
     cols = (at.j + skip).clamp_max(max(at.seqlen - 1, 0))
-    exponent = c[:, at.i, None] - c[:, None, cols]  # [B, rows, cols, H, N]
+    exponent = sums[:, at.i, None] - sums[:, None, cols]  # [B, rows, cols, H, N]
+    # a log that is not finite spoils what spans it, and not, through the sums, whatever comes after
+    exponent = torch.where(oddities[:, at.i, None] == oddities[:, None, cols], exponent, torch.nan)
     # above the diagonal the exponent may be positive and overflow
     return torch.where(at.lag >= skip, exponent.permute(0, 3, 1, 2, 4), 0.0).exp()
 
@@ -207,7 +210,8 @@ def linear_state(
 ) -> tuple[Tensor, Tensor]:
     """What states do, in float64: what `initial` adds to Y (before `scale`), and the final states.
 
-        y_i += sign · rows[i] · exp(ρ_i) · S₀ q_i        final = exp(E) · S₀ + Σ_j exp(E − κ_j + log_cols[j]) · cols[j] · v_j k_jᵀ
+        y_i += sign · rows[i] · exp(ρ_i) · S₀ q_i
+        final = exp(E) · S₀ + Σ_j exp(E − κ_j + log_cols[j]) · cols[j] · v_j k_jᵀ
 
     Args:
         term: the linear term that carries the state.
@@ -232,20 +236,23 @@ def linear_state(
     spans = document_spans(term.documents, operands, batch, seqlen)
     entered = torch.zeros(batch, seqlen, nheads, v.shape[-1], dtype=torch.float64, device=q.device)
     final = torch.zeros(len(spans), nheads, v.shape[-1], q.shape[-1], dtype=torch.float64, device=q.device)
+
+    def local(x: Tensor, span: Span) -> Tensor:
+        part = x[span.row, span.start : span.stop]
+        return part if term.causal else part.flip(0)
+
     for span in spans:
-        here = (span.row, slice(span.start, span.stop))
-        local = (lambda x: x[here]) if term.causal else (lambda x: x[here].flip(0))  # noqa: B023  # used in this turn only
-        d = local(log_a)
+        d = local(log_a, span)
         inclusive = d.cumsum(0)
         rho = inclusive if term.row_inclusive else inclusive - d
         kappa = inclusive if term.col_inclusive else inclusive - d
         total = d.sum(0)  # [H, 1 | N]
-        weight = (total - kappa).exp() * local(cols)  # [T, H, 1 | N]
-        state = torch.einsum("thp,thn->hpn", local(v), local(k) * weight)
+        weight = (total - kappa).exp() * local(cols, span)  # [T, H, 1 | N]
+        state = torch.einsum("thp,thn->hpn", local(v, span), local(k, span) * weight)
         if initial is not None:
             s0 = initial[span.state].double()
-            y = torch.einsum("hpn,thn->thp", s0, local(q) * rho.exp()) * local(rows)
-            entered[here] = y if term.causal else y.flip(0)
+            y = torch.einsum("hpn,thn->thp", s0, local(q, span) * rho.exp()) * local(rows, span)
+            entered[span.row, span.start : span.stop] = y if term.causal else y.flip(0)
             state = state + total.exp()[:, None] * s0
         final[span.state] = state
     return entered, final

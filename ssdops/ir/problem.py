@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import lcm
 
 import torch
@@ -158,7 +159,7 @@ def _check_boundaries(cu: Tensor, seqlen: int) -> None:
     values = cu.tolist()
     if values[0] != 0:
         raise ValueRangeError(f"cu_seqlens must start at 0, got {values[0]}")
-    for at, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+    for at, (a, b) in enumerate(pairwise(values)):
         if b < a:
             raise ValueRangeError(f"cu_seqlens must not decrease, got {a} then {b} at index {at + 1}")
     if values[-1] != seqlen:
@@ -178,9 +179,7 @@ def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _check_dtypes(
-    mask: n.Node, named: Mapping[str, Tensor], operands: Mapping[str, Tensor], states: Sequence[Tensor]
-) -> None:
+def _check_dtypes(mask: n.Node, named: Mapping[str, Tensor], operands: Mapping[str, Tensor], states: Sequence[Tensor]) -> None:
     integer = {name for x, axes in n.operands_of(mask) if axes in n.INTEGER_AXES for name in ops.names(x)}
     floats = {**named, **{k: x for k, x in operands.items() if k not in integer}}
     floats |= {f"initial_state[{i}]": s for i, s in enumerate(states)}
@@ -276,5 +275,3 @@ def common_heads(problem: Problem) -> int:
 def mask_needs_values_checked(mask: n.Node) -> bool:
     """Whether any operand's values, and not only its shape, can be wrong."""
     return any(isinstance(node, n.Documents) for node in n.walk(mask))
-
-

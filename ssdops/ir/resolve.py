@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import lcm
 
 import torch
@@ -124,9 +125,7 @@ class Span:
     state: int
 
 
-def document_spans(
-    documents: n.Documents | None, tensors: Mapping[str, Tensor], batch: int, seqlen: int
-) -> list[Span]:
+def document_spans(documents: n.Documents | None, tensors: Mapping[str, Tensor], batch: int, seqlen: int) -> list[Span]:
     """Every document with its state's index: batch rows without documents, `row · n_segments + segment` with them.
 
     Reads the boundaries on the host. Ids without `n_segments` give only the documents that occur, numbered in order.
@@ -135,7 +134,7 @@ def document_spans(
         return [Span(row, 0, seqlen, row) for row in range(batch)]
     if documents.cu_seqlens is not None:
         cu = resolve(documents.cu_seqlens, tensors, n.BOUNDARIES, seqlen).tolist()
-        return [Span(0, start, stop, s) for s, (start, stop) in enumerate(zip(cu, cu[1:], strict=False))]
+        return [Span(0, start, stop, s) for s, (start, stop) in enumerate(pairwise(cu))]
     ids = segment_ids(documents, tensors, seqlen)
     spans: list[Span] = []
     for row, line in enumerate(ids.expand(batch, -1).tolist()):

@@ -98,9 +98,7 @@ class Linear:
             assert scalar is not None  # _decay() is asked only of terms that decay
             return scalar
         per_channel = (
-            n.ChannelDecay(dt=channel.dt, A=channel.A)
-            if isinstance(channel, ops.ChannelLog)
-            else n.ChannelDecay(log_a=channel)
+            n.ChannelDecay(dt=channel.dt, A=channel.A) if isinstance(channel, ops.ChannelLog) else n.ChannelDecay(log_a=channel)
         )
         return per_channel if scalar is None else n.Product((scalar, per_channel))
 

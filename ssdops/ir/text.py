@@ -15,7 +15,13 @@ from . import operands as ops
 from .operands import Operand
 
 SUM, PRODUCT, UNARY, POSTFIX = range(4)
-_CALLS = {"exp": ops.Exp, "flip": ops.Flip, "advance": ops.Advance, "delay": ops.Delay, "mirror": ops.Mirror}
+_CALLS: dict[str, type[ops.Exp | ops.Flip | ops.Advance | ops.Delay | ops.Mirror]] = {
+    "exp": ops.Exp,
+    "flip": ops.Flip,
+    "advance": ops.Advance,
+    "delay": ops.Delay,
+    "mirror": ops.Mirror,
+}
 _POSTFIX = {"reverse": n.Reverse, "strict": n.Strict}
 
 
@@ -158,11 +164,9 @@ def _node(tree: ast.expr, text: str) -> n.Node:
             raise _fail(tree, text, f"a mask (one of {', '.join(n.LEAVES)})")
 
 
-def _method(
-    mask: n.Node, method: str, args: list[ast.expr], keywords: list[ast.keyword], tree: ast.expr, text: str
-) -> n.Node:
+def _method(mask: n.Node, method: str, args: list[ast.expr], keywords: list[ast.keyword], tree: ast.expr, text: str) -> n.Node:
     match method, args, keywords:
-        case ("reverse" | "strict"), [], []:
+        case (("reverse" | "strict"), [], []):
             return _POSTFIX[method](mask)
         case "shift", [], []:
             return n.Shift(mask, 1)
@@ -180,16 +184,14 @@ def distinct(keywords: list[ast.keyword], known: tuple[str, ...]) -> bool:
     return len(set(given)) == len(given) and set(given) <= set(known)
 
 
-def _leaf(
-    kind: type[n.Leaf], args: list[ast.expr], keywords: list[ast.keyword], tree: ast.expr, text: str
-) -> n.Node:
+def _leaf(kind: type[n.Leaf], args: list[ast.expr], keywords: list[ast.keyword], tree: ast.expr, text: str) -> n.Node:
     slots, known = dict(n.SLOTS[kind]), n.FIELDS[kind]
     named = dict(zip(known, args, strict=False)) | {str(kw.arg): kw.value for kw in keywords}
     if len(args) > len(known) or len(named) < len(args) + len(keywords) or not named.keys() <= set(known):
         raise _fail(tree, text, f"{kind.op}({', '.join(known)})")
     values = {key: _operand(x, text) if key in slots else _integer(x, text) for key, x in named.items()}
     try:
-        return kind(**values)  # type: ignore[arg-type]  # the field names were checked above
+        return kind(**values)
     except TypeError:
         raise _fail(tree, text, f"{kind.op}({', '.join(known)}) with nothing missing") from None
 

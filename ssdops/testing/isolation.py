@@ -60,9 +60,7 @@ def poison_stays_in_its_row(run: Runner, case: Case, value: float) -> None:
     got = run(case.map(poison))
     rows = list(range(1, batch))
     for name, x in got.items():
-        assert_close(
-            state_rows(x, rows, batch), state_rows(out[name], rows, batch), allowed[name], f"{name} of the other rows"
-        )
+        assert_close(state_rows(x, rows, batch), state_rows(out[name], rows, batch), allowed[name], f"{name} of the other rows")
 
 
 def poison_stays_in_its_head(run: Runner, case: Case, value: float) -> None:

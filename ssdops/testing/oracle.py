@@ -77,9 +77,7 @@ def gradient_bounds(case: Case, cotangents: Sequence[Tensor]) -> dict[str, float
 
 def magnitudes(case: Case, states: bool) -> dict[str, float]:
     """The greatest elements of the outputs on absolute values."""
-    return {
-        name: float(x.detach().max()) if x.numel() else 0.0 for name, x in outputs(_absolute(case)[0], states).items()
-    }
+    return {name: float(x.detach().max()) if x.numel() else 0.0 for name, x in outputs(_absolute(case)[0], states).items()}
 
 
 def _allowed(case: Case, name: str, big: Tensor, dtype: torch.dtype, uncancelled: float = 0.0) -> float:

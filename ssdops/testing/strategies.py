@@ -101,11 +101,7 @@ def linear_mask(s: Source, channel: bool = False, backwards: bool = True, states
         states: whether all of it must have states.
     """
     left_out = (() if backwards else ("full",)) + (("trapezoidal", "trapezoidal(beta_over_a)") if states else ())
-    mask = (
-        SUMS[s.pick([name for name in SUMS if name not in left_out])](s)
-        if s.chance(4)
-        else scan_mask(s, channel, backwards)
-    )
+    mask = SUMS[s.pick([name for name in SUMS if name not in left_out])](s) if s.chance(4) else scan_mask(s, channel, backwards)
     if s.chance(3):
         mask = mask + scan_mask(s, channel, backwards)
     if s.chance(4):
@@ -185,9 +181,7 @@ def operand_tensors(draw: Draw, sizes: Sizes, dtype: torch.dtype = torch.float32
 def _qkv(s: Source, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, Tensor, Tensor]:
     z = s.sizes
     shapes = ((z.q_heads, z.dstate), (z.k_heads, z.dstate), (z.v_heads, z.headdim))
-    q, k, v = (
-        s.lay(s.normal(z.batch, z.seqlen, *shape, dtype=dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)
-    )
+    q, k, v = (s.lay(s.normal(z.batch, z.seqlen, *shape, dtype=dtype)) for shape, dtype in zip(shapes, dtypes, strict=True))
     return q, k, v
 
 

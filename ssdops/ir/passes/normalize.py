@@ -36,9 +36,7 @@ def split_ranks(m: n.Node) -> n.Node | None:
     """A rank-R semiseparable mask is R scaled decays."""
     match m:
         case n.Semiseparable(log_a, b, c, rank):
-            return n.sum_of(
-                *(n.Scale(n.Decay(log_a), rows=ops.Select(c, r), cols=ops.Select(b, r)) for r in range(rank))
-            )
+            return n.sum_of(*(n.Scale(n.Decay(log_a), rows=ops.Select(c, r), cols=ops.Select(b, r)) for r in range(rank)))
         case _:
             return None
 
@@ -156,9 +154,7 @@ def push_to_leaf(m: n.Node) -> n.Node | None:
         case n.Reverse(n.Diagonal(d)):
             return n.Diagonal(ops.Flip(d))
         case n.Reverse(n.Documents(cu, ids, count)):
-            return n.Documents(
-                None if cu is None else ops.Mirror(cu), None if ids is None else ops.Mirror(ids), count
-            )
+            return n.Documents(None if cu is None else ops.Mirror(cu), None if ids is None else ops.Mirror(ids), count)
         case n.Scale(n.Diagonal(d), rows, cols, log_cols):
             scaled = ops.mul(ops.mul(d, rows), cols)
             return n.Diagonal(scaled if log_cols is None else ops.mul(scaled, ops.Exp(log_cols)))  # type: ignore[arg-type]
@@ -272,9 +268,11 @@ def _reversed(inner: Linear | Diagonal | str) -> Linear | Diagonal | str:
         return replace(
             inner,
             causal=not inner.causal,
-            **{
-                slot: ops.flip(getattr(inner, slot)) for slot in ("log_a", "channel", "rows", "cols", "log_cols")
-            },
+            log_a=ops.flip(inner.log_a),
+            channel=ops.flip(inner.channel),
+            rows=ops.flip(inner.rows),
+            cols=ops.flip(inner.cols),
+            log_cols=ops.flip(inner.log_cols),
         )
     if isinstance(inner, Diagonal):
         return replace(inner, value=ops.flip(inner.value))
@@ -327,7 +325,7 @@ def _on_diagonal(linear: Linear, diagonal: Diagonal) -> Diagonal | str:
     if linear.strict:
         return "zero"
     scaled = _scaled(diagonal, linear.rows, linear.cols, linear.log_cols)
-    return replace(scaled, sign=diagonal.sign * linear.sign) if isinstance(scaled, Diagonal) else scaled
+    return replace(scaled, sign=diagonal.sign * linear.sign) if isinstance(scaled, Diagonal) else "none"
 
 
 def _merge(a: Linear, b: Linear) -> Linear | Diagonal | str:
