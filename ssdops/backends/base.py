@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ir import nodes as n
+from ..ir.operands import Operand, names
 from ..ir.problem import Problem
 from ..ir.resolve import Span, document_spans, reduce_to, repeat_heads, resolve
 from ..ir.terms import Linear, Term, term_operands
@@ -178,10 +179,21 @@ def bind(
     scale: float,
 ) -> Inputs:
     """Evaluate the operand expressions of a term and find its documents (differentiable in the operands)."""
-    values = {slot: resolve(x, operands, axes, problem.seqlen) for slot, (x, axes) in term_operands(term).items()}
+    values = {
+        slot: resolve(x, _widened(slot, x, operands, problem), axes, problem.seqlen)
+        for slot, (x, axes) in term_operands(term).items()
+    }
     documents = term.documents if isinstance(term, Linear) else None
     spans = None if documents is None else document_spans(documents, operands, problem.batch, problem.seqlen)
     return Inputs(problem, q, k, v, values, operands, spans, initial, scale)
+
+
+def _widened(slot: str, x: Operand, operands: Mapping[str, Tensor], problem: Problem) -> Mapping[str, Tensor]:
+    """The operands of an expression in the dtype to reckon in: a sum of bfloat16 logs is not rounded to bfloat16."""
+    if isinstance(x, str):
+        return operands
+    dtype = exponent_dtype(problem) if slot in ("log_a", "channel", "log_cols") else problem.accumulate
+    return {name: operands[name].to(dtype) for name in names(x)}
 
 
 def reduce_value(grad: Tensor, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import nodes as n
-from .operands import ChannelLog, Operand
+from .operands import ChannelLog, Operand, names
 from .resolve import Span, document_spans, repeat_heads, resolve, segment_ids
 from .terms import Linear
 
@@ -32,7 +32,8 @@ class Scope:
 
     def token(self, x: Operand, axes: str = n.TOKEN) -> Tensor:
         """An operand per token in float64, heads repeated, time in full."""
-        value = repeat_heads(resolve(x, self.operands, axes, self.seqlen).double(), self.nheads, 2)
+        exact = {name: self.operands[name].double() for name in names(x)}  # before any arithmetic on them
+        value = repeat_heads(resolve(x, exact, axes, self.seqlen), self.nheads, 2)
         return value.expand(-1, self.seqlen, *value.shape[2:])  # [B | 1, T, H, …]
 
     def at_rows(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-C = 4.0
+C = 2.0
 """The constant; there is one, for every backend, dtype and test."""
 
 
