@@ -30,6 +30,7 @@ from .ir.evaluate import evaluate
 from .ir.resolve import repeat_heads
 from .masks import Mask
 from .plan import Plan, Step
+from .testing.tolerance import tolerance
 
 D_MODEL, NHEADS, HEADDIM, DSTATE, CONV = 128, 4, 64, 64, 4
 REPEATS, SECONDS = 5, 1.0
@@ -166,12 +167,7 @@ def oracle(call: Call) -> tuple[Tensor, float]:
     y = (L * (q @ k.transpose(2, 3))) @ v
     magnitude = (L.abs() * (q.abs() @ k.abs().transpose(2, 3))) @ v.abs()
     compute = torch.promote_types(call.v.dtype, torch.float32)
-    return y.transpose(1, 2), _tolerance(call.v.dtype, compute, seqlen * DSTATE, magnitude.max().item())
-
-
-def _tolerance(output: torch.dtype, compute: torch.dtype, length: float, magnitude: float) -> float:
-    """c · max(eps(compute) · √length, eps(output)) · magnitude: to be `ssdops.testing.tolerance` once that is there."""
-    return 4.0 * max(torch.finfo(compute).eps * sqrt(length), torch.finfo(output).eps) * magnitude
+    return y.transpose(1, 2), tolerance(call.v.dtype, compute, seqlen * DSTATE, magnitude.max().item())
 
 
 def try_backend(name: str, call: Call, plan: Plan, expected: Tensor) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from ssdops.backends import registry
+from ssdops.backends.base import Output
 from ssdops.backends.chunked import Chunked
 from ssdops.cli import app
 from ssdops.errors import UnsupportedError

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -100,7 +100,7 @@ class Window(Leaf):
 
     op: ClassVar[str] = "window"
     left: int
-    right: int
+    right: int = 0
 
 
 @dataclass(frozen=True, slots=True)
