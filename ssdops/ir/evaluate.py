@@ -178,9 +178,16 @@ def evaluate(node: n.Node, operands: Mapping[str, Tensor], batch: int, seqlen: i
     return dense[..., 0] if dense.shape[-1] == 1 else dense
 
 
-def dense_block(node: n.Node, operands: Mapping[str, Tensor], batch: int, seqlen: int, nheads: int) -> Block:
-    """All entries with their support, expanded to [B, H, T, T, N]."""
-    device = next((x.device for x in operands.values()), None)
+def dense_block(
+    node: n.Node,
+    operands: Mapping[str, Tensor],
+    batch: int,
+    seqlen: int,
+    nheads: int,
+    device: torch.device | None = None,
+) -> Block:
+    """All entries with their support, expanded to [B, H, T, T, N]; on the operands' device, if there are any."""
+    device = next((x.device for x in operands.values()), device)
     tokens = torch.arange(seqlen, device=device)
     value, support = entries(node, Scope(operands, batch, seqlen, nheads, tokens, tokens))
     shape = torch.broadcast_shapes(value.shape, support.shape, (batch, nheads, seqlen, seqlen, 1))
@@ -194,7 +201,7 @@ def contract(
     batch, seqlen = q.shape[:2]
     q, k, v = (repeat_heads(x.double(), nheads, 2) for x in (q, k, v))
     y = []
-    value, support = dense_block(node, operands, batch, seqlen, nheads)
+    value, support = dense_block(node, operands, batch, seqlen, nheads, q.device)
     for i in range(seqlen):  # row by row: [B, H, T, N] fits where [B, H, T, T, N] would not
         products = torch.einsum("bhn,bjhn->bhjn", q[:, i], k)
         row, inside = value[:, :, i], support[:, :, i]

@@ -162,7 +162,7 @@ def linear_in_v(run: Runner, case: Case) -> None:
 def causal(run: Runner, case: Case) -> None:
     """Finite inputs of later tokens never change a bit of what comes before (vacuous unless the mask is causal)."""
     p = case.problem
-    _, support = dense_block(case.mask.tree, case.mask.operands, p.batch, p.seqlen, p.nheads)
+    _, support = dense_block(case.mask.tree, case.mask.operands, p.batch, p.seqlen, p.nheads, case.q.device)
     above = torch.ones(p.seqlen, p.seqlen, dtype=torch.bool).triu(1).to(support.device)
     if bool((support[..., 0] & above).any()):
         return

@@ -1,0 +1,31 @@
+"""The torch backends on a GPU: the laws of the conformance suite, device tensors in and device tensors out.
+
+Without a GPU these are skipped, and `test_conformance_*.py` hold the same code to the same laws on the CPU.
+"""
+
+import pytest
+import torch
+
+from ssdops.testing import Conformance
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; the same laws run on the CPU elsewhere"),
+]
+
+
+class TestNaive(Conformance):
+    backend = "naive"
+    device = "cuda"
+
+
+class TestRecurrent(Conformance):
+    backend = "recurrent"
+    kind = "linear"
+    device = "cuda"
+
+
+class TestChunked(Conformance):
+    backend = "chunked"
+    kind = "scalar"
+    device = "cuda"
