@@ -16,7 +16,9 @@ pytestmark = [
 
 class TestNaive(Conformance):
     backend = "naive"
+    kind = "any"
     device = "cuda"
+    row_bits = False  # cuBLAS picks its kernel, and so the order of its sums, by the size of the batch
 
 
 class TestRecurrent(Conformance):

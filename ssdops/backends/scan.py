@@ -6,6 +6,7 @@ from math import lcm
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..ir.resolve import repeat_heads
 from ..ir.terms import Diagonal, Linear
@@ -34,6 +35,22 @@ def exponent_gradient(term: Linear, drho: Tensor, dkappa: Tensor, dtotal: Tensor
     late = late if term.row_inclusive else late + drho
     late = late if term.col_inclusive else late + dkappa
     return both - late + dtotal[:, None]
+
+
+def state_log_gradient(term: Linear, entering: Tensor, leaving: Tensor, through: Tensor) -> Tensor:
+    """The gradient of d in a chunk from what crosses its ends: sums only, as differences would lose what strong decays leave.
+
+    Args:
+        entering: how Y changes with what row i reads of the state before the chunk, [rows, t, …].
+        leaving: how the rest changes with what token j adds to the state after it, [rows, t, …].
+        through: how the rest changes with what passes from the one state to the other, [rows, …].
+    """
+    late, early = _reverse_cumsum(entering), leaving.cumsum(1)
+    if not term.row_inclusive:  # d_t is read from row t + 1 on
+        late = pad(late[:, 1:], (0, 0, 0, 1))
+    if term.col_inclusive:  # d_t weighs on what tokens before t have added
+        early = pad(early[:, :-1], (0, 0, 1, 0))
+    return late + early + through[:, None]
 
 
 def _reverse_cumsum(x: Tensor) -> Tensor:

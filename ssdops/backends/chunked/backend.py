@@ -60,8 +60,7 @@ class Chunked:
             if save:
                 kept.append(scan.room_to_keep(tile, state))
             scan.write_output(tile, scan.across(tile, state, kept[-1] if save else None), y)
-        saved = (state, *(x for k in kept for x in (k.starts, k.across))) if save else ()
-        return Output(y, scan.leave(state), saved)
+        return Output(y, scan.leave(state), tuple(x for k in kept for x in (k.starts, k.across)))
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """Forward again for the states at chunk starts, then back over the chunks with the state's cotangent in hand."""

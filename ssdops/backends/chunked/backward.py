@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ir.resolve import reduce_to, repeat_heads
 from ..base import Cotangents, Gradients, reduce_value
-from ..scan import exponent_gradient
+from ..scan import exponent_gradient, state_log_gradient
 from .forward import Kept, Scan, Tile
 
 
@@ -18,9 +18,9 @@ class Backward:
         p = scan.x.problem
         self.scan, self.dy, dstate = scan, cotangents.y, cotangents.state
         saved = cotangents.saved or self._forward()
-        self.end, starts, across = saved[0], saved[1::2], saved[2::2]
+        starts, across = saved[0::2], saved[1::2]
         self.kept = [Kept(*pair) for pair in zip(starts, across, strict=True)]
-        self.dstate = torch.zeros_like(self.end) if dstate is None else scan.inward(dstate)
+        self.dstate = scan.zero_state() if dstate is None else scan.inward(dstate)
 
         def empty(*shape: int) -> Tensor:
             make = torch.empty if scan.rows.covers else torch.zeros
@@ -39,7 +39,7 @@ class Backward:
             kept = scan.room_to_keep(tile, state)
             scan.across(tile, state, kept)
             saved += [kept.starts, kept.across]
-        return [state, *saved]
+        return saved
 
     def run(self) -> Gradients:
         """All spans."""
@@ -52,7 +52,6 @@ class Backward:
                     continue  # written by span()
                 grad = grads[name]  # [M, R, C, heads, D] or [M, R, C, H]
                 scan.write(total, reduce_to(grad, (*grad.shape[:3], *total.shape[2:]), 3), tile)
-            self.end = kept.starts[0]
         x = scan.x
         values = {slot: reduce_value(total, x.values[slot]) for slot, total in self.values.items()}
         initial = None if x.initial is None else scan.leave(self.dstate)
@@ -87,10 +86,9 @@ class Backward:
         dq = (dscores @ tile.k.view(-1, c, n)).view(m, -1, c, n)
         dk = (dscores.transpose(1, 2) @ tile.q.view(-1, c, n)).view(m, -1, c, n)
         # between chunks
-        boundary = self._boundary(rows) if "log_a" in scan.slots else None
         g_in = scan.wide("entering", gu, tile.entering)
         v_out = scan.wide("leaving", tile.v, tile.leaving)
-        late = self._through_states(tile, kept.starts, g_in, v_out, dq, dk)  # [M, R·G, C, r·P]
+        late, through = self._through_states(tile, kept.starts, g_in, v_out, dq, dk)
         place = scan.view(self.inputs["v"], tile) if self.in_place else None
         place = scan.room("dv_tile", *tile.v.shape) if place is None else place
         dv, reaching = dv.view(m, rows, heads, c, dim).transpose(2, 3), scan.narrow(late, rows)
@@ -100,34 +98,38 @@ class Backward:
             torch.addcmul(dv, reaching, tile.leaving[..., None], out=place)
         out = {"v": place, **{name: d.view(m, rows, -1, c, n).transpose(2, 3) for name, d in (("q", dq), ("k", dk))}}
         self._scales(tile, out, g, scores, kept)
-        if boundary is not None or "log_cols" in scan.slots:
+        if "log_a" in scan.slots or "log_cols" in scan.slots:
             entering, leaving = self._dot(g_in, kept.across, tile), self._dot(v_out, late, tile)
-            self._exponents(out, change, entering, leaving, boundary)
+            self._exponents(out, change, entering, leaving, through)
         return out
 
-    def _boundary(self, rows: int) -> Tensor:
-        """⟨dS, S⟩ per head where the span ends, [R, H]: what every pair of tokens across that boundary gives."""
-        scan = self.scan
-        product = torch.mul(self.dstate[:rows], self.end[:rows], out=scan.room("boundary", *self.dstate[:rows].shape))
-        return product.view(*product.shape[:3], scan.shared, -1).sum((2, 4)).flatten(1)
+    def _through_states(
+        self, tile: Tile, starts: Tensor, g_in: Tensor, v_out: Tensor, dq: Tensor, dk: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Walk dS back through the span, in place, and add to dq and dk.
 
-    def _through_states(self, tile: Tile, starts: Tensor, g_in: Tensor, v_out: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
-        """Walk dS back through the span, in place; add to dq and dk; return what reaches v, exp(E − κ) apart."""
+        Returns:
+            What reaches v, exp(E − κ) apart [M, R·G, C, r·P]; and ⟨dS, exp(E) S⟩ of each chunk's two ends [M, R, H].
+        """
         scan = self.scan
         m, rows, groups, c, n = tile.q.shape
         running = self.dstate[:rows].view(rows * groups, n, -1)
         late = scan.room("late", *v_out.shape)
         q, k = (x.view(m, rows * groups, c, n) for x in (tile.q, tile.k))
-        start = starts.view(m, rows * groups, n, -1).transpose(2, 3)
+        start = starts.view(m, rows * groups, n, -1)
         factors, by_head = scan.factors(tile), scan.heads_of(running)
+        through = [running.new_zeros(rows * groups, scan.shared)] * m
         for index in reversed(range(m)):
             torch.bmm(k[index], running, out=late[index])
             dk[index].baddbmm_(v_out[index], running.transpose(1, 2))
-            dq[index].baddbmm_(g_in[index], start[index])
+            dq[index].baddbmm_(g_in[index], start[index].transpose(1, 2))
             if factors is not None:
                 by_head.mul_(factors[index])
+            if "log_a" in scan.slots:
+                passing = torch.mul(running, start[index], out=scan.room("passing", *running.shape))
+                through[index] = scan.heads_of(passing).sum((1, 3))
             running.baddbmm_(q[index].transpose(1, 2), g_in[index])
-        return late
+        return late, torch.stack(through).view(m, rows, -1)
 
     def _scales(self, tile: Tile, out: dict[str, Tensor], g: Tensor, scores: Tensor, kept: Kept) -> None:
         """Gradients of row and column scales, and v's own where columns are scaled."""
@@ -140,15 +142,13 @@ class Backward:
             across = scan.narrow(kept.across, tile.rows)
             out["rows"] = (g * scan.combine(tile, scan.inside(tile, scores), across)).sum(4)
 
-    def _exponents(
-        self, out: dict[str, Tensor], change: Tensor, entering: Tensor, leaving: Tensor, boundary: Tensor | None
-    ) -> None:
+    def _exponents(self, out: dict[str, Tensor], change: Tensor, entering: Tensor, leaving: Tensor, through: Tensor) -> None:
         """Gradients of log_cols and log_a, from how Y changes with ρ_i and κ_j.
 
         Args:
             change: by pair of tokens of a chunk, [M·R·H, C, C].
-            entering, leaving: through the states on either side, by token [M, R, C, H].
-            boundary: [R, H], as `_boundary`.
+            entering, leaving: through the states on either side of the chunk, by token [M, R, C, H].
+            through: from one side of the chunk to the other, [M, R, H].
         """
         m, rows, c, heads = leaving.shape
 
@@ -157,14 +157,14 @@ class Backward:
 
         if "log_cols" in self.scan.slots:
             out["log_cols"] = by_token(change.sum(1)) + leaving
-        if boundary is None:
-            return
-        # a pair (i, i) moves with no decay: left in, it would drown what strong decays leave of the others
-        change.tril_(-1)
-        drho, dkappa = by_token(change.sum(2)) + entering, by_token(change.sum(1)) + leaving
-        drho, dkappa = (x.transpose(0, 1).reshape(rows, m * c, heads) for x in (drho, -dkappa))
-        d = exponent_gradient(self.scan.term, drho, dkappa, boundary)
-        out["log_a"] = d.view(rows, m, c, heads).transpose(0, 1)
+        if "log_a" in self.scan.slots:
+            # a pair (i, i) moves with no decay: left in, it would drown what strong decays leave of the others
+            change.tril_(-1)
+            rho, kappa = by_token(change.sum(2)), -by_token(change.sum(1))
+            rho, kappa, entering, leaving, through = (x.flatten(0, 1) for x in (rho, kappa, entering, leaving, through))
+            inside = exponent_gradient(self.scan.term, rho, kappa, torch.zeros_like(through))
+            d = inside + state_log_gradient(self.scan.term, entering, leaving, through)
+            out["log_a"] = d.view(m, rows, c, heads)
 
     def _dot(self, a: Tensor, b: Tensor, tile: Tile) -> Tensor:
         """⟨a, b⟩ per token and head: [M, R·G, C, r·P] twice → [M, R, C, H]."""

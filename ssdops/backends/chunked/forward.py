@@ -98,11 +98,13 @@ class Scan:
 
     def initial(self) -> Tensor:
         """A fresh state for every row."""
+        return self.zero_state() if self.x.initial is None else self.inward(self.x.initial)
+
+    def zero_state(self) -> Tensor:
+        """Zero for every row."""
         p = self.x.problem
-        if self.x.initial is None:
-            shape = (self.rows.count, self.groups, p.dstate, self.shared * p.headdim)
-            return torch.zeros(shape, dtype=self.acc, device=self.x.q.device)
-        return self.inward(self.x.initial)
+        shape = (self.rows.count, self.groups, p.dstate, self.shared * p.headdim)
+        return torch.zeros(shape, dtype=self.acc, device=self.x.q.device)
 
     def inward(self, states: Tensor) -> Tensor:
         """States as users have them → states by row, heads side by side."""
