@@ -283,7 +283,7 @@ def channel_decay(log_a: Tensor | None = None, *, dt: Tensor | None = None, A: T
     """L[i, j, n] = exp(Σ_{j<s≤i} log_a[s, n]) · 1[i ≥ j] inside the sum over state channels n: GLA, RWKV-6, Mamba-1.
 
     Args:
-        log_a: `(batch, seqlen, nheads, dstate)`, sizes of 1 broadcast.
+        log_a: `(batch, seqlen, nheads, dstate)`; batch, seqlen and nheads may be 1 and broadcast.
         dt, A: instead, the factored form log_a = dt[..., None] · A, with dt per token and A `(nheads, dstate)`.
     """
     return _leaf(n.ChannelDecay, {"log_a": log_a, "dt": dt, "A": A})

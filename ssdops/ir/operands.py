@@ -8,7 +8,7 @@ is a plain name (`str`) or one of the frozen nodes below.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 Operand: TypeAlias = "str | Add | Mul | Exp | Flip | Advance | Delay | Select | Mirror | ChannelLog"
@@ -68,9 +68,13 @@ class Select:
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """The same documents seen from the last token to the first (of `cu_seqlens` or of segment ids)."""
+    """The same documents seen from the last token to the first: of `cu_seqlens`, or of segment ids, `count` possible ones.
+
+    Without a count, ids are mirrored about the last that occurs, which keeps their order and not their numbers.
+    """
 
     x: Operand
+    count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def rename(x: Operand, table: dict[str, str]) -> Operand:
     if isinstance(x, str):
         return table.get(x, x)
     inner = [rename(part, table) for part in parts(x)]
-    return Select(inner[0], x.index) if isinstance(x, Select) else type(x)(*inner)
+    return replace(x, x=inner[0]) if isinstance(x, Select | Mirror) else type(x)(*inner)
 
 
 def add(a: Operand | None, b: Operand | None) -> Operand | None:

@@ -56,9 +56,11 @@ def resolve(x: Operand, tensors: Mapping[str, Tensor], axes: str, seqlen: int) -
             return _moved(resolve(a, tensors, axes, seqlen), seqlen, 1)
         case ops.Select(a, index):
             return resolve(a, tensors, n.RANK, seqlen)[..., index]
-        case ops.Mirror(a):
+        case ops.Mirror(a, count):
             inner = resolve(a, tensors, axes, seqlen)
-            return inner[-1] - inner.flip(0) if axes == n.BOUNDARIES else inner[:, -1:] - inner.flip(1)
+            if axes == n.BOUNDARIES:
+                return inner[-1] - inner.flip(0)
+            return (inner[:, -1:] if count is None else count - 1) - inner.flip(1)
         case ops.ChannelLog(dt, big_a):
             left, right = _aligned(
                 resolve(dt, tensors, n.TOKEN, seqlen)[..., None],

@@ -97,6 +97,8 @@ def show_operand(x: Operand, outer: int = SUM) -> str:
             return f"({text})" if outer > PRODUCT else text
         case ops.Select(a, index):
             return f"select({show_operand(a)}, {index})"
+        case ops.Mirror(a, int(count)):
+            return f"mirror({show_operand(a)}, {count})"
         case ops.ChannelLog(dt, big_a):
             return f"channel_log({show_operand(dt)}, {show_operand(big_a)})"
         case _:
@@ -216,6 +218,8 @@ def _operand(tree: ast.expr, text: str) -> Operand:
             return ops.Mul(_operand(left, text), _operand(right, text))
         case ast.Call(ast.Name("select"), [inner, index], []):
             return ops.Select(_operand(inner, text), _integer(index, text))
+        case ast.Call(ast.Name("mirror"), [inner, count], []):
+            return ops.Mirror(_operand(inner, text), _integer(count, text))
         case ast.Call(ast.Name("channel_log"), [dt, big_a], []):
             return ops.ChannelLog(_operand(dt, text), _operand(big_a, text))
         case ast.Call(ast.Name(name), [inner], []) if name in _CALLS:

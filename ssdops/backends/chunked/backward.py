@@ -158,12 +158,14 @@ class Backward:
         if "log_cols" in self.scan.slots:
             out["log_cols"] = by_token(change.sum(1)) + leaving
         if "log_a" in self.scan.slots:
-            # a pair (i, i) moves with no decay: left in, it would drown what strong decays leave of the others
-            change.tril_(-1)
+            # a pair with no decay between its tokens does not move: left in, it would drown what strong decays leave of
+            # the others; it is (i, i), and with an exclusive ρ and an inclusive κ also (i, i − 1)
+            term = self.scan.term
+            change.tril_(-2 if term.col_inclusive and not term.row_inclusive else -1)
             rho, kappa = by_token(change.sum(2)), -by_token(change.sum(1))
             rho, kappa, entering, leaving, through = (x.flatten(0, 1) for x in (rho, kappa, entering, leaving, through))
-            inside = exponent_gradient(self.scan.term, rho, kappa, torch.zeros_like(through))
-            d = inside + state_log_gradient(self.scan.term, entering, leaving, through)
+            inside = exponent_gradient(term, rho, kappa, torch.zeros_like(through))
+            d = inside + state_log_gradient(term, entering, leaving, through)
             out["log_a"] = d.view(m, rows, c, heads)
 
     def _dot(self, a: Tensor, b: Tensor, tile: Tile) -> Tensor:

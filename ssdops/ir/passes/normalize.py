@@ -154,7 +154,7 @@ def push_to_leaf(m: n.Node) -> n.Node | None:
         case n.Reverse(n.Diagonal(d)):
             return n.Diagonal(ops.Flip(d))
         case n.Reverse(n.Documents(cu, ids, count)):
-            return n.Documents(None if cu is None else ops.Mirror(cu), None if ids is None else ops.Mirror(ids), count)
+            return n.Documents(None if cu is None else ops.Mirror(cu), None if ids is None else ops.Mirror(ids, count), count)
         case n.Scale(n.Diagonal(d), rows, cols, log_cols):
             scaled = ops.mul(ops.mul(d, rows), cols)
             return n.Diagonal(scaled if log_cols is None else ops.mul(scaled, ops.Exp(log_cols)))  # type: ignore[arg-type]
