@@ -52,7 +52,8 @@ class Backward:
                     continue  # written by span()
                 grad = grads[name]  # [M, R, C, heads, D] or [M, R, C, H]
                 scan.write(total, reduce_to(grad, (*grad.shape[:3], *total.shape[2:]), 3), tile)
-            self.end = kept.starts[0]
+            start = kept.starts[0]  # of the rows that still run there; shorter documents ended with what they have
+            self.end = start if len(start) == len(self.end) else torch.cat([start, self.end[len(start) :]])
         x = scan.x
         values = {slot: reduce_value(total, x.values[slot]) for slot, total in self.values.items()}
         initial = None if x.initial is None else scan.leave(self.dstate)
