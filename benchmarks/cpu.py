@@ -30,6 +30,13 @@ from workload import (
     set_up,
 )
 
+from ssdops.backends import registry
+from ssdops.backends.base import bind
+from ssdops.ir.contraction import Contraction
+from ssdops.ir.text import parse
+from ssdops.run import Call as ssd_call
+from ssdops.run import prepare
+
 SHAPES = (Shape(2, 2048, 24, 64, 1, 128), Shape(1, 8192, 24, 64, 1, 128))
 LONG = Shape(1, 16384, 24, 64, 1, 128)
 SHORT = replace(LONG, seqlen=2048)
@@ -125,11 +132,14 @@ def overhead(quick: bool) -> Section:
 
 
 def backend_only_call(inputs: Inputs) -> Call:
-    """The backend's own work on `inputs`, which a call's overhead does not include.
-
-    Nothing for now, so that all of the call counts as overhead.
-    """
-    return lambda: None
+    """The backend's own work on `inputs`, which a call's overhead does not include."""
+    program = str(Contraction(parse("decay(log_a)"), backend="chunked"))
+    call = ssd_call(inputs.q, inputs.k, inputs.v, [inputs.log_a], [], program, 1.0)
+    prepared = prepare(call)
+    (step,) = prepared.plan.steps
+    x = bind(step.term, prepared.problem, call.q, call.k, call.v, call.named, None, 1.0)
+    backend = registry.get(step.backend)
+    return lambda: backend.forward(step.term, x, step.config)
 
 
 def _probe_import() -> tuple[float, int]:
