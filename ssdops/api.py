@@ -85,7 +85,7 @@ def ssd(
     mask = masks.causal() if mask is None else mask
     _check_types(q, k, v, mask)
     _check_options(scale, return_state, state_dtype, backend, chunk_size)
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+    if ops.autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     states = _states(initial_state, "initial_state")

@@ -149,9 +149,10 @@ def _merged(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[dict[str
 
 def _leaf(kind: type[n.Leaf], operands: Mapping[str, Tensor | None], **static: int | None) -> Mask:
     given = _tensors({name: t for name, t in operands.items() if t is not None or name not in _OPTIONAL[kind]})
-    kept, table = _merged({}, given)
+    kept, table = _merged({}, given) if len(given) > 1 else (given, {})
     tree = kind(**{name: table.get(name, name) for name in given}, **static)
-    check_fields(tree)
+    if _OPTIONAL[kind] or static:
+        check_fields(tree)
     return Mask(tree, kept)
 
 

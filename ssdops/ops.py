@@ -35,7 +35,7 @@ _backward_op = torch.ops.ssdops.backward.default
 
 def call(c: Call) -> list[Tensor]:
     """`ssdops::forward`, entered at the autograd level: what eager callers use, as it is the shortest way in."""
-    return _differentiably(c, _worth_saving(c.q))
+    return _differentiably(c, eager=True)
 
 
 # --- shapes while tracing -------------------------------------------------------------------------------------------
@@ -87,9 +87,12 @@ def _backward(cotangents: list[Tensor], saved: list[Tensor], *args: Any) -> list
 def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
     """Autocast casts what users pass (`api.ssd`); inside, it would take the float32 out of accumulation."""
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a device type (torch raises for those that have none)."""
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def _excluded_but_autograd() -> Any:
@@ -154,17 +157,30 @@ class _Differentiable(torch.autograd.Function):
         return tuple(out), tuple(out_dims)
 
 
-def _differentiably(c: Call, save: bool) -> list[Tensor]:
+def _differentiably(c: Call, eager: bool) -> list[Tensor]:
     tensors = (c.q, c.k, c.v, *c.operands, *c.states)
-    learnt = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    learnt = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
     if learnt or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]  # as torch has it
-            c.program, c.scale, len(c.operands), save, *tensors
+            c.program, c.scale, len(c.operands), eager and _worth_saving(c.q), *tensors
         )
         return list(outputs[: _public_outputs(c.program)])
+    if _is_plain(tensors):
+        return run.forward(c)
     with torch._C._AutoDispatchBelowAutograd():
         out: list[Tensor] = _forward_op(c.q, c.k, c.v, c.operands, c.states, c.program, c.scale)
         return out
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the dispatcher would only lead to `run.forward`, so that its 40 µs can be saved: nothing traces or wraps."""
+    kind = tensors[0].device.type
+    if kind not in ("cpu", "cuda") or torch._C._len_torch_dispatch_stack() or autocasts(kind):
+        return False
+    return all([type(x) in _PLAIN for x in tensors])
 
 
 def _worth_saving(q: Tensor) -> bool:
@@ -233,7 +249,7 @@ def _write_slots(pool: Tensor, values: Tensor, indices: Tensor) -> None:
 LIBRARY.impl("forward", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("backward", _backward, "CompositeExplicitAutograd")
 LIBRARY.impl("write_slots_", _write_slots, "CompositeExplicitAutograd")
-LIBRARY.impl("forward", lambda keyset, *args: _differentiably(Call(*args[:7]), save=False), "Autograd", with_keyset=True)
+LIBRARY.impl("forward", lambda keyset, *args: _differentiably(Call(*args[:7]), eager=False), "Autograd", with_keyset=True)
 torch.library.register_fake("ssdops::forward", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("ssdops::backward", _backward_fake, lib=LIBRARY)
 torch.library.register_fake("ssdops::write_slots_", lambda pool, values, indices: None, lib=LIBRARY)

@@ -75,6 +75,7 @@ class Prepared:
     contraction: Contraction
     problem: Problem
     plan: Plan
+    names: tuple[str, ...]
     check_values: bool
 
 
@@ -107,7 +108,7 @@ def _prepare(call: Call) -> Prepared:
     if call.states or contraction.return_state:
         check_states(call.states, len(state_terms(contraction.mask)), problem, given=bool(call.states))
     checked = mask_needs_values_checked(contraction.mask) and (call.q.device.type == "cpu" or config.check_values())
-    return Prepared(contraction, problem, plan(contraction, problem), checked)
+    return Prepared(contraction, problem, plan(contraction, problem), n.operand_names(contraction.mask), checked)
 
 
 def forward(call: Call, save: bool = False) -> list[Tensor]:
@@ -144,7 +145,7 @@ def _unpacked(saved: list[Tensor], steps: int) -> list[list[Tensor]]:
 
 def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
     """Each step with its tensors, and the index of its state among the linear terms (−1 if it has none)."""
-    named, out, seen = call.named, [], 0
+    named, out, seen = dict(zip(prepared.names, call.operands, strict=True)), [], 0
     for step in prepared.plan.steps:
         linear = isinstance(step.term, Linear)
         initial = call.states[seen] if linear and call.states else None

@@ -1,5 +1,7 @@
 """Cases that broke once, each by itself; the laws of `ssdops.testing` are where they belong in general."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -21,10 +23,7 @@ def test_gradients_of_documents_of_unequal_length(backend):
     x = normal(1, 16, 2, 3).requires_grad_()
     chunk = {"chunk_size": 4} if backend == "chunked" else {}
     packed = ssd(x, x, x, m.decay(log_a) * m.documents(torch.tensor(cuts)), backend=backend, **chunk)
-    pieces = [
-        ssd(x[:, i:j], x[:, i:j], x[:, i:j], m.decay(log_a[:, i:j]), backend="recurrent")
-        for i, j in zip(cuts, cuts[1:], strict=False)
-    ]
+    pieces = [ssd(x[:, i:j], x[:, i:j], x[:, i:j], m.decay(log_a[:, i:j]), backend="recurrent") for i, j in pairwise(cuts)]
     weight = normal(*packed.shape, seed=2)
     (of_packed,) = torch.autograd.grad((packed * weight).sum(), x)
     (of_pieces,) = torch.autograd.grad((torch.cat(pieces, 1) * weight).sum(), x)

@@ -22,7 +22,9 @@ row i as exp(ρ_i), and token j leaves in the final state as exp(E − κ_j), E 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeAlias
 
 from . import nodes as n
@@ -131,7 +133,8 @@ class Quadratic:
 Term: TypeAlias = "Linear | Diagonal | Quadratic"
 
 
-def term_operands(term: Term) -> dict[str, tuple[Operand, str]]:
+@lru_cache(maxsize=4096)
+def term_operands(term: Term) -> Mapping[str, tuple[Operand, str]]:
     """Slot name → (operand expression, axes) for everything a term reads, documents apart."""
     match term:
         case Linear():
