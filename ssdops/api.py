@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import config, masks, ops
+from . import carry, config, masks, ops
 from .errors import (
     DeviceError,
     DtypeError,
@@ -29,7 +29,8 @@ from .plan import Plan, plan, state_terms
 from .run import Call
 
 State: TypeAlias = "Tensor | tuple[Tensor, ...]"
-"""The state of a mask: one matrix `(batch, nheads, headdim, dstate)` per linear term, bare if there is one."""
+"""The state of a mask: one matrix `(batch, nheads, headdim, dstate)` per linear term, bare if there is one; of a trapezoid
+(S, previous k, previous v)."""
 
 
 def ssd(
@@ -61,7 +62,8 @@ def ssd(
         initial_state: a state per linear term: one matrix `(batch, nheads, headdim, dstate)`, or
             `(n_segments, nheads, headdim, dstate)` for packed documents (`batch · n_segments` rows where segment ids come in
             a batch); bare for one term, else a tuple in the order of the terms. An anticausal term's state enters at the
-            right end and leaves at the left.
+            right end and leaves at the left. Of `trapezoidal`, alone or with diagonals: (S, k, v) with the k
+            `(batch, heads, dstate)` and v `(batch, heads, headdim)` of the token before.
         return_state: also return the final states, shaped likewise.
         state_dtype: of final states; None is float32 (float64 if any input is).
         backend: "auto", or a name from `ssdops.backends`.
@@ -88,7 +90,10 @@ def ssd(
     if ops.autocasts(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    states = _states(initial_state, "initial_state")
+    given = states = _states(initial_state, "initial_state")
+    trapezoid = carry.trapezoid_of(mask.tree) if return_state or initial_state is not None else None
+    if trapezoid is not None:
+        states = carry.enter(trapezoid, mask.operands, given, k, v)
     name = None if state_dtype is None else str(state_dtype).removeprefix("torch.")
     scale = float(scale)
     if torch.compiler.is_compiling():
@@ -102,6 +107,8 @@ def ssd(
         out = ops.call(Call(q, k, v, [mask.operands[x] for x in names], states, program, scale))
     if not return_state:
         return out[0]
+    if trapezoid is not None:
+        return out[0], carry.leave(out[1:], given, k, v)
     return out[0], out[1] if len(out) == 2 else tuple(out[1:])
 
 
@@ -161,6 +168,10 @@ def ssd_step(
     states = _states(state, "state")
     pools: list[Tensor] = []
     if state_indices is not None:
+        if carry.trapezoid_of(mask.tree) is not None:
+            raise UnsupportedError(
+                "a pool holds one matrix per slot, and trapezoidal() carries the last k and v too; pass states"
+            )
         pools, states = states, _read_slots(mask, states, state_indices, q)
     try:
         y, new = ssd(
@@ -287,6 +298,7 @@ def _check_recurrence(tree: n.Node) -> None:
     for node in n.walk(tree):
         if isinstance(node, n.Documents):
             raise UnsupportedError("a step has no documents: give every sequence its own batch row, and drop documents()")
+    carry.trapezoid_of(tree)
     for term in state_terms(tree):
         if not term.causal:
             raise UnsupportedError(f"{term.node()} reads later tokens, so {tree} has no step; run ssd on the whole sequence")

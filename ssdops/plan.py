@@ -68,17 +68,11 @@ def terms_of(mask: n.Node) -> tuple[Term, ...]:
 
 
 def state_terms(mask: n.Node) -> tuple[Linear, ...]:
-    """The terms that carry a state, in the order in which states are passed.
+    """The scans of a mask, in the order in which their states are passed to operators (`carry.py` for what users pass).
 
     Raises:
-        UnsupportedError: a part of the mask carries more than its scan's state, or none at all.
+        UnsupportedError: a part of the mask has no recurrence.
     """
-    for node in n.walk(mask):
-        if isinstance(node, n.Trapezoidal):
-            raise UnsupportedError(
-                "the state of trapezoidal() holds the previous k and v as well, which ssd does not carry yet; run the "
-                "whole sequence in one call, or write the mask as its two decays"
-            )
     terms = terms_of(mask)
     for term in terms:
         if isinstance(term, Quadratic):

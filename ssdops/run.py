@@ -63,7 +63,7 @@ class Call:
         """Everything that a plan depends on."""
         q, k, v = self.q, self.k, self.v
         return (
-            self.program, len(self.states), q.device, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype,
+            self.program, len(self.states), q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
             *[(x.shape, x.dtype, x.device) for x in self.operands], *[(x.shape, x.dtype, x.device) for x in self.states],
         )  # fmt: skip
 

@@ -148,7 +148,7 @@ KINDS: dict[str, tuple[Call, type[SsdopsError], list[str]]] = {
     ),
     "chunks for channels": (lambda x: run(x, masks.channel_decay(x["c"]), chunk_size=4), UnsupportedError, ["no backend can run channel_decay", "scalar decays only", "has no chunks"]),
     "a state of a band": (lambda x: run(x, masks.window(3), return_state=True), UnsupportedError, ["window(left=3, right=0) has no recurrence"]),
-    "a state of a trapezoid": (lambda x: run(x, masks.trapezoidal(x["a"], x["a"], x["a"]), return_state=True), UnsupportedError, ["trapezoidal()", "previous k and v"]),
+    "a state of a trapezoid": (lambda x: run(x, masks.trapezoidal(x["a"], x["a"], x["a"]) + masks.causal(), return_state=True), UnsupportedError, ["trapezoidal()", "previous k and v"]),
     "a mask that grows": (lambda x: run(x, _grown(x)), MaskError, ["12 factors", "4096 terms", "512"]),
 }  # fmt: skip
 VALUES: dict[str, tuple[Call, type[SsdopsError], list[str]]] = {
@@ -173,7 +173,7 @@ STEPS: dict[str, tuple[Call, type[SsdopsError], list[str]]] = {
     "band": (lambda x: step(x, masks.window(2)), UnsupportedError, ["window(left=2, right=0) has no recurrence"]),
     "delay by two": (lambda x: step(x, masks.decay(x["a1"]).shift(2)), UnsupportedError, ["decay(log_a).shift(2) has no recurrence"]),
     "dense": (lambda x: step(x, masks.dense(torch.ones(1, 1))), UnsupportedError, ["dense(L) has no recurrence"]),
-    "trapezoid": (lambda x: step(x, masks.trapezoidal(x["a1"], x["a1"], x["a1"])), UnsupportedError, ["trapezoidal()"]),
+    "trapezoid": (lambda x: step(x, masks.trapezoidal(x["a1"], x["a1"], x["a1"]) + masks.causal()), UnsupportedError, ["trapezoidal()"]),
     "state of another batch": (lambda x: step(x, None, x["s"][:1]), ShapeError, ["state has shape (1, 4, 2, 3)", "= (2, 4, 2, 3)"]),
     "too many states": (lambda x: step(x, None, (x["s"], x["s"])), ShapeError, ["state has 2 states", "carries 1"]),
     "no states": (lambda x: step(x, None, ()), ShapeError, ["state has 0 states", "carries 1"]),

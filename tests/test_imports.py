@@ -18,7 +18,7 @@ ROOMS = (
     ("nn", "compat", "distributed", "testing"),
     ("api",),
     ("ops",),
-    ("adjoint", "vmap"),
+    ("adjoint", "vmap", "carry"),
     ("run",),
     ("plan",),
     ("autotune",),

@@ -55,7 +55,9 @@ class Case:
 
     @cached_property
     def carried(self) -> tuple[Linear, ...] | None:
-        """The terms that carry a state, or None where the mask has no states to give."""
+        """The terms that carry a state, or None where the mask has no states to give, or carries more (a trapezoid)."""
+        if any(isinstance(node, n.Trapezoidal) for node in n.walk(self.mask.tree)):
+            return None
         if count_states(self.mask.tree, self.mask.operands, self.q.shape[0]) is None:
             return None
         try:
