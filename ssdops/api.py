@@ -51,7 +51,8 @@ def ssd(
         y[b,i,h,:] = scale · Σ_j  L[b,h,i,j] · ⟨q[b,i,hq,:], k[b,j,hk,:]⟩ · v[b,j,hv,:]
 
     nheads is the greatest head count among q, k, v and the mask's operands; every other divides it and is shared by
-    contiguous groups of heads. In Mamba-2's words q = C, k = B, v = x·dt, log_a = A·dt, and D is a diagonal term.
+    contiguous groups of heads. In Mamba-2's words q = C, k = B, v = x·dt, log_a = A·dt; its skip connection D·x is no
+    part of L, and is added to what comes back.
 
     Args:
         q, k: `(batch, seqlen, heads, dstate)`, float32, float64, bfloat16 or float16, any strides. Under autocast q, k and v

@@ -231,7 +231,9 @@ def dense(L: Tensor) -> Mask:
 
 
 def diagonal(d: Tensor) -> Mask:
-    """L[i, j] = d[i] · 1[i = j]: Mamba's skip connection D.
+    """L[i, j] = d[i] · 1[i = j]: a weight on a token's own score, so d[i] · ⟨q_i, k_i⟩ · v_i is added to y_i (RWKV's bonus).
+
+    Mamba's skip connection D · x has no score in it: add it to what `ssd` returns.
 
     Args:
         d: `(batch, seqlen, nheads)` or broadcastable; `(nheads,)` for one D per head.

@@ -64,6 +64,7 @@ class Call:
         q, k, v = self.q, self.k, self.v
         return (
             self.program, len(self.states), q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            q.stride(), k.stride(), v.stride(),
             *[(x.shape, x.dtype, x.device) for x in self.operands], *[(x.shape, x.dtype, x.device) for x in self.states],
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import diagonal_backward, diagonal_forward
 from .backward import Backward
-from .forward import SIZES, Kept, Scan
+from .forward import SIZES, SPAN, Kept, Scan
 
 
 class Chunked:
@@ -44,7 +44,7 @@ class Chunked:
             tokens * (scores + p.nheads * per_head),
             tokens * p.nheads * (4 * size + 4 * p.headdim + 3 * p.dstate * p.headdim / size),
             4 * tokens * (p.q_heads * p.dstate + p.k_heads * p.dstate + 2 * p.nheads * p.headdim),
-            10.0 + 25.0 * chunks,
+            10.0 + 8.0 * chunks + 60.0 * ceil(tokens / SPAN),
         )
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
