@@ -124,10 +124,10 @@ def forward(call: Call, save: bool = False) -> list[Tensor]:
         saved.append(out.saved)
         if isinstance(step.term, Linear) and prepared.contraction.return_state:
             assert out.state is not None  # every backend returns the state of a linear term
-            finals.append(out.state.to(p.state_dtype))
+            finals.append(out.state.to(p.state_dtype).contiguous())
     if total is None:
         total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=call.q.device)
-    public = [total.to(p.dtype), *finals]
+    public = [total.to(p.dtype).contiguous(), *finals]  # as tracing has been told
     return [*public, *_packed(saved)] if save else public
 
 
@@ -182,7 +182,8 @@ def backward(call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[
     if total is None:
         total = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     of_operands = [doperands[name] if name in doperands else q.new_empty(0) for name in named]
-    return [total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype), *of_operands, *dinitial]
+    of_inputs = [total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype)]
+    return [x.contiguous() for x in (*of_inputs, *of_operands, *dinitial)]  # as tracing has been told
 
 
 def _through_expressions(step: Step, grads: Gradients, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
