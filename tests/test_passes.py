@@ -146,7 +146,7 @@ APPLIES = {
         "causal().reverse()": "causal().T",
         "diagonal(t).reverse()": "diagonal(flip(t))",
         "documents(cu).reverse()": "documents(mirror(cu))",
-        "documents(segment_ids=ids, n_segments=9).reverse()": "documents(segment_ids=mirror(ids), n_segments=9)",
+        "documents(segment_ids=ids, n_segments=9).reverse()": "documents(segment_ids=mirror(ids, 9), n_segments=9)",
         "diagonal(t).scale(rows=t_head, cols=t_shared)": "diagonal(t * t_head * t_shared)",
         "diagonal(t).scale(rows=t_head, log_cols=t_shared)": "diagonal(t * t_head * exp(t_shared))",
     },

@@ -187,7 +187,8 @@ def normalize(mask: n.Node, on_pass: OnPass | None = None) -> tuple[Term, ...]:
         # documents that stand alone have two directions
         directed = direct_documents(_core(part))
         parts = (part,) if directed is None else tuple(_with_core(part, t) for t in directed.terms)  # type: ignore
-        terms.extend(term for p in parts if (term := read_term(p)) is not None)
+        read = [read_term(p) for p in parts]
+        terms.extend([term for term in read if term is not None])
     return tuple(terms)
 
 
