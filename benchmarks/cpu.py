@@ -31,11 +31,7 @@ from workload import (
 )
 
 from ssdops.backends import registry
-from ssdops.backends.base import bind
-from ssdops.ir.contraction import Contraction
-from ssdops.ir.text import parse
-from ssdops.run import Call as ssd_call
-from ssdops.run import prepare
+from ssdops.backends.base import Output
 
 SHAPES = (Shape(2, 2048, 24, 64, 1, 128), Shape(1, 8192, 24, 64, 1, 128))
 LONG = Shape(1, 16384, 24, 64, 1, 128)
@@ -115,9 +111,11 @@ def overhead(quick: bool) -> Section:
     inputs = mamba2_inputs(TINY)
     torch.set_num_threads(1)  # Python needs one, and waiting for a second on a busy machine takes milliseconds
     rounds = 200 if quick else 2000  # of samples too short to be interrupted often, so that the median is clean
-    times = paired(forward(chunked, inputs), backend_only_call(inputs), rounds, sample_seconds=1e-3)
+    with torch.no_grad():
+        times = paired(call_without_work(inputs), lambda: None, rounds, sample_seconds=1e-3)
+    registry.get.cache_clear()
     set_up()
-    parts = {"whole call µs": times.first * 1e6, "backend µs": times.second * 1e6}
+    parts = {"empty loop µs": times.second * 1e6}
     probes = [_probe_import() for _ in range(8)][1:]  # the first compiles bytecode
     seconds = statistics.median(seconds for seconds, _ in probes)
     unwanted = max(unwanted for _, unwanted in probes)
@@ -131,15 +129,12 @@ def overhead(quick: bool) -> Section:
     )
 
 
-def backend_only_call(inputs: Inputs) -> Call:
-    """The backend's own work on `inputs`, which a call's overhead does not include."""
-    program = str(Contraction(parse("decay(log_a)"), backend="chunked"))
-    call = ssd_call(inputs.q, inputs.k, inputs.v, [inputs.log_a], [], program, 1.0)
-    prepared = prepare(call)
-    (step,) = prepared.plan.steps
-    x = bind(step.term, prepared.problem, call.q, call.k, call.v, call.named, None, 1.0)
-    backend = registry.get(step.backend)
-    return lambda: backend.forward(step.term, x, step.config)
+def call_without_work(inputs: Inputs) -> Call:
+    """A planned call of `ssd` whose backend has nothing to do: its output is there already."""
+    ready = Output(torch.zeros_like(inputs.v))
+    backend = registry.get("chunked")
+    backend.forward = lambda *_, **__: ready  # type: ignore[method-assign]  # on this instance, until it is forgotten
+    return lambda: chunked(inputs)
 
 
 def _probe_import() -> tuple[float, int]:

@@ -20,7 +20,7 @@ from .ir.terms import Linear, term_operands
 from .plan import Plan, Step, plan, state_terms
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs a microsecond
 class Call:
     """The arguments of `ssdops::forward`.
 
