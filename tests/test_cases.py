@@ -73,3 +73,16 @@ def test_autocast_does_not_reach_inside():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = ssd(q, k, v, m.decay(log_a), backend="chunked")
     torch.testing.assert_close(cast, ssd(*low, m.decay(log_a), backend="chunked"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_strong_decays_keep_their_gradient(shifted):
+    """A pair (i, i), and when shifted (i, i − 1), has no decay between its tokens: left in, its rounding drowns the rest."""
+    q, k, v = (normal(1, 64, 2, 8, seed=s) for s in range(3))
+    weight, found = normal(1, 64, 2, 8, seed=3), []
+    for backend in ("chunked", "recurrent"):
+        log_a = torch.full((1, 64, 2), -15.0, requires_grad=True)
+        mask = m.decay(log_a).shift(1) if shifted else m.decay(log_a)
+        (grad,) = torch.autograd.grad((ssd(q, k, v, mask, backend=backend) * weight).sum(), log_a)
+        found.append(grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5 * found[1].abs().max().item())

@@ -186,7 +186,7 @@ def normalize(mask: n.Node, on_pass: OnPass | None = None) -> tuple[Term, ...]:
     for part in tree.terms if isinstance(tree, n.Sum) else (tree,):
         # documents that stand alone have two directions
         directed = direct_documents(_core(part))
-        parts = (part,) if directed is None else tuple(_with_core(part, t) for t in directed.terms)  # type: ignore
+        parts = (part,) if directed is None else tuple(_with_core(part, t) for t in directed.terms)  # type: ignore[attr-defined]  # a sum
         read = [read_term(p) for p in parts]
         terms.extend([term for term in read if term is not None])
     return tuple(terms)
