@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs (and, in Triton's interpreter, for tests on a CPU)."""
