@@ -29,7 +29,8 @@ from rich.console import Console
 SECTIONS: dict[str, Callable[[Bench], Sections]] = {
     run.__name__: run for run in (forward, backward, graphs, attention, decode, memory, constant_tokens, error)
 }
-WIDTH = 150  # of tables that no terminal shows
+RESULTS = Path(__file__).parent / "results" / "gpu.json"
+WIDTH = 150  # of lines that no terminal shows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,17 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = describe(bench, options)
     console.print(facts)
     sections: list[Section] = []
-    save = partial(write_json, options.json, facts, sections) if options.json else lambda: None
+    path = options.json or (RESULTS if complete(options) else None)
+    save = partial(write_json, path, facts, sections) if path else lambda: None
     save()  # a path that cannot be written is better known before than after
     for name in options.only:
         figures: list[Figure] = []
-        sections.append(Section((SECTIONS[name].__doc__ or name).splitlines()[0], figures))
-        console.print(f"\n[bold]{name}[/] {sections[-1].title}", highlight=False)
+        sections.append(Section(name, figures))
+        console.print(f"\n[bold]{name}[/] {(SECTIONS[name].__doc__ or '').splitlines()[0]}", highlight=False)
         for figure in SECTIONS[name](bench):
             figures.append(replace(figure, target=None, stretch=None) if machine.tiny else figure)
             print_figure(console, figures[-1])
             save()
     return 0 if all(good(figure) for section in sections for figure in section.figures) else 1
+
+
+def complete(options: argparse.Namespace) -> bool:
+    """Whether the run makes every figure, at the length at which it may be quoted."""
+    whole = options.only == list(SECTIONS) and options.shapes == list(SHAPES)
+    return whole and options.device == "cuda" and not options.quick and not options.tiny
 
 
 def good(figure: Figure) -> bool:
@@ -77,7 +85,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script out (default: cuda)")
     parser.add_argument("--only", type=_names(SECTIONS), default=list(SECTIONS), metavar="A,B", help=", ".join(SECTIONS))
     parser.add_argument("--shapes", type=_names(SHAPES), default=list(SHAPES), metavar="S1,S2", help="these alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write every figure to FILE; a complete run writes results/gpu.json by default",
+    )
     parser.add_argument("--commit", help="the commit to name in FILE, where the source has no git")
     parser.add_argument("--quick", action="store_true", help="a shorter look at each figure")
     parser.add_argument("--tiny", action="store_true", help="sizes for trying the script out; nothing is held to a target")

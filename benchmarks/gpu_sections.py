@@ -22,6 +22,7 @@ MAMBA1_MS = {"forward": 2.57, "forward + backward": 14.43}
 MAMBA1_AT_LEAST = {"forward": 6, "forward + backward": 7}
 GRADIENTS = {"ssdops": ("q", "k", "v", "log_a"), "mamba_ssm": ("x", "dt", "A", "B", "C"), "fla": ("q", "k", "v", "log_a")}
 MIB = 2**20
+CLOSE = 0.02  # between two sides, each right to a rounding or two of bfloat16
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,11 @@ def forward(bench: Bench) -> Sections:
         row.measure("making v and log_a (not timed with ssdops)", "ms", partial(_preparation_ms, bench, operands))
         row.measure("ssdops", "values not finite", partial(_not_finite, bench.ours, operands))
         for peer in (MAMBA, FLA):
-            row.measure(f"relative difference to {peer.name}", "", partial(_difference, bench.ours, peer, operands))
+            difference = row.measure(
+                f"relative difference to {peer.name}", "", partial(_difference, bench.ours, peer, operands)
+            )
+            if difference is not None and not difference <= CLOSE:
+                row.notes[f"ssdops against {peer.name}"] = f"y differs by {difference:.3g}, more than {CLOSE}"
         yield against(row, f"{name} {shape} forward", MAMBA, FORWARD_AT_LEAST[name])
         floors = row.ratio("ssdops ms", "floor ms")
         yield Figure(f"{name} forward, measured / floor", floors, "×", "at most", None, stretch=FLOORS_AT_MOST)
@@ -131,7 +136,10 @@ def _preparation_ms(bench: Bench, operands: Operands) -> float:
 
 
 def _not_finite(side: Side, operands: Operands) -> float:
-    return float((~_result(side, operands).isfinite()).sum().item())
+    y = _result(side, operands)
+    if count := int((~y.isfinite()).sum()):
+        raise ArithmeticError(f"{count} of y's {y.numel()} values are not finite")
+    return 0
 
 
 def _difference(ours: Side, peer: Side, operands: Operands) -> float:

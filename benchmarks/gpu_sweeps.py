@@ -54,7 +54,7 @@ def constant_tokens(bench: Bench) -> Sections:
         row = Row()
         for batch, seqlen in sizes:
             measured = partial(_constant, bench, mode, _heads(bench, batch, seqlen))
-            row.measure(f"({batch}, {seqlen})", "ms", measured)
+            row.measure(f"ssdops ({batch}, {seqlen})", "ms", measured)
             bench.machine.free()
         complete = len(row.parts) == len(sizes)
         value = max(row.parts.values()) / min(row.parts.values()) if complete else None

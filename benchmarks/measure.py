@@ -148,4 +148,7 @@ def _cpu_model() -> str:
 def _git_commit() -> str:
     """The commit of the checkout that holds this file, marked when tracked files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:  # figures without a commit are better than none
+        return f"unknown: {error}"
