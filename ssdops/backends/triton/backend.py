@@ -11,12 +11,10 @@ from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import diagonal_backward, diagonal_forward
+from .sizes import CHUNKS, MAX_DIM, padded, sizes
 
-SIZES = (32, 16, 64)
-"""Chunk sizes, the default first."""
 RESIDENT = 3
 """Programs of the scan that a multiprocessor holds at once."""
-MAX_DIM = 256
 
 
 class Triton:
@@ -49,9 +47,9 @@ class Triton:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
         if isinstance(term, Diagonal):
             return (Config(),)
-        if chunk_size is not None and chunk_size not in SIZES:
-            return Support.no(f"'triton' has chunks of {', '.join(map(str, sorted(SIZES)))} tokens, and chunk_size={chunk_size} was asked for")
-        return self._splits(problem, chunk_size or SIZES[0])
+        if chunk_size is not None and chunk_size not in CHUNKS:
+            return Support.no(f"'triton' has chunks of {', '.join(map(str, sorted(CHUNKS)))} tokens, and chunk_size={chunk_size} was asked for")
+        return self._splits(problem, sizes(problem, chunk_size).chunk)
 
     def _splits(self, problem: Problem, size: int) -> Iterator[Config]:
         yield Config(size)
@@ -72,7 +70,7 @@ class Triton:
         interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
         if isinstance(term, Diagonal):
             return Work(0.0, 3 * tokens * p.nheads * p.headdim, 3 * touched, 6.0 + interpreted)
-        size = config.chunk_size or SIZES[0]
+        size = sizes(p, config.chunk_size).chunk
         programs = self._programs(p) * config.segments
         waves = max(-(-programs // (RESIDENT * p.target.multiprocessors)), 1)
         chunks = -(-p.seqlen // (size * config.segments))

@@ -15,12 +15,12 @@ from ...config import triton_interpreted
 from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value, share_heads
-from .kernels.gradients import contract, exchange
+from .kernels.exchange import exchange, token_gradients
+from .kernels.gradients import contract
 from .kernels.prepare import prepare
 from .kernels.scan import scan
+from .sizes import padded, sizes
 
-BLOCK = 128
-"""Tokens between the states that the backward pass keeps."""
 SPAN = 60.0
 """How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -59,22 +59,18 @@ class Scan:
     def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
         p = x.problem
         self.term, self.x, self.config, self.problem = term, x, config, p
-        self.chunk = config.chunk_size or 32
+        self.sizes = sizes(p, config.chunk_size)
         self.groups = common_heads(p)
         self.scale = float(term.sign * x.scale)
         self.q, self.k, self.v = (dense_last(t) for t in (x.q, x.k, x.v))
         self.cu = x.boundaries()
         self.rows = p.batch if self.cu is None else self.cu.numel() - 1
         self.tokens = p.batch * p.seqlen
-        self.slots = self._slots(self.chunk)
+        self.slots = self._slots(self.sizes.chunk)
         self.decays = term.log_a is not None or term.log_cols is not None
         self.apart = term.row_inclusive != term.col_inclusive or term.log_cols is not None
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
         self.dot = torch.float32 if p.dtype == torch.bfloat16 and triton_interpreted() else p.dtype
-        self.block_n = min(max(triton.next_power_of_2(p.dstate), 16), 128)
-        self.block_p = min(max(triton.next_power_of_2(p.headdim), 16), 64)
-        self.tiles_p, self.tiles_n = triton.cdiv(p.headdim, self.block_p), triton.cdiv(p.dstate, self.block_n)
-
     def _slots(self, size: int) -> int:
         p = self.problem
         return p.batch * triton.cdiv(p.seqlen, size) if self.cu is None else self.tokens // size + self.rows
@@ -83,7 +79,7 @@ class Scan:
     def common(self) -> dict[str, Any]:
         """The compile-time switches that every kernel shares."""
         return {
-            "L": self.chunk, "N": self.problem.dstate, "BN": self.block_n,
+            "L": self.sizes.chunk, "N": self.problem.dstate,
             "DECAY": self.decays, "APART": self.apart, "EXACT": self.dot == torch.float32,
             "PACKED": self.cu is not None, "DOT": DOTS[self.dot], "PRECISION": "tf32x3",
         }  # fmt: skip
@@ -102,11 +98,11 @@ class Scan:
     def chunks(self) -> Chunks:
         """Scores and sums of log decays of every chunk."""
         p, t = self.problem, self.term
-        width = self.chunk * (2 if self.dot == torch.float32 else 1)
+        width = self.sizes.chunk * (2 if self.dot == torch.float32 else 1)
         slots = self.slots
         rho = self.empty(slots, p.nheads, width) if self.decays else self.q
         out = Chunks(
-            self.empty(slots, self.groups, self.chunk, self.chunk, dtype=self.dot), rho,
+            self.empty(slots, self.groups, self.sizes.chunk, self.sizes.chunk, dtype=self.dot), rho,
             torch.empty_like(rho) if self.decays and self.apart else rho,
             *((self.empty(slots, p.nheads) if self.decays else self.q) for _ in range(2)),
         )  # fmt: skip
@@ -119,7 +115,7 @@ class Scan:
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
                 self.groups // p.q_heads, self.groups // p.k_heads,
                 *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
-                HEADS=heads, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
+                BN=self.sizes.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
                 LOG_COLS=log_cols is not None, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return out
@@ -136,24 +132,24 @@ class Scan:
         self._launch(v, y, walk, parts, first=False)
 
     def _launch(self, v: Tensor, y: Tensor | None, walk: Walk, parts: tuple[Tensor, Tensor] | None, first: bool) -> None:
-        p, t, c, nothing, segments = self.problem, self.term, self.chunks, self.q, self.config.segments
+        p, t, c, z, nothing, segments = self.problem, self.term, self.chunks, self.sizes, self.q, self.config.segments
         q, k, u, w, scales = self.q, self.k, self.slot("rows"), self.slot("cols"), (self.scale, 1.0)
         q_share, k_share = p.nheads // p.q_heads, p.nheads // p.k_heads
         if walk.transposed:
             q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
-        scan[p.nheads * self.tiles_p, self.rows, segments](
+        scan[p.nheads * triton.cdiv(p.headdim, z.rows), self.rows, segments](
             q, k, v, _or(y, nothing), _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
             c.scores, c.rho, c.kappa, c.total, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
             _or(walk.blocks, nothing), *(parts or (nothing, nothing)),
             max(p.seqlen, 1), self.tokens, p.nheads, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
-            triton.cdiv(triton.cdiv(p.seqlen, self.chunk), segments),
+            triton.cdiv(triton.cdiv(p.seqlen, self.sizes.chunk), segments),
             *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
-            BLOCK=BLOCK, P=p.headdim, BP=self.block_p, BN2=max(triton.next_power_of_2(p.dstate) - 128, 0),
+            BLOCK=z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
             FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
             OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
             BLOCKS=walk.blocks is not None, PARTS=first,
             SEGMENTS=parts is not None and not first, FACTORED=y is not None and self.dot == torch.bfloat16,
-            NORMALIZE=self.dot == torch.float16, STAGES=3, **self.common, num_warps=4, **_OPTS,
+            NORMALIZE=self.dot == torch.float16, STAGES=z.stages, **self.common, num_warps=4, **_OPTS,
         )  # fmt: skip
 
     # --- passes ---------------------------------------------------------------------------------------------------------
@@ -170,7 +166,7 @@ class Scan:
     def backward(self, cotangents: Cotangents) -> Gradients:
         """Gradients of everything: states forward, dV and cotangents of states backward, then dQ, dK and sums by block."""
         p, x = self.problem, self.x
-        dy, slots = dense_last(cotangents.y), self._slots(BLOCK)
+        dy, slots = dense_last(cotangents.y), self._slots(self.sizes.block)
         kept = torch.bfloat16 if self.dot == torch.bfloat16 else torch.float32
         states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=kept) for _ in range(2))
         dv = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=torch.float32 if p.v_heads < p.nheads else x.out)
@@ -185,42 +181,53 @@ class Scan:
 
     def _contract(self, dy: Tensor, states: Tensor, reads: bool) -> Tensor:
         """dQ (reads) or dK, by groups of heads that share both."""
-        p, t, c, nothing, slots = self.problem, self.term, self.chunks, self.q, len(states)
-        splits, u, w = self._splits(slots), self.slot("rows"), self.slot("cols")
+        p, t, c, z, nothing, slots = self.problem, self.term, self.chunks, self.sizes, self.q, len(states)
+        tiles = triton.cdiv(p.dstate, z.state_back)
+        splits, u, w = self._splits(slots * tiles), self.slot("rows"), self.slot("cols")
         direct = splits == 1 and (p.q_heads if reads else p.k_heads) == self.groups
         out = self.empty(splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=self.x.out if direct else torch.float32)
-        a, b, x, z = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
+        a, b, x, y = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
         if self.tokens and slots:
-            contract[slots, self.groups * self.tiles_n, splits](
-                a, b, x, z, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.total, states, out,
+            contract[slots, self.groups * tiles, splits](
+                a, b, x, y, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.total, states, out,
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
-                *(p.nheads // tensor.shape[2] for tensor in (a, b, x, z)), self.scale, self.scale if reads else 1.0,
+                *(p.nheads // tensor.shape[2] for tensor in (a, b, x, y)), self.scale, self.scale if reads else 1.0,
                 triton.cdiv(p.nheads // self.groups, splits),
-                *strides(a), *strides(b), *strides(x), *strides(z), *strides(u), *strides(w),
-                BLOCK=BLOCK, P=p.headdim, BP=self.block_p, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
+                *strides(a), *strides(b), *strides(x), *strides(y), *strides(u), *strides(w),
+                BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=z.state_back, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
                 ROWS=u is not None, COLS=w is not None, NORMALIZE=self.dot == torch.float16,
-                STAGES=1 if self.dot == torch.float32 else 2, **self.common, num_warps=8,
+                STAGES=z.stages_back, **self.common, num_warps=8,
             )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
 
     def _exchange(self, dy: Tensor, states: Tensor, dstates: Tensor) -> dict[str, Tensor]:
         """Gradients of the operands."""
-        p, x, t, c, nothing = self.problem, self.x, self.term, self.chunks, self.q
+        p, x, t, c, z, nothing, slots = self.problem, self.x, self.term, self.chunks, self.sizes, self.q, len(states)
         u, w = self.slot("rows"), self.slot("cols")
-        shape = (p.batch, p.seqlen, p.nheads)
+        shape, splits = (p.batch, p.seqlen, p.nheads), self._splits(slots)
         log_a = self.empty(*shape) if "log_a" in x.values else None
         rows = self.empty(*shape) if u is not None else None
         cols = self.empty(*shape) if w is not None or "log_cols" in x.values else None
-        if self.tokens and len(states):
-            exchange[p.nheads, len(states)](
+        scales = rows is not None or cols is not None
+        sums, through = self.empty(8 if scales else 5, slots, p.nheads, z.block), self.empty(slots, p.nheads)
+        if self.tokens and slots:
+            exchange[3 * slots, self.groups, splits](
                 self.q, self.k, self.v, dy, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-                c.rho, c.kappa, c.total, states, dstates, _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads,
+                c.rho, c.kappa, c.total, states, dstates, sums, through,
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
                 p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
+                triton.cdiv(p.nheads // self.groups, splits),
                 *strides(self.q), *strides(self.k), *strides(self.v), *strides(dy), *strides(u), *strides(w),
-                BLOCK=BLOCK, P=p.headdim, BP=self.block_p, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive,
-                COL_INCLUSIVE=t.col_inclusive, ROWS=u is not None, COLS=w is not None, DLOG_A=log_a is not None,
-                DU=rows is not None, DW=cols is not None, NORMALIZE=self.dot == torch.float16, **{**self.common, "BN": min(self.block_n, 64)}, num_warps=8,
+                BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=z.state_back, CAUSAL=t.causal, STRICT=t.strict,
+                SKIP=int(t.col_inclusive and not t.row_inclusive), ROWS=u is not None, COLS=w is not None, SCALES=scales,
+                NORMALIZE=self.dot == torch.float16, STAGES=z.stages_back, **self.common, num_warps=z.warps_exchange,
+            )  # fmt: skip
+            heads = min(32, padded(p.nheads))
+            token_gradients[slots, triton.cdiv(p.nheads, heads)](
+                sums, through, _or(self.cu, nothing), _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads,
+                BLOCK=z.block, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
+                DLOG_A=log_a is not None, DU=rows is not None, DW=cols is not None, PACKED=self.cu is not None, num_warps=4,
             )  # fmt: skip
         out = {"log_a": log_a, "rows": rows, "cols": cols if w is not None else None}
         if "log_cols" in x.values:
@@ -230,7 +237,7 @@ class Scan:
 
     def _splits(self, programs: int) -> int:
         """Into how many parts the heads of a group are taken, so that blocks fill the device."""
-        programs, share = programs * self.groups * self.tiles_n, self.problem.nheads // self.groups
+        programs, share = programs * self.groups, self.problem.nheads // self.groups
         return min(max(self.problem.target.multiprocessors // max(programs, 1), 1), share)
 
 
