@@ -149,7 +149,7 @@ class Scan:
             OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
             BLOCKS=walk.blocks is not None, PARTS=first,
             SEGMENTS=parts is not None and not first, FACTORED=y is not None and self.dot == torch.bfloat16,
-            NORMALIZE=self.dot == torch.float16, STAGES=z.stages, **self.common, num_warps=4, **_OPTS,
+            NORMALIZE=self.dot == torch.float16, STAGES=z.stages, **self.common, num_warps=4, maxnreg=z.registers if y is not None and not walk.transposed else None,
         )  # fmt: skip
 
     # --- passes ---------------------------------------------------------------------------------------------------------
@@ -244,10 +244,6 @@ class Scan:
 def contiguous(x: Tensor | None) -> Tensor | None:
     """x laid out in order."""
     return None if x is None else x.contiguous()
-
-
-import os
-_OPTS = {"maxnreg": int(os.environ["MAXNREG"])} if os.environ.get("MAXNREG") else {}
 
 
 def dense_last(x: Tensor) -> Tensor:

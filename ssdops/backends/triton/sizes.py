@@ -27,6 +27,7 @@ class Sizes:
         state_back: columns of dstate that the backward pass takes at once.
         stages, stages_back: how many chunks, or heads, are in flight.
         warps_exchange: of a program of `exchange`.
+        registers: the most that a thread of the forward scan may take; None is no limit.
     """
 
     chunk: int
@@ -38,6 +39,7 @@ class Sizes:
     stages: int
     stages_back: int
     warps_exchange: int
+    registers: int | None
 
 
 def sizes(problem: Problem, chunk: int | None) -> Sizes:
@@ -45,8 +47,8 @@ def sizes(problem: Problem, chunk: int | None) -> Sizes:
     p, n = padded(problem.headdim), padded(problem.dstate)
     if problem.dtype == torch.float32:
         chunk = chunk or (32 if n <= 128 else 16)
-        return Sizes(chunk, max(64, chunk), 16, min(p, 32), min(n, 128), min(n, 32), 2, 1, 4)
-    return Sizes(chunk or CHUNKS[0], 128, min(p, 64), min(p, 64), min(n, 128), min(n, 128), 3, 2, 4)
+        return Sizes(chunk, max(64, chunk), 16, min(p, 32), min(n, 128), min(n, 32), 2, 1, 8, None)
+    return Sizes(chunk or CHUNKS[0], 128, min(p, 64), min(p, 64), min(n, 128), min(n, 128), 3, 2, 8, 168 if n <= 128 else None)
 
 
 def padded(dim: int) -> int:
