@@ -2,6 +2,7 @@
 
 SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pass; 3 also generated source
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
+TRITON_INTERPRET   1 has Triton run kernels in its interpreter, on CPU tensors: for tests; set it before ssdops is imported
 """
 
 import os
@@ -21,3 +22,9 @@ def debug_level() -> int:
 def check_values() -> bool:
     """Whether values on a GPU are to be checked too (SSDOPS_CHECK=1)."""
     return os.environ.get("SSDOPS_CHECK", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def triton_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

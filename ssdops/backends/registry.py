@@ -11,6 +11,7 @@ from .base import Backend
 BACKENDS: dict[str, str] = {
     "chunked": "ssdops.backends.chunked:Chunked",
     "recurrent": "ssdops.backends.recurrent:Recurrent",
+    "triton": "ssdops.backends.triton.backend:Triton",
     "naive": "ssdops.backends.naive:Naive",
 }
 
