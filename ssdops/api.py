@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -107,6 +107,16 @@ def ssd(
     return out[0], _bare(out[1:])
 
 
+@overload
+def ssd_step(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None, *, scale: float = ..., state_indices: Tensor | None = ...,
+    return_intermediate_states: Literal[False] = ..., backend: str = ...,
+) -> tuple[Tensor, State]: ...  # fmt: skip
+@overload
+def ssd_step(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None, *, scale: float = ..., state_indices: Tensor | None = ...,
+    return_intermediate_states: Literal[True], backend: str = ...,
+) -> tuple[Tensor, State, State]: ...  # fmt: skip
 def ssd_step(
     q: Tensor,
     k: Tensor,

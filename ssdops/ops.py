@@ -21,8 +21,8 @@ from .decode import Stepped
 from .errors import UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import parse_contraction
-from .ir.problem import check_states
-from .plan import check, state_terms
+from .ir.problem import Problem, check_states
+from .plan import check, state_terms, stepper
 from .run import Call
 from .vmap import Fold, unmapped_shape
 
@@ -97,17 +97,26 @@ def _backward_fake(cotangents: list[Tensor], saved: list[Tensor], *args: Any) ->
 
 def _step_fake(*args: Any) -> list[Tensor]:
     c, every = Call(*args[:7]), args[7]
-    y, *finals = _forward_fake(*args[:7])
-    finals = [x.to(old.dtype) for x, old in zip(finals, c.states, strict=True)] if c.states else finals
-    return [y, *finals, *([x.new_empty((x.shape[0], c.q.shape[1], *x.shape[1:])) for x in finals] if every else [])]
+    y, p, count = _fake_y(c, None)
+    shape = (p.nheads, p.headdim, p.dstate)
+    dtypes = [x.dtype for x in c.states] or [p.state_dtype] * count
+    finals = [c.q.new_empty((p.batch, *shape), dtype=dtype) for dtype in dtypes]
+    return [y, *finals, *(c.q.new_empty((p.batch, p.seqlen, *shape), dtype=dtype) for dtype in dtypes if every)]
 
 
 def _step_in_place_fake(*args: Any) -> Tensor:
     c = Call(*args[:7])
+    return _fake_y(c, c.states[0].shape[0])[0]
+
+
+def _fake_y(c: Call, slots: int | None) -> tuple[Tensor, Problem, int]:
+    """Y of a step, its facts, and how many states it has."""
     contraction, p = c.contraction, c.problem()
-    check(contraction, p)
-    check_states(c.states, len(state_terms(contraction.mask)), p, slots=c.states[0].shape[0])
-    return c.q.new_empty((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.dtype)
+    count = len(state_terms(contraction.mask))
+    if stepper(contraction, p) is None:
+        check(contraction, p)
+    check_states(c.states, count, p, given=bool(c.states), slots=slots)
+    return c.q.new_empty((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.dtype), p, count
 
 
 # --- derivatives ----------------------------------------------------------------------------------------------------

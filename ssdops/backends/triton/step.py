@@ -25,8 +25,8 @@ class Strided(NamedTuple):
 
     data: Tensor
     row: int
-    token: int
-    head: int
+    token: int = 0
+    head: int = 0
     middle: int = 0
     last: int = 0
     share: int = 1
@@ -66,6 +66,8 @@ def _launch(
     before, after = x.before[index] if x.before else None, x.after[index]
     tile = tile or tile_of(p.batch * p.nheads, p.headdim, p.dstate, after.element_size(), _processors(x.q.device))
     decay_at, read_first = _order(term)
+    slots = None if x.slots is None else Strided(x.slots, x.slots.stride(0))
+    diagonal_scale = None if diagonal is None else x.scale * diagonal.sign
 
     def per_token(tensor: Tensor | None) -> Strided | None:
         return None if tensor is None else _per_token(tensor, p.nheads)
@@ -78,7 +80,7 @@ def _launch(
         per_token(values.get("rows")), per_token(values.get("cols")), per_token(values.get("log_cols")),
         per_token(own.get("value")),
         None if before is None else _state(before), _state(after), x.every[index] if x.every else None,
-        x.slots, after.shape[0], *ys, p.seqlen, x.scale * term.sign, None if diagonal is None else x.scale * diagonal.sign,
+        slots, after.shape[0], *ys, p.seqlen, x.scale * term.sign, diagonal_scale,
         NHEADS=p.nheads, HEADDIM=p.headdim, DSTATE=p.dstate, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
         DECAY_AT=decay_at, READ_FIRST=read_first, num_warps=tile.warps,
     )  # fmt: skip

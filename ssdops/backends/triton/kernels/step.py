@@ -57,7 +57,7 @@ def step_kernel(
     in_p, in_n = p < HEADDIM, n < DSTATE
     slot, live = row, row >= 0
     if slots is not None:
-        slot = tl.load(slots + row).to(tl.int64)
+        slot = tl.load(slots.data + row * slots.row).to(tl.int64)
         live = (slot >= 0) & (slot < n_slots)  # of a row that is not, nothing is read, so that all is 0
     in_tile = in_p[:, None] & in_n[None, :]
 
