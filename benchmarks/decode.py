@@ -1,4 +1,4 @@
-"""Time `ssd_step` on a GPU as servers run it: captured in a CUDA graph, in place in a pool of states, beside a copy's bandwidth.
+"""Time `ssd_step` on a GPU as servers run it: captured in a CUDA graph, in place in a pool of states, beside a plain copy.
 
 python benchmarks/decode.py                  # batches 1 to 256: time per step, bandwidth, and its share of a copy's
 python benchmarks/decode.py --sweep 64       # how the state is cut, at one batch
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def sweep(workload: Workload) -> list[tuple[Tile, Timing]]:
     return sorted(out, key=lambda item: item[1].seconds)
 
 
-def rows(copy: float) -> Iterator[dict[str, object]]:
+def rows(copy: float) -> Iterator[dict[str, Any]]:
     """The table: batches, state dtypes, several tokens, and states that are made anew."""
     base = Workload()
     loads = [replace(base, batch=batch, layers=64 if batch == 1 else 16 if batch < 64 else 4) for batch in (1, 4, 16, 64, 256)]
@@ -178,8 +179,9 @@ def main() -> None:
     results = []
     for row in rows(copy):
         results.append(row)
+        kind = f"{row['state_dtype']} states" + ("" if row["pooled"] else ", new ones")
         print(
-            f"batch {row['batch']:>3}, {row['tokens']} tokens, {row['state_dtype']} states{'' if row['pooled'] else ', new ones'}: "
+            f"batch {row['batch']:>3}, {row['tokens']} tokens, {kind}: "
             f"{row['seconds'] * 1e6:8.2f} us a step ({row['fastest'] * 1e6:.2f} to {row['slowest'] * 1e6:.2f}), "
             f"{row['bandwidth'] / 1e9:6.0f} GB/s, {row['of copy']:6.1%} of a copy; alone {row['alone'] * 1e6:.2f} us"
         )

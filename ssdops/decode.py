@@ -115,25 +115,19 @@ def as_sequence(
     mask: n.Node, call: Call, slots: Tensor | None, every: bool, forward: Callable[[Call], list[Tensor]]
 ) -> Stepped:
     """A step by `forward`, which runs a short sequence and gives Y and final states; differentiable if that is."""
+    pools = call.states
     if slots is not None:
-        rows = slots.clamp(0, call.states[0].shape[0] - 1)
-        pools, call = call.states, _with_states(call, [pool[rows] for pool in call.states])
-    dtypes = [x.dtype for x in call.states]
-
-    def go(part: Call) -> list[Tensor]:
-        y, *new = forward(part)
-        return [y, *(x.to(dtype) for x, dtype in zip(new, dtypes or [x.dtype for x in new], strict=True))]
-
+        rows = slots.clamp(0, pools[0].shape[0] - 1)
+        call = Call(call.q, call.k, call.v, call.operands, [pool[rows] for pool in pools], call.program, call.scale)
     seen: list[list[Tensor]] = []
-    if every and call.q.shape[1]:
-        for t in range(call.q.shape[1]):
-            seen.append(go(_token(mask, call, t, seen[-1][1:] if seen else call.states)))
-        y, states = torch.cat([out[0] for out in seen], 1), seen[-1][1:]
-    else:
-        y, *states = go(call)
+    for t in range(call.q.shape[1] if every else 0):
+        seen.append(forward(_token(mask, call, t, seen[-1][1:] if seen else call.states)))
+    y, *states = [torch.cat([out[0] for out in seen], 1), *seen[-1][1:]] if seen else forward(call)
     after = [torch.stack(parts, 1) for parts in zip(*(out[1:] for out in seen), strict=True)]
     if every and not seen:
         after = [x[:, None][:, :0] for x in states]
+    if call.states:
+        states, after = ([x.to(old.dtype) for x, old in zip(new, call.states, strict=False)] for new in (states, after))
     if slots is None:
         return Stepped(y, states, after)
     for pool, x in zip(pools, states, strict=True):
@@ -141,10 +135,6 @@ def as_sequence(
     kept = (slots >= 0) & (slots < pools[0].shape[0])
     y, *after = (torch.where(kept.view(-1, *[1] * (x.ndim - 1)), x, 0.0) for x in (y, *after))
     return Stepped(y, pools, after)
-
-
-def _with_states(call: Call, states: list[Tensor]) -> Call:
-    return Call(call.q, call.k, call.v, call.operands, states, call.program, call.scale)
 
 
 TIME_AXIS = {n.TOKEN: -2, n.CHANNEL: -3, n.RANK: -3}

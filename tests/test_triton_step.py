@@ -22,6 +22,7 @@ from ssdops import masks as m
 from ssdops.backends import registry
 from ssdops.backends.triton import step
 from ssdops.backends.triton.step import Tile
+from ssdops.ir.contraction import Contraction
 from ssdops.plan import terms_of
 from ssdops.testing import strategies
 from ssdops.testing.case import Case
@@ -246,6 +247,88 @@ def test_gradients_go_another_way():
     assert_right(case, out)
     (out["y"].sum() + out["every[0]"].sum()).backward()
     assert k.grad is not None and bool(k.grad.isfinite().all())
+
+
+# --- a citizen of torch ---------------------------------------------------------------------------------------------
+
+
+def arguments(backend: str) -> tuple:
+    """Of `ssdops::step`, but for what it returns."""
+    made = Made()
+    case = made.case(MASKS["two scans"](made))
+    program = str(Contraction(case.mask.tree, True, None, backend))
+    states = [x.clone() for x in case.initial]
+    return case.q, case.k, case.v, list(case.mask.operands.values()), states, program, 0.5
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_opcheck_step(backend, every):
+    torch.library.opcheck(torch.ops.ssdops.step.default, (*arguments(backend), every))
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_opcheck_step_in_place(backend, every):
+    given = arguments(backend)
+    rooms = [x.new_empty(x.shape[0], 3, *x.shape[1:]) for x in given[4]] if every else []
+    torch.library.opcheck(torch.ops.ssdops.step_.default, (*given, torch.tensor([1, -1]), rooms))
+
+
+@pytest.mark.parametrize("slots", [None, [1, -1]], ids=["states", "pool"])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_several_tokens_compile(backend, slots):
+    def few(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        return ssd_step(
+            q, k, v, m.decay(log_a), state, state_indices=where, return_intermediate_states=True, backend=backend
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    where = None if slots is None else torch.tensor(slots)
+    made = Made()
+    case = made.case(decay_of(made))
+    ours, theirs = (case.initial[0].clone() for _ in range(2))
+    args = (case.q, case.k, case.v, made.log())
+    got, want = torch.compile(few, fullgraph=True, backend="aot_eager")(*args, ours), few(*args, theirs)
+    torch.testing.assert_close(got, want)
+    assert_same(ours, theirs, "the state that was given")
+
+
+def test_a_compiled_step_has_gradients():
+    def loss(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, state: Tensor) -> Tensor:
+        y, _, every = ssd_step(q, k, v, m.decay(log_a), state, return_intermediate_states=True)
+        return y.sum() + every.square().sum()
+
+    torch._dynamo.reset()
+    made = Made()
+    case = made.case(decay_of(made))
+    args = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, made.log(), case.initial[0])]
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*args), args)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(*args), args))
+
+
+def test_vmap_is_the_loop():
+    made = Made()
+    case = made.case(decay_of(made))
+
+    def few(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        return ssd_step(q, k, v, m.decay(log_a), state, return_intermediate_states=True)
+
+    args = (case.q, case.k, case.v, made.log(), case.initial[0])
+    got = torch.func.vmap(few)(*(torch.stack([x, x / 2]) for x in args))
+    for i in range(2):
+        torch.testing.assert_close(tuple(x[i] for x in got), few(*(x / (1 + i) for x in args)))
+
+
+def test_autocast_casts_q_k_and_v_only():
+    made = Made()
+    case = made.case(decay_of(made))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = stepped(case)
+    assert out["y"].dtype == torch.bfloat16 and out["state[0]"].dtype == torch.float32
+    low = replace(case, q=case.q.bfloat16(), k=case.k.bfloat16(), v=case.v.bfloat16())
+    for name, x in stepped(low).items():
+        assert_same(out[name], x, name)
 
 
 # --- what it compiles to --------------------------------------------------------------------------------------------
