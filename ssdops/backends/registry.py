@@ -9,9 +9,9 @@ from ..errors import UnknownBackendError
 from .base import Backend
 
 BACKENDS: dict[str, str] = {
+    "triton": "ssdops.backends.triton.backend:Triton",
     "chunked": "ssdops.backends.chunked:Chunked",
     "recurrent": "ssdops.backends.recurrent:Recurrent",
-    "triton": "ssdops.backends.triton.backend:Triton",
     "naive": "ssdops.backends.naive:Naive",
 }
 

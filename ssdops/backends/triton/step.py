@@ -64,7 +64,7 @@ def _launch(
 ) -> None:
     term, values, diagonal, own = terms
     before, after = x.before[index] if x.before else None, x.after[index]
-    tile = tile or tile_of(p.batch * p.nheads, p.headdim, p.dstate, after.element_size(), _processors(x.q.device))
+    tile = tile or tile_of(p.batch * p.nheads, p.headdim, p.dstate, after.element_size(), p.target.multiprocessors)
     decay_at, read_first = _order(term)
     slots = None if x.slots is None else Strided(x.slots, x.slots.stride(0))
     diagonal_scale = None if diagonal is None else x.scale * diagonal.sign
@@ -120,11 +120,6 @@ def _state(x: Tensor) -> Strided:
     """`(batch, nheads, headdim, dstate)`, or a pool of them."""
     row, head, middle, last = x.stride()
     return Strided(x, row, 0, head, middle, last)
-
-
-@lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
