@@ -161,10 +161,11 @@ def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
 
 def _named(term: Term, contraction: Contraction, problem: Problem) -> Step:
     """The one backend that the user asked for, or the reason why not and who can."""
-    first = next(_candidates(term, contraction.backend, contraction, problem))
-    if isinstance(first, Rejection):
+    found = list(_candidates(term, contraction.backend, contraction, problem))
+    steps = [step for step in found if isinstance(step, Step)]
+    if not steps:
         _refuse(term, contraction, problem)
-    return first
+    return min(steps, key=lambda step: step.seconds)
 
 
 def _candidates(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Step | Rejection]:

@@ -19,19 +19,42 @@ from .kernels.gradients import gradients, token_gradients
 from .kernels.prepare import prepare
 from .kernels.scan import scan
 
-BLOCK = 64
-"""Tokens between the states that the backward pass keeps."""
+BLOCK = 128
+"""Tokens between the states that the backward pass keeps; its programs take half as many."""
+SPAN = 60.0
+"""How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """What `prepare` gives: scores [slots, groups, L, L], ρ and κ [slots, nheads, L], their end [slots, nheads]."""
+    """What `prepare` gives: scores [slots, groups, L, L], ρ and κ [slots, nheads, L], their end and middle [slots, nheads]."""
 
     scores: Tensor
     rho: Tensor
     kappa: Tensor
     total: Tensor
+    center: Tensor
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk of the scan, and what it reads and leaves besides Y.
+
+    Attributes:
+        transposed: the scan of Lᵀ over dY instead of that of L over V.
+        entering, leaving: states before the first and after the last chunk.
+        blocks: the state that enters each block of tokens, [blocks, nheads, P, N].
+        other: what the walk the other way has left in its blocks; with it, ⟨dS, exp(E) S⟩ of each block goes to
+        through: [tiles of P, blocks, nheads].
+    """
+
+    transposed: bool = False
+    entering: Tensor | None = None
+    leaving: Tensor | None = None
+    blocks: Tensor | None = None
+    other: Tensor | None = None
+    through: Tensor | None = None
 
 
 class Scan:
@@ -54,6 +77,7 @@ class Scan:
         self.dot = torch.float32 if p.dtype == torch.bfloat16 and triton_interpreted() else p.dtype
         self.block_n = min(max(triton.next_power_of_2(p.dstate), 16), 128)
         self.block_p = min(max(triton.next_power_of_2(p.headdim), 16), 64)
+        self.tiles_p, self.tiles_n = triton.cdiv(p.headdim, self.block_p), triton.cdiv(p.dstate, self.block_n)
 
     def _slots(self, size: int) -> int:
         p = self.problem
@@ -88,64 +112,52 @@ class Scan:
         out = Chunks(
             self.empty(slots, self.groups, self.chunk, self.chunk, dtype=self.dot), rho,
             torch.empty_like(rho) if self.decays and self.apart else rho,
-            self.empty(slots, p.nheads) if self.decays else self.q,
+            *((self.empty(slots, p.nheads) if self.decays else self.q) for _ in range(2)),
         )  # fmt: skip
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
         heads = min(16, triton.next_power_of_2(p.nheads))
         if slots:
             prepare[slots, self.groups + (triton.cdiv(p.nheads, heads) if self.decays else 0)](
                 self.q, self.k, _or(log_a, self.q), _or(log_cols, self.q), _or(self.cu, self.q),
-                out.scores, out.rho, out.kappa, out.total,
+                out.scores, out.rho, out.kappa, out.total, out.center,
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
                 self.groups // p.q_heads, self.groups // p.k_heads,
                 *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
                 HEADS=heads, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
-                LOG_COLS=log_cols is not None, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
+                LOG_COLS=log_cols is not None, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return out
 
-    def walk(
-        self,
-        v: Tensor,
-        y: Tensor | None = None,
-        *,
-        transposed: bool = False,
-        entering: Tensor | None = None,
-        leaving: Tensor | None = None,
-        blocks: Tensor | None = None,
-    ) -> None:
+    def walk(self, v: Tensor, y: Tensor | None, walk: Walk) -> None:
         """The scan over V (transposed: over dY), in segments if the config says so; what is None is not written."""
         p, segments = self.problem, self.config.segments
-        per_segment = triton.cdiv(triton.cdiv(p.seqlen, self.chunk), segments)
         if segments == 1:
-            self._walk(v, y, transposed, entering, leaving, blocks, (1, per_segment), None, False)
+            self._launch(v, y, walk, None, first=False)
             return
         shape = (segments, self.rows, p.nheads)
         parts = (self.empty(*shape, p.headdim, p.dstate), self.empty(*shape))
-        self._walk(v, None, transposed, None, None, None, (segments, per_segment), parts, True)
-        self._walk(v, y, transposed, entering, leaving, blocks, (segments, per_segment), parts, False)
+        self._launch(v, None, Walk(walk.transposed), parts, first=True)
+        self._launch(v, y, walk, parts, first=False)
 
-    def _walk(
-        self, v: Tensor, y: Tensor | None, transposed: bool, entering: Tensor | None, leaving: Tensor | None,
-        blocks: Tensor | None, segments: tuple[int, int], parts: tuple[Tensor, Tensor] | None, first: bool,
-    ) -> None:  # fmt: skip
-        p, t, c, nothing = self.problem, self.term, self.chunks, self.q
+    def _launch(self, v: Tensor, y: Tensor | None, walk: Walk, parts: tuple[Tensor, Tensor] | None, first: bool) -> None:
+        p, t, c, nothing, segments = self.problem, self.term, self.chunks, self.q, self.config.segments
         q, k, u, w, scales = self.q, self.k, self.slot("rows"), self.slot("cols"), (self.scale, 1.0)
         q_share, k_share = p.nheads // p.q_heads, p.nheads // p.k_heads
-        if transposed:
+        if walk.transposed:
             q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
-        tiles = triton.cdiv(p.headdim, self.block_p)
-        scan[p.nheads * tiles, self.rows, segments[0]](
+        scan[p.nheads * self.tiles_p, self.rows, segments](
             q, k, v, _or(y, nothing), _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-            c.scores, c.rho, c.kappa, c.total, _or(entering, nothing), _or(leaving, nothing), _or(blocks, nothing),
-            *(parts or (nothing, nothing)),
-            max(p.seqlen, 1), self.tokens, p.nheads, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales, segments[1],
+            c.scores, c.rho, c.kappa, c.total, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
+            _or(walk.blocks, nothing), _or(walk.other, nothing), _or(walk.through, nothing), *(parts or (nothing, nothing)),
+            max(p.seqlen, 1), self.tokens, p.nheads, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
+            triton.cdiv(triton.cdiv(p.seqlen, self.chunk), segments),
             *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
             BLOCK=BLOCK, P=p.headdim, BP=self.block_p, BN2=max(triton.next_power_of_2(p.dstate) - 128, 0),
-            FORWARD=t.causal != transposed, TRANSPOSED=transposed, ROWS=u is not None, COLS=w is not None,
-            OUTPUT=y is not None, ENTERING=entering is not None, LEAVING=leaving is not None, BLOCKS=blocks is not None,
-            PARTS=first, SEGMENTS=parts is not None and not first, NORMALIZE=self.dot == torch.float16, STAGES=3,
-            **self.common, num_warps=4,
+            FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
+            OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
+            BLOCKS=walk.blocks is not None, THROUGH=walk.through is not None, PARTS=first,
+            SEGMENTS=parts is not None and not first, FACTORED=y is not None and self.dot == torch.bfloat16,
+            NORMALIZE=self.dot == torch.float16, STAGES=3, **self.common, num_warps=4, **_OPTS,
         )  # fmt: skip
 
     # --- passes ---------------------------------------------------------------------------------------------------------
@@ -155,60 +167,56 @@ class Scan:
         p, x = self.problem, self.x
         y = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=x.out)
         state = self.empty(self.rows, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype) if x.wants_state else None
-        initial = None if x.initial is None else x.initial.contiguous()
         if self.rows and (self.tokens or state is not None):
-            self.walk(self.v, y, entering=initial, leaving=state)
+            self.walk(self.v, y, Walk(entering=contiguous(x.initial), leaving=state))
         return Output(y, state)
 
     def backward(self, cotangents: Cotangents) -> Gradients:
         """Gradients of everything: states forward, dV and cotangents of states backward, then dQ, dK and sums by block."""
-        p, x, t = self.problem, self.x, self.term
-        dy = dense_last(cotangents.y)
-        slots = self._slots(BLOCK)
+        p, x = self.problem, self.x
+        dy, slots = dense_last(cotangents.y), self._slots(BLOCK)
         kept = torch.bfloat16 if self.dot == torch.bfloat16 else torch.float32
         states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=kept) for _ in range(2))
-        shared = p.v_heads < p.nheads
-        dv = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=torch.float32 if shared else x.out)
-        initial, dfinal = x.initial, cotangents.state
-        dinitial = None if initial is None else self.empty(*initial.shape)
+        through = self.empty(self.tiles_p, slots, p.nheads) if "log_a" in x.values else None
+        dv = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=torch.float32 if p.v_heads < p.nheads else x.out)
+        dinitial = None if x.initial is None else self.empty(*x.initial.shape)
         if self.rows and (self.tokens or dinitial is not None):
-            self.walk(self.v, blocks=states, entering=None if initial is None else initial.contiguous())
-            self.walk(
-                dy, dv, transposed=True, blocks=dstates, leaving=dinitial,
-                entering=None if dfinal is None else dfinal.contiguous(),
-            )  # fmt: skip
-        dq, dk, values = self._contract(dy, states, dstates)
-        return Gradients(dq, dk, share_heads(dv, p.v_heads), initial=dinitial, values=values)
-
-    def _contract(self, dy: Tensor, states: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """dQ, dK and the gradients of operands, from the states at block ends."""
-        p, x, t, c, nothing = self.problem, self.x, self.term, self.chunks, self.q
-        slots, tiles, splits = len(states), triton.cdiv(p.dstate, self.block_n), self._splits(len(states))
-        u, w = self.slot("rows"), self.slot("cols")
-        direct = splits == 1 and p.q_heads == p.k_heads == self.groups
-        dq, dk = (
-            self.empty(splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=x.out if direct else torch.float32)
-            for _ in range(2)
-        )
+            self.walk(self.v, None, Walk(entering=contiguous(x.initial), blocks=states))
+            back = Walk(True, contiguous(cotangents.state), dinitial, dstates, states, through)
+            self.walk(dy, dv, back)
         wanted = bool(x.values)
-        sums = self.empty(5 if wanted else 0, tiles, slots, p.nheads, BLOCK)
-        through = self.empty(tiles, slots, p.nheads) if wanted else nothing
-        if self.tokens and slots:
-            gradients[slots, self.groups * tiles, splits](
-                self.q, self.k, self.v, dy, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-                c.rho, c.kappa, c.total, states, dstates, dq, dk, sums if wanted else nothing, through,
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
-                p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
-                triton.cdiv(p.nheads // self.groups, splits),
-                *strides(self.q), *strides(self.k), *strides(self.v), *strides(dy), *strides(u), *strides(w),
-                BLOCK=BLOCK, P=p.headdim, BP=self.block_p, CAUSAL=t.causal, STRICT=t.strict,
-                SKIP=int(t.col_inclusive and not t.row_inclusive), ROWS=u is not None, COLS=w is not None, SUMS=wanted,
-                NORMALIZE=self.dot == torch.float16, STAGES=2, **self.common, num_warps=8,
-            )  # fmt: skip
-        values = self._by_token(sums, through, slots, tiles) if wanted else {}
-        return share_heads(_summed(dq), p.q_heads), share_heads(_summed(dk), p.k_heads), values
+        dq, reads = self._contract(dy, states, reads=True, wanted=wanted)
+        dk, adds = self._contract(dy, dstates, reads=False, wanted=wanted)
+        values = self._by_token(reads, adds, through, slots) if wanted else {}
+        return Gradients(
+            share_heads(dq, p.q_heads), share_heads(dk, p.k_heads), share_heads(dv, p.v_heads), initial=dinitial, values=values
+        )
 
-    def _by_token(self, sums: Tensor, through: Tensor, slots: int, tiles: int) -> dict[str, Tensor]:
+    def _contract(self, dy: Tensor, states: Tensor, reads: bool, wanted: bool) -> tuple[Tensor, Tensor]:
+        """dQ (reads) or dK by groups, and what its tokens exchange, for the gradients of operands."""
+        p, t, c, nothing, slots = self.problem, self.term, self.chunks, self.q, len(states)
+        splits = self._splits(2 * slots)
+        u, w = self.slot("rows"), self.slot("cols")
+        direct = splits == 1 and (p.q_heads if reads else p.k_heads) == self.groups
+        out = self.empty(
+            splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=self.x.out if direct else torch.float32
+        )
+        sums = self.empty(3 if wanted else 0, self.tiles_n, slots, p.nheads, BLOCK)
+        a, b, x, z = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
+        if self.tokens and slots:
+            gradients[2 * slots, self.groups * self.tiles_n, splits](
+                a, b, x, z, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.total, states, out, sums,
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
+                *(p.nheads // tensor.shape[2] for tensor in (a, b, x, z)), self.scale, self.scale if reads else 1.0,
+                triton.cdiv(p.nheads // self.groups, splits),
+                *strides(a), *strides(b), *strides(x), *strides(z), *strides(u), *strides(w),
+                TILE=BLOCK // 2, BLOCK=BLOCK, P=p.headdim, BP=self.block_p, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
+                SKIP=int(t.col_inclusive and not t.row_inclusive), ROWS=u is not None, COLS=w is not None, SUMS=wanted,
+                NORMALIZE=self.dot == torch.float16, STAGES=1 if self.dot == torch.float32 else 2, **self.common, num_warps=8,
+            )  # fmt: skip
+        return (out[0] if splits == 1 else out.sum(0)), sums
+
+    def _by_token(self, reads: Tensor, adds: Tensor, through: Tensor | None, slots: int) -> dict[str, Tensor]:
         p, x, t, nothing = self.problem, self.x, self.term, self.q
         shape = (p.batch, p.seqlen, p.nheads)
         log_a = self.empty(*shape) if "log_a" in x.values else None
@@ -217,8 +225,9 @@ class Scan:
         heads = min(32, triton.next_power_of_2(p.nheads))
         if self.tokens and slots:
             token_gradients[slots, triton.cdiv(p.nheads, heads)](
-                sums, through, _or(self.cu, nothing), _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, tiles,
+                reads, adds, _or(through, nothing), _or(self.cu, nothing),
+                _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.tiles_n, self.tiles_p,
                 BLOCK=BLOCK, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
                 DECAY=log_a is not None, ROWS=rows is not None, COLS=cols is not None, PACKED=self.cu is not None, num_warps=4,
             )  # fmt: skip
@@ -229,10 +238,19 @@ class Scan:
             out["log_cols"] = cols if w is None else cols * w
         return {name: reduce_value(grad, x.values[name]) for name, grad in out.items() if grad is not None}
 
-    def _splits(self, slots: int) -> int:
+    def _splits(self, programs: int) -> int:
         """Into how many parts the heads of a group are taken, so that blocks fill the device."""
-        programs, share = slots * self.groups, self.problem.nheads // self.groups
-        return min(max(132 // max(programs, 1), 1), share)
+        programs, share = programs * self.groups * self.tiles_n, self.problem.nheads // self.groups
+        return min(max(2 * self.problem.target.multiprocessors // max(programs, 1), 1), share)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x laid out in order."""
+    return None if x is None else x.contiguous()
+
+
+import os
+_OPTS = {"maxnreg": int(os.environ["MAXNREG"])} if os.environ.get("MAXNREG") else {}
 
 
 def dense_last(x: Tensor) -> Tensor:
@@ -250,5 +268,3 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-def _summed(x: Tensor) -> Tensor:
-    return x[0] if len(x) == 1 else x.sum(0)

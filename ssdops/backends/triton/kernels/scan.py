@@ -18,14 +18,14 @@ from .rows import bounds, first_slot
 
 @triton.jit
 def scan(
-    q, k, v, y, u, w, cu, scores, rho, kappa, total, entering, leaving, blocks, parts, part_totals,
+    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, other, through, parts, part_totals,
     seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale_out, scale_in, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
     FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, OUTPUT: tl.constexpr, ENTERING: tl.constexpr,
-    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr, NORMALIZE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, THROUGH: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (heads · tiles of P, rows, segments).
 
@@ -43,6 +43,7 @@ def scan(
     chunks = (length + L - 1) // L
     slot0 = first_slot(start, row, seqlen, L, PACKED)
     block0 = first_slot(start, row, seqlen, BLOCK, PACKED)
+    blocks_total = tokens // BLOCK + tl.num_programs(1) if PACKED else tl.num_programs(1) * ((seqlen + BLOCK - 1) // BLOCK)
     row, nheads64 = row.to(tl.int64), nheads.to(tl.int64)
     i, n = tl.arange(0, L), tl.arange(0, BN)
     p = (tl.program_id(0) % tiles) * BP + tl.arange(0, BP)
@@ -74,17 +75,30 @@ def scan(
             s = s * decay + tl.load(place + n[None, :], mask=inside_p & inside_n, other=0.0)
             if BN2:
                 s2 = s2 * decay + tl.load(place + n2[None, :], mask=inside_p & inside_n2, other=0.0)
-    passed = 0.0
+    passed, pending = 0.0, 0.0
     for step in tl.range(segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks), num_stages=STAGES):
         c = step if FORWARD else chunks - 1 - step
         c0 = c.to(tl.int64) * L
         inside = i < length - c * L
         if BLOCKS:
-            if (c % (BLOCK // L) == 0) if FORWARD else ((c % (BLOCK // L) == BLOCK // L - 1) | (c == chunks - 1)):
-                place = blocks + ((block0 + c // (BLOCK // L)) * nheads64 + h) * P * N + p[:, None] * N
-                tl.store(place + n[None, :], s.to(blocks.dtype.element_ty), mask=inside_p & inside_n)
+            per_block: tl.constexpr = BLOCK // L
+            if (c % per_block == 0) if FORWARD else ((c % per_block == per_block - 1) | (c == chunks - 1)):
+                owed = tl.exp2(pending)
+                block = (block0 + c // per_block) * nheads64 + h
+                place = block * P * N + p[:, None] * N
+                tl.store(blocks + place + n[None, :], (s * owed).to(blocks.dtype.element_ty), mask=inside_p & inside_n)
                 if BN2:
-                    tl.store(place + n2[None, :], s2.to(blocks.dtype.element_ty), mask=inside_p & inside_n2)
+                    tl.store(blocks + place + n2[None, :], (s2 * owed).to(blocks.dtype.element_ty), mask=inside_p & inside_n2)
+                if THROUGH:
+                    across = tl.load(other + place + n[None, :], mask=inside_p & inside_n, other=0.0).to(tl.float32)
+                    both = tl.sum(across * s)
+                    if BN2:
+                        across = tl.load(other + place + n2[None, :], mask=inside_p & inside_n2, other=0.0).to(tl.float32)
+                        both += tl.sum(across * s2)
+                    m = (c // per_block) * per_block + tl.arange(0, per_block)
+                    sums = tl.load(total + (slot0 + m) * nheads64 + h, mask=m < chunks, other=0.0)
+                    place = through + (tl.program_id(0) % tiles) * (blocks_total * nheads64)
+                    tl.store(place + block, both * tl.exp2(pending + tl.sum(sums)))
         kt = tl.load(k + c0 * k_t + i[:, None] * k_t + n[None, :], mask=inside[:, None] & inside_n, other=0.0).to(DOT)
         vt = tl.trans(tl.load(v + c0 * v_t + i[:, None] * v_t + p[None, :], mask=inside[:, None] & (p < P)[None, :], other=0.0))
         vt = vt.to(DOT)  # [BP, L]
@@ -92,6 +106,8 @@ def scan(
             kt2 = tl.load(k + c0 * k_t + i[:, None] * k_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
         base = (slot0 + c) * nheads64 + h
         into, out = tl.full([L], 1.0, tl.float32) * scale_in, tl.full([L], 1.0, tl.float32) * scale_out
+        r, ut, wt = into, out, into
+        kap, r_low, kap_low = r, r, r
         if DECAY:
             e = tl.load(total + base)
             width: tl.constexpr = 2 * L if EXACT else L
@@ -102,6 +118,15 @@ def scan(
             read, add = (e - kap, r) if TRANSPOSED else (r, e - kap)
             if EXACT:
                 read, add = (read - kap_low, add + r_low) if TRANSPOSED else (read + r_low, add - kap_low)
+            if FACTORED:
+                middle = tl.load(center + base)
+                wide = middle > 1e29  # a chunk whose decays span more than exponents do
+                before = tl.where(wide, 0.0, e - middle if TRANSPOSED else middle)
+                after = tl.where(wide, 0.0, e - before)
+                s *= tl.exp2(pending + before)
+                if BN2:
+                    s2 *= tl.exp2(pending + before)
+                read, add, pending = read - before, add - after, after
             into *= tl.exp2(add)
             out *= tl.exp2(read)
         if COLS:
@@ -110,6 +135,7 @@ def scan(
         if ROWS:
             ut = tl.load(u + c0 * u_t + i * u_t, mask=inside, other=0.0).to(tl.float32)
             out *= ut
+        added = (vt.to(tl.float32) * into[None, :]).to(DOT)
         if OUTPUT:
             qt = tl.load(q + c0 * q_t + i[:, None] * q_t + n[None, :], mask=inside[:, None] & inside_n, other=0.0).to(DOT)
             place = scores + ((slot0 + c) * groups + g) * L * L
@@ -117,23 +143,6 @@ def scan(
                 pairs = tl.trans(tl.load(place + i[:, None] * L + i[None, :]))
             else:
                 pairs = tl.load(place + i[:, None] * L + i[None, :])  # [L_j, L_i]
-            weight = tl.full([L, L], 1.0, tl.float32) * (scale_in * scale_out)
-            if DECAY:
-                if TRANSPOSED:
-                    gap = r[:, None] - kap[None, :]
-                    if EXACT:
-                        gap += r_low[:, None] - kap_low[None, :]
-                else:
-                    gap = r[None, :] - kap[:, None]
-                    if EXACT:
-                        gap += r_low[None, :] - kap_low[:, None]
-                late = (i[None, :] >= i[:, None]) if FORWARD else (i[None, :] <= i[:, None])
-                weight *= tl.exp2(tl.where(late, gap, 0.0))  # elsewhere gap may be positive and overflow
-            if ROWS:
-                weight *= ut[None, :]
-            if COLS:
-                weight *= wt[:, None]
-            pairs = (pairs.to(tl.float32) * weight).to(DOT)
             size = 1.0
             if NORMALIZE:  # float16 holds nothing above 65504
                 size = tl.maximum(tl.max(tl.abs(s)), tl.max(tl.abs(s2)) if BN2 else 0.0) + 1e-30
@@ -142,19 +151,35 @@ def scan(
             if BN2:
                 qt2 = tl.load(q + c0 * q_t + i[:, None] * q_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
                 yt = tl.dot((s2 / size if NORMALIZE else s2).to(DOT), tl.trans(qt2), acc=yt, input_precision=PRECISION)
-            yt = yt * out[None, :]
-            yt = tl.dot(vt, pairs, acc=yt, input_precision=PRECISION)  # [BP, L]
+            if FACTORED and DECAY:
+                if wide:
+                    pairs = _weighted(pairs, r, kap, r, kap, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, False, ROWS, COLS)
+                    yt = tl.dot(vt, pairs.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)
+                else:
+                    yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]
+            else:
+                pairs = _weighted(pairs, r, kap, r_low, kap_low, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, EXACT, ROWS, COLS)
+                yt = tl.dot(vt, pairs.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
             place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
             tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
-        added = (vt.to(tl.float32) * into[None, :]).to(DOT)
         if DECAY:
-            s *= tl.exp2(e)
             passed += e
+            if FACTORED:
+                if wide:
+                    s *= tl.exp2(e)
+                    if BN2:
+                        s2 *= tl.exp2(e)
+            else:
+                s *= tl.exp2(e)
+                if BN2:
+                    s2 *= tl.exp2(e)
         s = tl.dot(added, kt, acc=s, input_precision=PRECISION)
         if BN2:
-            if DECAY:
-                s2 *= tl.exp2(e)
             s2 = tl.dot(added, kt2, acc=s2, input_precision=PRECISION)
+    if DECAY and FACTORED:
+        s *= tl.exp2(pending)
+        if BN2:
+            s2 *= tl.exp2(pending)
     if PARTS:
         part = (segment * tl.num_programs(1).to(tl.int64) + row) * nheads64 + h
         place = parts + part * P * N + p[:, None] * N
@@ -167,3 +192,29 @@ def scan(
             tl.store(leaving + state + n[None, :], s.to(leaving.dtype.element_ty), mask=inside_p & inside_n)
             if BN2:
                 tl.store(leaving + state + n2[None, :], s2.to(leaving.dtype.element_ty), mask=inside_p & inside_n2)
+
+
+@triton.jit
+def _weighted(
+    pairs, r, kap, r_low, kap_low, ut, wt, scale, i,
+    L: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """scores ∘ exp(ρ_i − κ_j) u_i w_j · scale, [L_j, L_i], or [L_i, L_j] if transposed."""
+    weight = tl.full([L, L], 1.0, tl.float32) * scale
+    if DECAY:
+        if TRANSPOSED:
+            gap = r[:, None] - kap[None, :]
+            if EXACT:
+                gap += r_low[:, None] - kap_low[None, :]
+        else:
+            gap = r[None, :] - kap[:, None]
+            if EXACT:
+                gap += r_low[None, :] - kap_low[:, None]
+        late = (i[None, :] >= i[:, None]) if FORWARD else (i[None, :] <= i[:, None])
+        weight *= tl.exp2(tl.where(late, gap, 0.0))  # elsewhere gap may be positive and overflow
+    if ROWS:
+        weight *= ut[None, :]
+    if COLS:
+        weight *= wt[:, None]
+    return pairs.to(tl.float32) * weight
