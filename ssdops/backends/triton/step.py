@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-def run(terms: tuple[Term, ...], problem: Problem, x: StepInputs, tile: Tile | None = None) -> None:
+def run(terms: tuple[Term, ...], problem: Problem, x: StepInputs) -> None:
     """Fill the rooms of x; of several scans each adds to the y of those before it, in float32."""
     if not x.y.shape[0] or not problem.headdim:
         return
@@ -50,7 +50,7 @@ def run(terms: tuple[Term, ...], problem: Problem, x: StepInputs, tile: Tile | N
     with _on(x.q.device):
         for index, (scan, diagonal) in enumerate(zip_longest(scans, beside)):
             y = x.y if index == len(scans) - 1 else torch.empty_like(x.y, dtype=torch.float32)
-            _launch(problem, x, index, (*scan, *(diagonal or (None, {}))), (partial, y), tile)
+            _launch(problem, x, index, (*scan, *(diagonal or (None, {}))), (partial, y))
             partial = y
 
 
@@ -60,11 +60,10 @@ def _launch(
     index: int,
     terms: tuple[Linear, dict[str, Tensor], Diagonal | None, dict[str, Tensor]],
     ys: tuple[Tensor | None, Tensor],
-    tile: Tile | None,
 ) -> None:
     term, values, diagonal, own = terms
     before, after = x.before[index] if x.before else None, x.after[index]
-    tile = tile or tile_of(p.batch * p.nheads, p.headdim, p.dstate, after.element_size(), p.target.multiprocessors)
+    tile = tile_of(p.batch * p.nheads, p.headdim, p.dstate, after.element_size(), p.target.multiprocessors)
     decay_at, read_first = _order(term)
     slots = None if x.slots is None else Strided(x.slots, x.slots.stride(0))
     diagonal_scale = None if diagonal is None else x.scale * diagonal.sign
