@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TypeAlias
+from functools import lru_cache, partial
+from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from . import carry, config, masks, ops
+from . import carry, decode, masks, ops
 from .errors import (
-    DeviceError,
     DtypeError,
     MaskError,
     ShapeError,
     SsdopsError,
     UnknownBackendError,
     UnsupportedError,
-    ValueRangeError,
 )
 from .ir import nodes as n
 from .ir.contraction import Contraction
@@ -88,31 +86,37 @@ def ssd(
     mask = masks.causal() if mask is None else mask
     _check_types(q, k, v, mask)
     _check_options(scale, return_state, state_dtype, backend, chunk_size)
-    if ops.autocasts(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _autocast(q, k, v)
     given = states = _states(initial_state, "initial_state")
     trapezoid = carry.trapezoid_of(mask.tree) if return_state or initial_state is not None else None
     if trapezoid is not None:
         states = carry.enter(trapezoid, mask.operands, given, k, v)
     name = None if state_dtype is None else str(state_dtype).removeprefix("torch.")
-    scale = float(scale)
+    program, names = _text(mask.tree, return_state, name, backend, chunk_size)
+    call = Call(q, k, v, [mask.operands[x] for x in names], states, program, float(scale))
     if torch.compiler.is_compiling():
-        program = str(Contraction(mask.tree, return_state, name, backend, chunk_size))
-        names = n.names_of(mask.tree)
-        out = torch.ops.ssdops.forward(q, k, v, [mask.operands[x] for x in names], states, program, scale)
+        out = ops.traced(call)
     else:
         if initial_state is not None and not states and (count := len(state_terms(mask.tree))):
             raise ShapeError(f"initial_state has 0 states; this mask carries {count}, one per linear term (None: zero)")
-        program, names = _program(mask.tree, return_state, name, backend, chunk_size)
-        out = ops.call(Call(q, k, v, [mask.operands[x] for x in names], states, program, scale))
+        out = ops.call(call)
     if not return_state:
         return out[0]
     if trapezoid is not None:
         return out[0], carry.leave(out[1:], given, k, v)
-    return out[0], out[1] if len(out) == 2 else tuple(out[1:])
+    return out[0], _bare(out[1:])
 
 
+@overload
+def ssd_step(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None, *, scale: float = ..., state_indices: Tensor | None = ...,
+    return_intermediate_states: Literal[False] = ..., backend: str = ...,
+) -> tuple[Tensor, State]: ...  # fmt: skip
+@overload
+def ssd_step(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None, *, scale: float = ..., state_indices: Tensor | None = ...,
+    return_intermediate_states: Literal[True], backend: str = ...,
+) -> tuple[Tensor, State, State]: ...  # fmt: skip
 def ssd_step(
     q: Tensor,
     k: Tensor,
@@ -122,26 +126,33 @@ def ssd_step(
     *,
     scale: float = 1.0,
     state_indices: Tensor | None = None,
+    return_intermediate_states: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, State]:
-    """One token of `ssd`, for decoding: `S ← a S + w v kᵀ`, `y = scale · u S q`.
+) -> tuple[Tensor, State] | tuple[Tensor, State, State]:
+    """One token of `ssd`, for decoding, or a few of them: `S ← a S + w v kᵀ`, `y = scale · u S q`.
 
-    The operands are those of `ssd` without their seqlen axis; stepping through a sequence gives what `ssd` gives at once.
+    The operands are those of `ssd` without their seqlen axis, or with one of a few tokens; stepping through a sequence gives
+    what `ssd` gives at once. Speculative decoding steps through its draft with `return_intermediate_states`, and goes on from
+    the state after the last token that it accepts; in a pool it writes that one back.
 
     Args:
-        q, k: `(batch, heads, dstate)`.
-        v: `(batch, heads, headdim)`.
-        mask: a mask of causal scans and diagonals whose per-token operands are `(batch, nheads)` or broadcastable.
+        q, k: `(batch, heads, dstate)`; of several tokens, `(batch, tokens, heads, dstate)`.
+        v: `(batch, heads, headdim)`, or `(batch, tokens, heads, headdim)`.
+        mask: a mask of causal scans and diagonals whose per-token operands are `(batch, nheads)`, or
+            `(batch, tokens, nheads)`, or broadcastable.
         state: as `ssd` takes and returns it; None is zero. With state_indices, a pool `(slots, nheads, headdim, dstate)` per
             linear term, which is updated in place: the one input that ssdops ever writes to.
         scale: a factor on y.
         state_indices: the slot of each batch row, `(batch,)`, int32 or int64, each slot at most once; rows whose slot is
             −1 give zero and touch nothing. A pool takes no gradient, and none flows through it.
-        backend: "auto" or a backend's name.
+        return_intermediate_states: also return the state after every token.
+        backend: "auto" or a backend's name. Where a backend has a decode kernel that takes the whole mask, and no gradient
+            is wanted, that runs: one launch per scan, states read and written once.
 
     Returns:
-        y `(batch, nheads, headdim)`, and the state after the token in the dtype of `state` (the pool itself with
-        state_indices).
+        y `(batch, nheads, headdim)`, or `(batch, tokens, nheads, headdim)`, and the state after the last token in the dtype of
+        `state` (the pool itself with state_indices). With return_intermediate_states, then the state after every token, its
+        tensors with an axis of tokens after batch, `(batch, tokens, nheads, headdim, dstate)`, zero for rows without a slot.
 
     Raises:
         UnsupportedError: the mask has no recurrence over time (an anticausal part, documents, a band, …).
@@ -157,37 +168,61 @@ def ssd_step(
     >>> y, state = ssd_step(q, k, v, half, state)
     >>> y.item()
     1.5
+
+    Three tokens at once; the second and third are rejected, so decoding goes on from the state after the first:
+
+    >>> q = k = v = torch.ones(1, 3, 1, 1)
+    >>> y, _, states = ssd_step(q, k, v, half, None, return_intermediate_states=True)
+    >>> y.flatten(), states.shape
+    (tensor([1.0000, 1.5000, 1.7500]), torch.Size([1, 3, 1, 1, 1]))
+    >>> y, state = ssd_step(q[:, 1], k[:, 1], v[:, 1], half, states[:, 0])
+    >>> y.item()
+    1.5
     """
     _check_types(q, k, v, mask)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        dim = "headdim" if name == "v" else "dstate"
-        if x.ndim != 3:
-            raise ShapeError(f"{name} must be (batch, heads, {dim}) in a step, got {x.ndim} dimensions: {tuple(x.shape)}")
-        if x.shape[0] != q.shape[0]:
-            raise ShapeError(f"{name} has batch {x.shape[0]}, expected {q.shape[0]} as in q")
+    _check_options(scale, return_intermediate_states, None, backend, None, "return_intermediate_states")
+    single = not q.ndim == k.ndim == v.ndim == 4
+    if single:
+        decode.check_token(q, k, v)
+        q, k, v, mask = q[:, None], k[:, None], v[:, None], decode.with_time(mask)
     _check_recurrence(mask.tree)
+    q, k, v = _autocast(q, k, v)
     states = _states(state, "state")
-    pools: list[Tensor] = []
+    trapezoid = carry.trapezoid_of(mask.tree)
     if state_indices is not None:
-        if carry.trapezoid_of(mask.tree) is not None:
+        if trapezoid is not None:
             raise UnsupportedError(
                 "a pool holds one matrix per slot, and trapezoidal() carries the last k and v too; pass states"
             )
-        pools, states = states, _read_slots(mask, states, state_indices, q)
+        decode.check_pools(states, state_indices, q)
+    if state is not None and not states and (count := len(state_terms(mask.tree))):
+        raise ShapeError(f"state has 0 states; this mask carries {count}, one per linear term (None: zero)")
+    program, names = _text(mask.tree, True, None, backend, None)
+    call = Call(q, k, v, [mask.operands[x] for x in names], states, program, float(scale))
     try:
-        y, new = ssd(
-            q[:, None], k[:, None], v[:, None], _with_time(mask),
-            scale=scale, initial_state=tuple(states) if state is not None else None, return_state=True,
-            state_dtype=states[0].dtype if states else None, backend=backend,
-        )  # fmt: skip
+        if trapezoid is None:
+            y, new, every = ops.step(mask.tree, call, state_indices, return_intermediate_states)
+        else:
+            run = partial(_through_trapezoid, trapezoid, names)
+            y, new, every = decode.as_sequence(mask.tree, call, None, return_intermediate_states, run)
     except SsdopsError as error:  # as the arguments are called here
         raise type(error)(str(error).replace("initial_state", "state")) from None
-    if state_indices is None:
-        return y[:, 0], new
-    for pool, updated in zip(pools, _states(new, "state"), strict=True):
-        torch.ops.ssdops.write_slots_(pool, updated.detach(), state_indices)
-    assert state is not None  # _read_slots() has read it
-    return torch.where((state_indices >= 0)[:, None, None], y[:, 0], 0.0), state
+    y = y[:, 0] if single else y
+    after = state if state_indices is not None and state is not None else _bare(new)
+    return (y, after, _bare(every)) if return_intermediate_states else (y, after)
+
+
+def _through_trapezoid(trapezoid: n.Trapezoidal, names: tuple[str, ...], call: Call) -> list[Tensor]:
+    """`ssd` of a call whose states are (S, previous k, previous v)."""
+    operands = dict(zip(names, call.operands, strict=True))
+    inner = carry.enter(trapezoid, operands, call.states, call.k, call.v)
+    forward = ops.traced if torch.compiler.is_compiling() else ops.call
+    y, *finals = forward(Call(call.q, call.k, call.v, call.operands, inner, call.program, call.scale))
+    return [y, *carry.leave(finals, call.states, call.k, call.v)]
+
+
+def _bare(states: list[Tensor]) -> State:
+    return states[0] if len(states) == 1 else tuple(states)
 
 
 @dataclass(frozen=True)
@@ -277,14 +312,19 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
 
 
 def _check_options(
-    scale: float, return_state: bool, state_dtype: torch.dtype | None, backend: str, chunk_size: int | None
+    scale: float,
+    flag: bool,
+    state_dtype: torch.dtype | None,
+    backend: str,
+    chunk_size: int | None,
+    flag_name: str = "return_state",
 ) -> None:
     if not isinstance(scale, int | float):
         raise DtypeError(
             f"scale must be a Python number, got {type(scale).__name__}; it takes no gradient: multiply v by a tensor instead"
         )
-    if not isinstance(return_state, bool):
-        raise DtypeError(f"return_state must be True or False, got {type(return_state).__name__}: {return_state!r}")
+    if not isinstance(flag, bool):
+        raise DtypeError(f"{flag_name} must be True or False, got {type(flag).__name__}: {flag!r}")
     if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
         raise DtypeError(f"state_dtype must be a torch.dtype or None, got {type(state_dtype).__name__}: {state_dtype!r}")
     if not isinstance(backend, str):
@@ -305,57 +345,26 @@ def _check_recurrence(tree: n.Node) -> None:
             raise UnsupportedError(f"{term.node()} reads later tokens, so {tree} has no step; run ssd on the whole sequence")
 
 
-def _with_time(mask: Mask) -> Mask:
-    """The same mask with a seqlen axis of 1 in every operand that has one."""
-    ranks = {n.TOKEN: 2, n.CHANNEL: 3, n.RANK: 3}
-    wanted = {name: ranks[axes] for x, axes in n.operands_of(mask.tree) if isinstance(x, str) and axes in ranks for name in [x]}
-    operands = {}
-    for name, x in mask.operands.items():
-        rank = wanted.get(name, x.ndim)
-        if x.ndim > rank:
-            raise ShapeError(f"{name} has shape {tuple(x.shape)}; a step takes it without its seqlen axis, {rank} dimensions")
-        operands[name] = x.unsqueeze(-rank) if name in wanted and x.ndim == rank else x
-    return Mask(mask.tree, operands)
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not ops.autocasts(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _read_slots(mask: Mask, pools: list[Tensor], indices: Tensor, q: Tensor) -> list[Tensor]:
-    """The states of the rows, read from their pools; rows without a slot read slot 0 and are dropped later."""
-    batch = q.shape[0]
-    if not isinstance(indices, Tensor):
-        raise DtypeError(f"state_indices must be a torch.Tensor, got {type(indices).__name__}")
-    if indices.shape != (batch,) or indices.dtype not in (torch.int32, torch.int64):
-        raise ShapeError(f"state_indices must be ({batch},) int32 or int64, got {tuple(indices.shape)} {indices.dtype}")
-    if indices.device != q.device:
-        raise DeviceError(f"state_indices is on {indices.device}, but q is on {q.device}; move it to q's device")
-    if not pools:
-        raise ShapeError("state_indices says which slots of a pool to use, and state is None; give the pool as state")
-    for pool in pools:
-        if pool.ndim != 4 or pool.shape[0] < 1:
-            raise ShapeError(f"state must be a pool (slots, nheads, headdim, dstate), got {tuple(pool.shape)}")
-        if pool.requires_grad:
-            raise UnsupportedError("a state pool is updated in place and takes no gradient; detach it")
-        if pool.device != q.device:
-            raise DeviceError(f"state is on {pool.device}, but q is on {q.device}; move it to q's device")
-    if not torch.compiler.is_compiling() and (indices.device.type == "cpu" or config.check_values()):
-        _check_slots(indices.tolist(), min(pool.shape[0] for pool in pools))
-    return [pool[indices.clamp_min(0)] for pool in pools]
-
-
-def _check_slots(indices: list[int], slots: int) -> None:
-    taken = [index for index in indices if index != -1]
-    for row, index in enumerate(indices):
-        if not -1 <= index < slots:
-            raise ValueRangeError(f"state_indices must lie in [0, {slots}), or be -1, got {index} at row {row}")
-    if len(set(taken)) < len(taken):
-        twice = next(index for index in taken if taken.count(index) > 1)
-        raise ValueRangeError(f"state_indices must name each slot once, got slot {twice} for {taken.count(twice)} rows")
+def _text(
+    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None
+) -> tuple[str, tuple[str, ...]]:
+    """The contraction as text, and the names of its operands, in order."""
+    if torch.compiler.is_compiling():  # it cannot trace the cache
+        return str(Contraction(tree, return_state, state_dtype, backend, chunk_size)), n.names_of(tree)
+    return _program(tree, return_state, state_dtype, backend, chunk_size)
 
 
 @lru_cache(maxsize=4096)
 def _program(
     tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None
 ) -> tuple[str, tuple[str, ...]]:
-    """The contraction as text, and the names of its operands, in order."""
     return str(Contraction(tree, return_state, state_dtype, backend, chunk_size)), n.operand_names(tree)
 
 

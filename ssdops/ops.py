@@ -1,8 +1,8 @@
-"""The torch.library operators, `ssdops::forward` and `ssdops::backward`: the only autograd glue.
+"""The torch.library operators, `ssdops::forward`, `backward`, `step` and `step_`: the only autograd glue.
 
 An operator takes q, k, v, the mask's operands in the order of their names in the tree, the initial states, and the program, a
-contraction as text (`run.Call`). What it does with them is in `run.py`; here is what torch needs to know of it: shapes while
-tracing, derivatives, and vmap.
+contraction as text (`run.Call`). What it does with them is in `run.py` and `decode.py`; here is what torch needs to know of it:
+shapes while tracing, derivatives, and vmap. Steps have no derivative: where one is wanted, a step is a short `ssdops::forward`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import run
+from . import decode, run
 from .adjoint import differentiable_backward
+from .decode import Stepped
 from .errors import UnsupportedError
+from .ir import nodes as n
 from .ir.contraction import parse_contraction
-from .ir.problem import check_states
-from .plan import check, state_terms
+from .ir.problem import Problem, check_states
+from .plan import check, state_terms, stepper
 from .run import Call
 from .vmap import Fold, unmapped_shape
 
@@ -28,7 +30,9 @@ LIBRARY = torch.library.Library("ssdops", "DEF")
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor[] operands, Tensor[] states, str program, float scale"
 LIBRARY.define(f"forward({_CALL}, bool save=False) -> Tensor[]")
 LIBRARY.define(f"backward(Tensor[] cotangents, Tensor[] saved, {_CALL}) -> Tensor[]")
-LIBRARY.define("write_slots_(Tensor(a!) pool, Tensor values, Tensor indices) -> ()")
+LIBRARY.define(f"step({_CALL}, bool every) -> Tensor[]")
+LIBRARY.define(f"step_({_CALL.replace('[] states', '(a!)[] pools')}, Tensor slots, Tensor(b!)[] every) -> Tensor")
+LIBRARY.define("write_slots_(Tensor(a!) pool, Tensor values, Tensor slots) -> ()")
 _forward_op = torch.ops.ssdops.forward.default
 _backward_op = torch.ops.ssdops.backward.default
 
@@ -36,6 +40,30 @@ _backward_op = torch.ops.ssdops.backward.default
 def call(c: Call) -> list[Tensor]:
     """`ssdops::forward`, entered at the autograd level: what eager callers use, as it is the shortest way in."""
     return _differentiably(c, eager=True)
+
+
+def traced(c: Call) -> list[Tensor]:
+    """`ssdops::forward`, entered as torch.compile can see."""
+    out: list[Tensor] = torch.ops.ssdops.forward(c.q, c.k, c.v, c.operands, c.states, c.program, c.scale)
+    return out
+
+
+def step(mask: n.Node, c: Call, slots: Tensor | None, every: bool) -> Stepped:
+    """A step (`decode.step`), differentiable where anything is learnt, in the shortest way in."""
+    tensors, tracing = (c.q, c.k, c.v, *c.operands, *c.states), torch.compiler.is_compiling()
+    if _is_learnt(tensors) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if not tracing:
+            decode.prepare(c, slots is not None)  # which checks it
+        return decode.as_sequence(mask, c, slots, every, traced if tracing else call)
+    if not tracing and _is_plain(tensors):
+        return decode.step(c, slots, every)
+    args = (c.q, c.k, c.v, c.operands, c.states, c.program, c.scale)
+    if slots is None:
+        y, *rest = torch.ops.ssdops.step(*args, every)
+        count = len(rest) // 2 if every else len(rest)
+        return Stepped(y, rest[:count], rest[count:])
+    rooms = [pool.new_empty((*c.q.shape[:2], *pool.shape[1:])) for pool in c.states] if every else []
+    return Stepped(torch.ops.ssdops.step_(*args, slots, rooms), c.states, rooms)
 
 
 # --- shapes while tracing -------------------------------------------------------------------------------------------
@@ -67,6 +95,30 @@ def _backward_fake(cotangents: list[Tensor], saved: list[Tensor], *args: Any) ->
     return [like(x) for x in (c.q, c.k, c.v, *c.operands, *c.states)]
 
 
+def _step_fake(*args: Any) -> list[Tensor]:
+    c, every = Call(*args[:7]), args[7]
+    y, p, count = _fake_y(c, None)
+    shape = (p.nheads, p.headdim, p.dstate)
+    dtypes = [x.dtype for x in c.states] or [p.state_dtype] * count
+    finals = [c.q.new_empty((p.batch, *shape), dtype=dtype) for dtype in dtypes]
+    return [y, *finals, *(c.q.new_empty((p.batch, p.seqlen, *shape), dtype=dtype) for dtype in dtypes if every)]
+
+
+def _step_in_place_fake(*args: Any) -> Tensor:
+    c = Call(*args[:7])
+    return _fake_y(c, c.states[0].shape[0])[0]
+
+
+def _fake_y(c: Call, slots: int | None) -> tuple[Tensor, Problem, int]:
+    """Y of a step, its facts, and how many states it has."""
+    contraction, p = c.contraction, c.problem()
+    count = len(state_terms(contraction.mask))
+    if stepper(contraction, p) is None:
+        check(contraction, p)
+    check_states(c.states, count, p, given=bool(c.states), slots=slots)
+    return c.q.new_empty((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.dtype), p, count
+
+
 # --- derivatives ----------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +134,18 @@ def _backward(cotangents: list[Tensor], saved: list[Tensor], *args: Any) -> list
         _no_autocast(args[0]),
     ):
         return run.backward(Call(*args), cotangents, saved)
+
+
+def _step(*args: Any) -> list[Tensor]:
+    with _no_autocast(args[0]):
+        y, states, every = decode.step(Call(*args[:7]), None, args[7])
+    return [y, *states, *every]
+
+
+def _step_in_place(*args: Any) -> Tensor:
+    *call, slots, rooms = args
+    with _no_autocast(args[0]):
+        return decode.step(Call(*call), slots, bool(rooms), rooms).y
 
 
 def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
@@ -159,8 +223,7 @@ class _Differentiable(torch.autograd.Function):
 
 def _differentiably(c: Call, eager: bool) -> list[Tensor]:
     tensors = (c.q, c.k, c.v, *c.operands, *c.states)
-    learnt = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # noqa: C419  # quicker than a generator
-    if learnt or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _is_learnt(tensors) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]  # as torch has it
             c.program, c.scale, len(c.operands), eager and _worth_saving(c.q), *tensors
         )
@@ -170,6 +233,10 @@ def _differentiably(c: Call, eager: bool) -> list[Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
         out: list[Tensor] = _forward_op(c.q, c.k, c.v, c.operands, c.states, c.program, c.scale)
         return out
+
+
+def _is_learnt(tensors: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # noqa: C419  # quicker than a generator
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -240,18 +307,16 @@ def _backward_vmap(
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
-def _write_slots(pool: Tensor, values: Tensor, indices: Tensor) -> None:
-    """pool[indices[b]] ← values[b] for every row whose index is not negative."""
-    kept = indices >= 0
-    pool[indices[kept].long()] = values[kept].to(pool.dtype)
-
-
 LIBRARY.impl("forward", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("backward", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("write_slots_", _write_slots, "CompositeExplicitAutograd")
+LIBRARY.impl("step", _step, "CompositeExplicitAutograd")
+LIBRARY.impl("step_", _step_in_place, "CompositeExplicitAutograd")
+LIBRARY.impl("write_slots_", decode.write_slots, "CompositeExplicitAutograd")
 LIBRARY.impl("forward", lambda keyset, *args: _differentiably(Call(*args[:7]), eager=False), "Autograd", with_keyset=True)
 torch.library.register_fake("ssdops::forward", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("ssdops::backward", _backward_fake, lib=LIBRARY)
-torch.library.register_fake("ssdops::write_slots_", lambda pool, values, indices: None, lib=LIBRARY)
+torch.library.register_fake("ssdops::step", _step_fake, lib=LIBRARY)
+torch.library.register_fake("ssdops::step_", _step_in_place_fake, lib=LIBRARY)
+torch.library.register_fake("ssdops::write_slots_", lambda pool, values, slots: None, lib=LIBRARY)
 torch.library.register_vmap("ssdops::forward", _forward_vmap, lib=LIBRARY)
 torch.library.register_vmap("ssdops::backward", _backward_vmap, lib=LIBRARY)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .autotune.cost import predict
 from .backends import registry
-from .backends.base import Config, Support
+from .backends.base import Config, Stepper, Support
 from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
@@ -91,6 +91,22 @@ def plan(contraction: Contraction, problem: Problem) -> Plan:
     """
     _check_chunk_size(contraction)
     return Plan(tuple(_step(term, contraction, problem) for term in terms_of(contraction.mask)))
+
+
+def stepper(contraction: Contraction, problem: Problem) -> Stepper | None:
+    """The backend whose decode kernel takes the whole mask, or None: a step is a short sequence then, and planned as one.
+
+    With "auto" that is the first that can, on GPUs: elsewhere a kernel is only interpreted, for those who name its backend.
+    """
+    auto = contraction.backend == "auto"
+    if auto and problem.target.device == "cpu":
+        return None
+    terms = terms_of(contraction.mask)
+    for name in registry.names() if auto else (contraction.backend,):
+        backend = registry.get(name)
+        if isinstance(backend, Stepper) and backend.supports_step(terms, problem).ok:
+            return backend
+    return None
 
 
 def check(contraction: Contraction, problem: Problem) -> None:

@@ -81,7 +81,7 @@ class Prepared:
 
 
 _prepared: dict[tuple[Any, ...], Prepared] = {}
-_MAX_PREPARED = 65536
+MAX_PREPARED = 65536
 
 
 def prepare(call: Call) -> Prepared:
@@ -94,7 +94,7 @@ def prepare(call: Call) -> Prepared:
     found = _prepared.get(key)
     if found is None:
         found = _prepare(call)
-        if len(_prepared) >= _MAX_PREPARED:
+        if len(_prepared) >= MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = found
         if config.debug_level() >= 1:

@@ -1,6 +1,12 @@
-"""Hypothesis profiles: `default` is fast and always the same; `pytest --hypothesis-profile=thorough` goes deeper."""
+"""Hypothesis profiles, `default` (fast, always the same) and `thorough`; and Triton's interpreter where there is no GPU."""
 
+import os
+
+import torch
 from hypothesis import Phase, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported, as its decorator looks at it
 
 settings.register_profile(
     "default",

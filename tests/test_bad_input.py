@@ -188,7 +188,7 @@ STEPS: dict[str, tuple[Call, type[SsdopsError], list[str]]] = {
     "a slot that is not there": (lambda x: step(x, None, x["pool"], state_indices=x["slots"] + 2), ValueRangeError, ["state_indices must lie in [0, 7), or be -1, got 7 at row 1"]),
     "a negative slot": (lambda x: step(x, None, x["pool"], state_indices=x["slots"] - 5), ValueRangeError, ["got -2 at row 0"]),
     "a slot taken twice": (lambda x: step(x, None, x["pool"], state_indices=x["slots"] * 0), ValueRangeError, ["each slot once, got slot 0 for 2 rows"]),
-    "pool of other heads": (lambda x: step(x, None, x["pool"][:, :2], state_indices=x["slots"]), ShapeError, ["state has shape", "(2, 4, 2, 3)"]),
+    "pool of other heads": (lambda x: step(x, None, x["pool"][:, :2], state_indices=x["slots"]), ShapeError, ["state has shape (7, 2, 2, 3)", "(slots, nheads, headdim, dstate) = (7, 4, 2, 3)"]),
     "pool without slots": (lambda x: step(x, None, x["pool"][0], state_indices=x["slots"]), ShapeError, ["state must be a pool (slots, nheads, headdim, dstate)", "(4, 2, 3)"]),
     "pool on another device": (lambda x: step(x, None, x["pool"].to("meta"), state_indices=x["slots"]), DeviceError, ["state is on meta"]),
     "two pools for one term": (lambda x: step(x, None, (x["pool"], x["pool"]), state_indices=x["slots"]), ShapeError, ["state has 2 states", "carries 1"]),

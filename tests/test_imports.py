@@ -19,7 +19,7 @@ ROOMS = (
     ("api",),
     ("ops",),
     ("adjoint", "vmap", "carry"),
-    ("run",),
+    ("run", "decode"),
     ("plan",),
     ("autotune",),
     ("backends",),

@@ -93,6 +93,21 @@ def test_steps_are_the_scan(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_several_tokens_in_a_step_are_that_many_steps(form):
+    x = made()
+    rest, state, seen = slice(4, 7), (recurrence(x)[1], x["k"][:, 3], x["v"][:, 3]), []
+    q, k, v = (x[name][:, rest] for name in "qkv")
+    y, final, every = ssd_step(q, k, v, mask_of(x, form, rest), state, return_intermediate_states=True)
+    close((ssd_step(q, k, v, mask_of(x, form, rest), state)[0], y))
+    for t in range(4, 7):
+        y_t, state = ssd_step(*(x[name][:, t] for name in "qkv"), mask_of(x, form, t), state)
+        close((y_t, y[:, t - 4]))
+        seen.append(state)
+    for i, parts in enumerate(zip(*seen, strict=True)):
+        close((final[i], parts[-1]), (every[i], torch.stack(parts, 1)))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_gradients_reach_the_state_and_through_it(form):
     x = made()
     log_a, *states = (x["log_a"][:, :3], recurrence(x)[1], x["k"][:, 3], x["v"][:, 3])

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..ir import nodes as n
-from ..ir.operands import Operand, names
+from ..ir.operands import ChannelLog, Operand, names
 from ..ir.problem import Problem
 from ..ir.resolve import Span, document_boundaries, document_spans, reduce_to, repeat_heads, resolve
 from ..ir.terms import Linear, Term, term_operands
@@ -196,6 +196,57 @@ class Backend(Protocol):
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """Gradients of everything that the term read."""
         ...
+
+
+@dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs two microseconds
+class StepInputs:
+    """The tensors of a decode step: what a mask's terms read, and room for what they give.
+
+    Attributes:
+        q, k: `(batch, tokens, heads, dstate)`; v: `(batch, tokens, heads, headdim)`; heads as given, never repeated.
+        values: for each term, slot → operand in canonical axes; a per-channel decay in factors comes as `dt` and `A`.
+        before: the state of each scan, `(batch, nheads, headdim, dstate)`; empty is zero. With slots, a pool for each.
+        after: room for the new states; with slots, the pools again.
+        every: room for the state of each scan after every token, `(batch, tokens, nheads, headdim, dstate)`; empty: not wanted.
+        slots: where in its pool the state of each row is, `(batch,)`; a row whose slot is out of range gives 0.
+        y: room for Y, `(batch, tokens, nheads, headdim)`, contiguous.
+        scale: the factor of the whole contraction.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    values: Sequence[Mapping[str, Tensor]]
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+    every: Sequence[Tensor]
+    slots: Tensor | None
+    y: Tensor
+    scale: float
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """A backend that has a kernel for decoding: a few tokens of a whole mask at once, states in place or anew."""
+
+    name: str
+
+    def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
+        """Whether the kernel takes the sum of these terms; `problem.seqlen` counts the tokens of a step."""
+        ...
+
+    def step(self, terms: tuple[Term, ...], problem: Problem, x: StepInputs) -> None:
+        """Fill the rooms of x."""
+        ...
+
+
+def step_values(term: Term, problem: Problem, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The operand expressions of a term, evaluated for a step: nothing runs for those that are plain names."""
+    slots = dict(term_operands(term))
+    if isinstance(channel := slots.get("channel", ("", ""))[0], ChannelLog):
+        del slots["channel"]
+        slots |= {"dt": (channel.dt, n.TOKEN), "A": (channel.A, n.HEAD_CHANNEL)}
+    return {slot: resolve(x, _widened(slot, x, operands, problem), axes, problem.seqlen) for slot, (x, axes) in slots.items()}
 
 
 def bind(

@@ -128,17 +128,19 @@ def count_states(mask: n.Node, operands: Mapping[str, Tensor], batch: int) -> in
     return counts[0] if all(count == counts[0] for count in counts) else None
 
 
-def check_states(states: Sequence[Tensor], n_terms: int, problem: Problem, given: bool = True) -> None:
-    """Whether the initial states are as many, and of the shape, that the mask's linear terms carry."""
+def check_states(
+    states: Sequence[Tensor], n_terms: int, problem: Problem, given: bool = True, slots: int | None = None
+) -> None:
+    """Whether the initial states are as many, and of the shape, that the mask's linear terms carry (pools of `slots` each)."""
     if given and len(states) != n_terms:
         raise ShapeError(f"initial_state has {len(states)} states; this mask carries {n_terms}, one per linear term")
-    first = problem.n_states
+    first = problem.n_states if slots is None else slots
     if first is None:
         raise ShapeError("states of packed documents need n_segments: documents(segment_ids, n_segments=…)")
     expected = (first, problem.nheads, problem.headdim, problem.dstate)
     for state in states:
         if tuple(state.shape) != expected:
-            rows = "batch" if first == problem.batch else "n_segments"
+            rows = "slots" if slots is not None else "batch" if first == problem.batch else "n_segments"
             raise ShapeError(
                 f"initial_state has shape {_shape(state)}, expected ({rows}, nheads, headdim, dstate) = {expected}"
             )

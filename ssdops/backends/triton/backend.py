@@ -9,7 +9,7 @@ import torch
 from ... import config as environment
 from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Term
-from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
+from ..base import Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work, reject_scan
 from ..scan import diagonal_backward, diagonal_forward
 from .sizes import CHUNKS, MAX_DIM, padded, sizes
 
@@ -96,3 +96,24 @@ class Triton:
 
         assert isinstance(term, Linear)  # supports() refuses the rest
         return Scan(term, x, config).backward(cotangents)
+
+    def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
+        """Causal scans, with a diagonal beside each at most, up to float32."""
+        device = problem.target.device
+        if device != "cuda" and not (device == "cpu" and environment.triton_interpreted()):
+            return Support.no(f"'triton' runs on CUDA devices, and q is on {device}; 'recurrent' steps anywhere")
+        if problem.accumulate != torch.float32:
+            return Support.no("'triton' steps in float32, and an input is float64; convert it, or step with 'recurrent'")
+        if problem.dstate > MAX_DIM:
+            return Support.no(f"dstate={problem.dstate} exceeds {MAX_DIM}; 'recurrent' has no such limit")
+        scans = [term for term in terms if isinstance(term, Linear) and term.causal and term.documents is None]
+        diagonals = [term for term in terms if isinstance(term, Diagonal)]
+        if len(scans) + len(diagonals) < len(terms) or len(diagonals) > len(scans):
+            return Support.no("'triton' steps causal scans, each with a diagonal beside it at most; 'recurrent' takes any sum")
+        return Support.yes()
+
+    def step(self, terms: tuple[Term, ...], problem: Problem, x: StepInputs) -> None:
+        """One launch per scan."""
+        from .step import run  # imports triton, which need not be there
+
+        run(terms, problem, x)
