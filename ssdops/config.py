@@ -21,3 +21,9 @@ def debug_level() -> int:
 def check_values() -> bool:
     """Whether values on a GPU are to be checked too (SSDOPS_CHECK=1)."""
     return os.environ.get("SSDOPS_CHECK", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def triton_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1, which Triton itself reads)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -12,6 +12,7 @@ BACKENDS: dict[str, str] = {
     "chunked": "ssdops.backends.chunked:Chunked",
     "recurrent": "ssdops.backends.recurrent:Recurrent",
     "naive": "ssdops.backends.naive:Naive",
+    "triton": "ssdops.backends.triton.backend:Triton",
 }
 
 
