@@ -49,8 +49,7 @@ def supports(term: Quadratic, problem: Problem) -> Support:
 def work(term: Quadratic, problem: Problem) -> Work:
     """Two matrix products per pair of tokens in the band."""
     p, form = problem, read(term.mask, problem.seqlen)
-    lags = torch.arange(form.low, form.high + 1, dtype=torch.float64)
-    pairs = float((p.seqlen - lags.abs()).clamp_min(0).sum()) * p.batch * p.nheads
+    pairs = float(_pairs(form, p.seqlen) * p.batch * p.nheads)
     tokens = float(p.batch * p.seqlen * p.nheads)
     size = 2.0 if p.dtype.itemsize == 2 else 4.0
     reread = pairs / 64 * (p.dstate + p.headdim) * size  # every tile of 64 rows reads its keys; much of it from L2
@@ -58,8 +57,22 @@ def work(term: Quadratic, problem: Problem) -> Work:
     return Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, tokens * (p.dstate + 3 * p.headdim) * size + reread / 4, launches)
 
 
+def _pairs(form: Form, seqlen: int) -> int:
+    """How many pairs of tokens are in the band: Σ over its lags of seqlen − |lag|."""
+
+    def up_to(lag: int) -> int:  # lags 0 to that
+        return (lag + 1) * seqlen - lag * (lag + 1) // 2 if lag >= 0 else 0
+
+    if form.low > form.high:
+        return 0
+    both = up_to(form.high) + up_to(-form.low)
+    return both - up_to(form.low - 1) - up_to(-form.high - 1) - (seqlen if form.low <= 0 <= form.high else 0)
+
+
 def forward(term: Quadratic, x: Inputs) -> Output:
     """Y."""
+    if not (x.problem.batch and x.problem.seqlen):
+        return Output(x.empty_output())
     mask = Mask.of(term, x, values(read(term.mask, x.problem.seqlen), x.operands, x.problem))
     return Output(_contract(mask, x.q, x.k, x.v, x.problem.nheads))
 
@@ -68,6 +81,9 @@ def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
     """Gradients of q, k, v, and of the operands through the mask's factors."""
     p, dy = x.problem, cotangents.y
     floats = {name: t.detach().requires_grad_() for name, t in x.operands.items() if t.is_floating_point()}
+    if not (p.batch and p.seqlen):
+        q, k, v = (torch.zeros_like(t, dtype=p.accumulate) for t in (x.q, x.k, x.v))
+        return Gradients(q, k, v, operands={name: torch.zeros_like(t) for name, t in floats.items()})
     with torch.enable_grad():
         factors = values(read(term.mask, p.seqlen), {**x.operands, **floats}, p)
     mask = Mask.of(term, x, factors)
@@ -197,7 +213,8 @@ class Tile:
     def fitting(problem: Problem, d: int, e: int) -> Tile:
         """The greatest tile up to 64 × 64 whose operands fit into shared memory with a stage to spare, or else without."""
         p = problem
-        dtype = p.dtype if p.dtype.itemsize == 2 else torch.float32
+        exact = p.dtype.itemsize > 2 or (config.triton_interpreted() and p.dtype == torch.bfloat16)  # it has no such dot
+        dtype = torch.float32 if exact else p.dtype
         d_width, e_width = (max(16, _power(x)) for x in (d, e))
         size = max(16, min(64, _power(p.seqlen)))
         room = shared_memory(p.target.capability)
@@ -252,15 +269,14 @@ def _contract(mask: Mask, x: Tensor, y: Tensor, z: Tensor, heads: int) -> Tensor
     """scale · Σ_j L_ij ⟨x_i, y_j⟩ z_j summed over the heads that share one of `heads`: (batch, seqlen, heads, dim of z)."""
     p, d, e = mask.problem, x.shape[3], z.shape[3]
     tile = Tile.fitting(p, d, e)
-    table, stride, tiles = mask.table(tile.rows) if p.seqlen else (None, 0, 0)
+    table, stride, tiles = mask.table(tile.rows)
     share = _shared(p.nheads // heads, tiles * p.nheads)
     groups = p.nheads // share
     out = torch.empty(p.batch, p.seqlen, groups, e, dtype=torch.float32, device=x.device)
-    if out.numel():
-        arguments = (*(_argument(t, p.nheads) for t in (x, y, z)), *mask.arguments(), table, stride)
-        sizes = (p.seqlen, tiles, groups, share, mask.scale, d, e)
-        grid = tiles * groups * p.batch
-        _launch("contract", grid, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
+    arguments = (*(_argument(t, p.nheads) for t in (x, y, z)), *mask.arguments(), table, stride)
+    sizes = (p.seqlen, tiles, groups, share, mask.scale, d, e)
+    grid = tiles * groups * p.batch
+    _launch("contract", grid, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
     return share_heads(out, heads)
 
 
@@ -273,41 +289,39 @@ def _factor_gradients(mask: Mask, factors: Values, x: Inputs, dy: Tensor) -> Val
     """Gradients of the factors that need one, each from dL = dY Vᵀ ∘ QKᵀ without forming it (entries apart)."""
     p, wanted = x.problem, {f.name for f in fields(Values) if getattr(t := getattr(factors, f.name), "requires_grad", False)}
     out = Values()
-    if not (p.batch and p.seqlen):
-        return Values(**{name: torch.zeros_like(getattr(factors, name)) for name in wanted})
-    tile = Tile.fitting(p, p.dstate, p.headdim)
     sides = (("rows", mask, (x.q, x.k, dy, x.v)), ("cols", mask.transposed(), (x.k, x.q, x.v, dy)))
     for side, m, tensors in sides:
         if not wanted & {f"decay_{side}", f"log_{side}", side}:
             continue
-        apart, at_zero = _row_sums(replace(m, rows=None), tile, *tensors).unbind(2)  # [B, H, T]
+        apart, at_zero = _row_sums(replace(m, rows=None), *tensors).unbind(2)  # [B, H, T]
         own = 1.0 if m.rows is None else m.rows
         setattr(out, side, apart + at_zero)
         setattr(out, f"decay_{side}", apart * own)
         setattr(out, f"log_{side}", (apart + at_zero) * own)
     if "lags" in wanted:
-        out.lags = _lag_sums(replace(mask, lags=None), tile, x.q, x.k, dy, x.v)
+        out.lags = _lag_sums(replace(mask, lags=None), x.q, x.k, dy, x.v)
     if "entries" in wanted:
-        out.entries = _entry_sums(replace(mask, entries=None), factors.entries, tile, x.q, x.k, dy, x.v)
+        out.entries = _entry_sums(replace(mask, entries=None), factors.entries, x.q, x.k, dy, x.v)
     return Values(**{name: getattr(out, name) for name in wanted})
 
 
-def _row_sums(mask: Mask, tile: Tile, *tensors: Tensor) -> Tensor:
+def _row_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ_j G_ij per row, without and at the lag where nothing decays: [B, H, 2, T]."""
-    p = mask.problem
+    p, d, e = mask.problem, tensors[0].shape[3], tensors[2].shape[3]
+    tile = Tile.fitting(p, d, e)
     table, stride, tiles = mask.table(tile.rows)
     out = torch.empty(p.batch, p.nheads, 2, p.seqlen, dtype=torch.float32, device=tensors[0].device)
     arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), table, stride, mask.zero)
-    sizes = (p.seqlen, tiles, p.nheads, mask.scale, tensors[0].shape[3], tensors[2].shape[3])
-    constants = {**tile.constants, "D_WIDTH": 0, "E_WIDTH": 0}
-    constants |= {"D_WIDTH": max(16, _power(tensors[0].shape[3])), "E_WIDTH": max(16, _power(tensors[2].shape[3]))}
-    _launch("row_sums", tiles * p.nheads * p.batch, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **constants)
+    sizes = (p.seqlen, tiles, p.nheads, mask.scale, d, e)
+    _launch("row_sums", tiles * p.nheads * p.batch, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
     return out
 
 
-def _lag_sums(mask: Mask, tile: Tile, *tensors: Tensor) -> Tensor:
+def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ G along each diagonal: [1, H, 2 T − 1]."""
-    p, size, (low, high) = mask.problem, tile.cols, mask.support[:2]
+    p, (low, high) = mask.problem, mask.support[:2]
+    tile = Tile.fitting(p, p.dstate, p.headdim)
+    size = tile.cols
     assert low is not None and high is not None
     first, last = (low - size + 1) // size, -(-(high + size - 1) // size)  # block diagonals that meet the band
     first, last = max(first, -((p.seqlen - 1) // size)), min(last, (p.seqlen - 1) // size)
@@ -329,9 +343,11 @@ def _lag_sums(mask: Mask, tile: Tile, *tensors: Tensor) -> Tensor:
     return wide
 
 
-def _entry_sums(mask: Mask, entries: Tensor, tile: Tile, *tensors: Tensor) -> Tensor:
+def _entry_sums(mask: Mask, entries: Tensor, *tensors: Tensor) -> Tensor:
     """G summed over what shares an entry, shaped like entries."""
-    p, size = mask.problem, tile.cols
+    p = mask.problem
+    tile = Tile.fitting(p, p.dstate, p.headdim)
+    size = tile.cols
     rows, heads = entries.shape[:2]
     out = torch.empty(rows, heads, p.seqlen, p.seqlen, dtype=torch.float32, device=tensors[0].device)
     tiles = -(-p.seqlen // size)
