@@ -23,6 +23,10 @@ from .tile_form import Form, Refused, Values, read, spans, tile_count, tile_tabl
 LOG2E = 1.4426950408889634
 WIDEST = 256
 """The greatest headdim and dstate that a tile holds."""
+ROWS, COLS = 64, 32
+"""Tokens along the sides of a tile: 64 × 64 in 16 bits, 64 × 32 in 32 bits, where a dot is three and registers are short."""
+STEP = 64
+"""Dims of q, k, v read at a time in 32 bits."""
 ENOUGH = 264
 """Programs that keep a GPU busy: heads that share a gradient share a program only where as many are left."""
 
@@ -200,34 +204,26 @@ def _packed(decay: Tensor | None, log: Tensor | None, odd: Tensor | None, x: Inp
 
 @dataclass(frozen=True)
 class Tile:
-    """The sizes of a launch: rows and columns of a tile, widths of the two dims, and how the dots are done."""
+    """The sizes of a launch: rows and columns of a tile, how the two dims are cut into steps, how the dots are done."""
 
     rows: int
     cols: int
-    widths: tuple[int, int]
+    d: tuple[int, int]
+    e: tuple[int, int]
     dtype: torch.dtype
     warps: int
     stages: int
 
     @staticmethod
     def fitting(problem: Problem, d: int, e: int) -> Tile:
-        """The greatest tile up to 64 × 64 whose operands fit into shared memory with a stage to spare, or else without."""
-        p = problem
-        exact = p.dtype.itemsize > 2 or (config.triton_interpreted() and p.dtype == torch.bfloat16)  # it has no such dot
-        dtype = torch.float32 if exact else p.dtype
-        d_width, e_width = (max(16, _power(x)) for x in (d, e))
-        size = max(16, min(64, _power(p.seqlen)))
-        room = shared_memory(p.target.capability)
-
-        def needs(rows: int, cols: int, stages: int) -> int:
-            # rows of x (and of dY in the sums of gradients), the pairs, and stages of both kinds of columns
-            return dtype.itemsize * (rows * (d_width + e_width + cols) + stages * cols * (d_width + e_width))
-
-        shapes = [(rows, cols, stages) for rows in (64, 32, 16) for cols in (64, 32, 16) for stages in (2, 1) if cols <= rows]
-        fits = (s for s in shapes if s[0] <= size and needs(*s) <= room)
-        rows, cols, stages = next(fits, (16, 16, 1))
-        warps = 8 if rows == 64 and max(d_width, e_width) > 128 else 4
-        return Tile(rows, cols, (d_width, e_width), dtype, warps, stages)
+        """A tile for vectors of d dims whose products weigh vectors of e."""
+        exact = problem.dtype.itemsize > 2 or (config.triton_interpreted() and problem.dtype == torch.bfloat16)
+        least, most = max(16, _power(problem.seqlen)), WIDEST if not exact else STEP
+        d_width, e_width = (min(max(16, _power(x)), most) for x in (d, e))
+        return Tile(
+            min(ROWS, least), min(COLS if exact else ROWS, least), (d_width, -(-d // d_width)), (e_width, -(-e // e_width)),
+            torch.float32 if exact else problem.dtype, 8 if max(d_width, e_width) > 128 else 4, 2,
+        )  # fmt: skip
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -235,10 +231,9 @@ class Tile:
         import triton.language as tl
 
         types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-        exact = "ieee" if self.dtype.itemsize == 2 else "tf32x3"
         return {
-            "D_WIDTH": self.widths[0], "E_WIDTH": self.widths[1], "DTYPE": types[self.dtype], "PRECISION": exact,
-            "num_warps": self.warps, "num_stages": self.stages,
+            "D_WIDTH": self.d[0], "D_STEPS": self.d[1], "E_WIDTH": self.e[0], "E_STEPS": self.e[1], "DTYPE": types[self.dtype],
+            "PRECISION": "ieee" if self.dtype.itemsize == 2 else "tf32x3", "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
 
 
@@ -275,7 +270,7 @@ def _contract(mask: Mask, x: Tensor, y: Tensor, z: Tensor, heads: int) -> Tensor
     out = torch.empty(p.batch, p.seqlen, groups, e, dtype=torch.float32, device=x.device)
     arguments = (*(_argument(t, p.nheads) for t in (x, y, z)), *mask.arguments(), table, stride)
     sizes = (p.seqlen, tiles, groups, share, mask.scale, d, e)
-    grid = tiles * groups * p.batch
+    grid = tile.e[1] * tiles * groups * p.batch
     _launch("contract", grid, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
     return share_heads(out, heads)
 

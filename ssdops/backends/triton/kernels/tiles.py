@@ -28,12 +28,30 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def tile_of(x, b, h, t, inside, D, WIDTH: tl.constexpr):
-    """x[b, t, h // share, :] as [t, WIDTH]; zeros past D and where a token is not inside."""
-    d = tl.arange(0, WIDTH)
+def tile_of(x, b, h, t, inside, first, D, WIDTH: tl.constexpr):
+    """x[b, t, h // share, first : first + WIDTH] as [t, WIDTH]; zeros past D and where a token is not inside."""
+    d = first + tl.arange(0, WIDTH)
     head = tl.cast(h // x[5], tl.int64)
     at = x[0] + tl.cast(b, tl.int64) * x[1] + head * x[3] + t.to(tl.int64)[:, None] * x[2] + d.to(tl.int64)[None, :] * x[4]
     return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def products(
+    x, held, y, b, h, i, j, rows_inside, cols_inside, D,
+    WIDTH: tl.constexpr, STEPS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """⟨x_i, y_j⟩: [i, j]. x's tile is held where one step is all it takes; else x and y are read in steps of WIDTH dims."""
+    if STEPS == 1:
+        y_tile = tile_of(y, b, h, j, cols_inside, 0, D, WIDTH).to(DTYPE)  # [j, D]
+        total = tl.dot(held, tl.trans(y_tile), input_precision=PRECISION)
+    else:
+        total = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+        for step in range(0, STEPS):
+            x_tile = tile_of(x, b, h, i, rows_inside, step * WIDTH, D, WIDTH).to(DTYPE)
+            y_tile = tile_of(y, b, h, j, cols_inside, step * WIDTH, D, WIDTH).to(DTYPE)
+            total = tl.dot(x_tile, tl.trans(y_tile), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -116,11 +134,16 @@ def limits(table, table_stride, b, tile, support, T, ROWS: tl.constexpr):
 @triton.jit
 def contract(
     out, x, y, z, factors, strides, support, table, table_stride, T, tiles, groups, share, scale, D, E,
-    ROWS: tl.constexpr, COLS: tl.constexpr, D_WIDTH: tl.constexpr, E_WIDTH: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr,
+    E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[b, i, group, :] = scale · Σ_{h in group} Σ_j L_ij ⟨x_i, y_j⟩ z_j: a program for each (b, group, tile of rows)."""
+    """out[b, i, group, :] = scale · Σ_{h in group} Σ_j L_ij ⟨x_i, y_j⟩ z_j.
+
+    A program for each (batch row, group of heads, tile of rows, step of E_WIDTH dims of z).
+    """
     pid = tl.program_id(0)
+    first = (pid % E_STEPS) * E_WIDTH
+    pid = pid // E_STEPS
     tile, group, b = pid % tiles, (pid // tiles) % groups, pid // (tiles * groups)
     i0, i1, j0, j1 = limits(table, table_stride, b, tile, support, T, ROWS)
     i = i0 + tl.arange(0, ROWS)
@@ -128,19 +151,20 @@ def contract(
     rows_inside = real & (i >= support[3]) & (i < support[4])
     total = tl.zeros([ROWS, E_WIDTH], tl.float32)
     for h in range(group * share, (group + 1) * share):
-        x_tile = tile_of(x, b, h, i, rows_inside, D, D_WIDTH).to(DTYPE)  # [i, D]
+        x_tile = tile_of(x, b, h, i, rows_inside, 0, D, D_WIDTH).to(DTYPE)  # [i, D]
         of_row = row_factors(factors, strides, b, h, i, rows_inside, T)
         for start in range(j0, j1, COLS):
             j = start + tl.arange(0, COLS)
             cols_inside = j < j1
-            y_tile = tile_of(y, b, h, j, cols_inside, D, D_WIDTH).to(DTYPE)  # [j, D]
-            pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)  # [i, j]
+            pairs = products(
+                x, x_tile, y, b, h, i, j, rows_inside, cols_inside, D, D_WIDTH, D_STEPS, DTYPE, PRECISION
+            )  # fmt: skip
             of_col = col_factors(factors, strides, b, h, j, cols_inside, T)
             inside = within(i, j, rows_inside, cols_inside, support)
             pairs = weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T)
-            z_tile = tile_of(z, b, h, j, cols_inside, E, E_WIDTH).to(DTYPE)  # [j, E]
+            z_tile = tile_of(z, b, h, j, cols_inside, first, E, E_WIDTH).to(DTYPE)  # [j, E]
             total = tl.dot(pairs.to(DTYPE), z_tile, total, input_precision=PRECISION)  # [i, E]
-    e = tl.arange(0, E_WIDTH)
+    e = first + tl.arange(0, E_WIDTH)
     at = out + ((tl.cast(b, tl.int64) * T + i[:, None]) * groups + group) * E + e[None, :]
     # a row without any support is 0, also where 0 · NaN came out of the dot
     tl.store(at, tl.where(rows_inside[:, None], total * scale, 0.0), mask=real[:, None] & (e < E)[None, :])
@@ -149,8 +173,8 @@ def contract(
 @triton.jit
 def row_sums(
     out, x, y, g, z, factors, strides, support, table, table_stride, zero, T, tiles, nheads, scale, D, E,
-    ROWS: tl.constexpr, COLS: tl.constexpr, D_WIDTH: tl.constexpr, E_WIDTH: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr,
+    E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[b, h, 0, i] = scale · Σ_j L_ij ⟨x_i, y_j⟩ ⟨g_i, z_j⟩ without the pair at i − j = zero, which is out[b, h, 1, i].
 
@@ -164,16 +188,14 @@ def row_sums(
     real = i < i1
     rows_inside = real & (i >= support[3]) & (i < support[4])
     apart, at_zero = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    x_tile = tile_of(x, b, h, i, rows_inside, D, D_WIDTH).to(DTYPE)  # [i, D]
-    g_tile = tile_of(g, b, h, i, rows_inside, E, E_WIDTH).to(DTYPE)  # [i, E]
+    x_tile = tile_of(x, b, h, i, rows_inside, 0, D, D_WIDTH).to(DTYPE)  # [i, D]
+    g_tile = tile_of(g, b, h, i, rows_inside, 0, E, E_WIDTH).to(DTYPE)  # [i, E]
     of_row = row_factors(factors, strides, b, h, i, rows_inside, T)
     for start in range(j0, j1, COLS):
         j = start + tl.arange(0, COLS)
         cols_inside = j < j1
-        y_tile = tile_of(y, b, h, j, cols_inside, D, D_WIDTH).to(DTYPE)  # [j, D]
-        z_tile = tile_of(z, b, h, j, cols_inside, E, E_WIDTH).to(DTYPE)  # [j, E]
-        pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)  # [i, j]
-        pairs *= tl.dot(g_tile, tl.trans(z_tile), input_precision=PRECISION)
+        pairs = products(x, x_tile, y, b, h, i, j, rows_inside, cols_inside, D, D_WIDTH, D_STEPS, DTYPE, PRECISION)
+        pairs *= products(g, g_tile, z, b, h, i, j, rows_inside, cols_inside, E, E_WIDTH, E_STEPS, DTYPE, PRECISION)
         of_col = col_factors(factors, strides, b, h, j, cols_inside, T)
         inside = within(i, j, rows_inside, cols_inside, support)
         pairs = weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T)
@@ -188,17 +210,16 @@ def row_sums(
 @triton.jit
 def dl_tile(
     x, y, g, z, factors, strides, support, spans, spans_stride, b, h, i, j, T, D, E,
-    D_WIDTH: tl.constexpr, E_WIDTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr, E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """L ∘ (X Yᵀ) ∘ (G Zᵀ) at rows i and columns j of any documents: [i, j]."""
     rows_inside = (i < T) & (i >= support[3]) & (i < support[4])
     cols_inside = (j < T) & (j >= support[5]) & (j < support[6])
-    x_tile = tile_of(x, b, h, i, rows_inside, D, D_WIDTH).to(DTYPE)
-    y_tile = tile_of(y, b, h, j, cols_inside, D, D_WIDTH).to(DTYPE)
-    g_tile = tile_of(g, b, h, i, rows_inside, E, E_WIDTH).to(DTYPE)
-    z_tile = tile_of(z, b, h, j, cols_inside, E, E_WIDTH).to(DTYPE)
-    pairs = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
-    pairs *= tl.dot(g_tile, tl.trans(z_tile), input_precision=PRECISION)
+    x_tile = tile_of(x, b, h, i, rows_inside, 0, D, D_WIDTH).to(DTYPE)
+    pairs = products(x, x_tile, y, b, h, i, j, rows_inside, cols_inside, D, D_WIDTH, D_STEPS, DTYPE, PRECISION)
+    g_tile = tile_of(g, b, h, i, rows_inside, 0, E, E_WIDTH).to(DTYPE)
+    pairs *= products(g, g_tile, z, b, h, i, j, rows_inside, cols_inside, E, E_WIDTH, E_STEPS, DTYPE, PRECISION)
     inside = within(i, j, rows_inside, cols_inside, support)
     if spans is not None:  # the columns [start, stop) of each row's document
         at = spans + tl.cast(b, tl.int64) * spans_stride + i
@@ -212,7 +233,8 @@ def dl_tile(
 @triton.jit
 def lag_sums(
     out, x, y, g, z, factors, strides, support, spans, spans_stride, T, first, diagonals, nheads, scale, D, E,
-    SIZE: tl.constexpr, D_WIDTH: tl.constexpr, E_WIDTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr, E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[b, h, d, r] = scale · Σ G over i − j = (first + d) · SIZE + r − (SIZE − 1), within the block diagonal first + d.
 
@@ -227,7 +249,7 @@ def lag_sums(
     for block in range(tl.maximum(apart, 0), tl.minimum(blocks, blocks + apart)):
         total += dl_tile(
             x, y, g, z, factors, strides, support, spans, spans_stride, b, h, block * SIZE + row, (block - apart) * SIZE + col,
-            T, D, E, D_WIDTH, E_WIDTH, DTYPE, PRECISION,
+            T, D, E, D_WIDTH, D_STEPS, E_WIDTH, E_STEPS, DTYPE, PRECISION,
         )  # fmt: skip
     lag = row[:, None] - col[None, :] + (SIZE - 1)
     at = out + ((tl.cast(b, tl.int64) * nheads + h) * diagonals + diagonal) * (2 * SIZE)
@@ -238,7 +260,8 @@ def lag_sums(
 @triton.jit
 def entry_sums(
     out, x, y, g, z, factors, strides, support, spans, spans_stride, T, tiles, heads, rows_shared, heads_shared, scale, D, E,
-    SIZE: tl.constexpr, D_WIDTH: tl.constexpr, E_WIDTH: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr, E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[b', h', i, j] = scale · Σ G_ij over the batch rows and heads that share an entry: a program for each tile."""
     pid = tl.program_id(0)
@@ -252,7 +275,7 @@ def entry_sums(
         for h in range(head * heads_shared, (head + 1) * heads_shared):
             total += dl_tile(
                 x, y, g, z, factors, strides, support, spans, spans_stride, b, h, i, j,
-                T, D, E, D_WIDTH, E_WIDTH, DTYPE, PRECISION,
+                T, D, E, D_WIDTH, D_STEPS, E_WIDTH, E_STEPS, DTYPE, PRECISION,
             )  # fmt: skip
     at = out + ((tl.cast(row, tl.int64) * heads + head) * T + i[:, None]) * T + j[None, :]
     tl.store(at, total * scale, mask=(i < T)[:, None] & (j < T)[None, :])
