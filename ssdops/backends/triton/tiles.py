@@ -25,8 +25,6 @@ WIDEST = 256
 """The greatest headdim and dstate that a tile holds."""
 ROWS, COLS = 64, 32
 """Tokens along the sides of a tile: 64 × 64 in 16 bits, 64 × 32 in 32 bits, where a dot is three and registers are short."""
-STEP = 64
-"""Dims of q, k, v read at a time in 32 bits."""
 ENOUGH = 264
 """Programs that keep a GPU busy: heads that share a gradient share a program only where as many are left."""
 
@@ -215,14 +213,19 @@ class Tile:
     stages: int
 
     @staticmethod
-    def fitting(problem: Problem, d: int, e: int) -> Tile:
-        """A tile for vectors of d dims whose products weigh vectors of e."""
-        exact = problem.dtype.itemsize > 2 or (config.triton_interpreted() and problem.dtype == torch.bfloat16)
-        least, most = max(16, _power(problem.seqlen)), WIDEST if not exact else STEP
-        d_width, e_width = (min(max(16, _power(x)), most) for x in (d, e))
+    def fitting(problem: Problem, d: int, e: int, weighs: bool) -> Tile:
+        """A tile for products over d dims, which weigh vectors of e dims or are multiplied by products over e dims."""
+        p = problem
+        exact = p.dtype.itemsize > 2 or (config.triton_interpreted() and p.dtype == torch.bfloat16)  # which has no such dot
+        if exact:  # a dot is three, and takes registers accordingly
+            most = (32, 128 if weighs else 32)
+        else:
+            most = (WIDEST, WIDEST) if weighs and shared_memory(p.target.capability) > 160 * 1024 else (128, 128)
+        d_width, e_width = (min(max(16, _power(x)), width) for x, width in zip((d, e), most, strict=True))
+        size = max(16, _power(p.seqlen))
         return Tile(
-            min(ROWS, least), min(COLS if exact else ROWS, least), (d_width, -(-d // d_width)), (e_width, -(-e // e_width)),
-            torch.float32 if exact else problem.dtype, 8 if max(d_width, e_width) > 128 else 4, 2,
+            min(ROWS, size), min(COLS if exact else ROWS, size), (d_width, -(-d // d_width)), (e_width, -(-e // e_width)),
+            torch.float32 if exact else p.dtype, 8 if max(d_width, e_width) > 128 else 4, 2,
         )  # fmt: skip
 
     @property
@@ -238,7 +241,7 @@ class Tile:
 
 
 def shared_memory(capability: tuple[int, int] | None) -> int:
-    """Bytes that a program may have; what is not known has what every GPU since 8.0 has."""
+    """Bytes of it that a program may have; a GPU that is not known has what every one since 8.0 has."""
     return {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}.get(capability or (9, 0), 99) * 1024
 
 
@@ -263,7 +266,7 @@ def _launch(kernel: str, grid: int, *arguments: Any, **constants: Any) -> None:
 def _contract(mask: Mask, x: Tensor, y: Tensor, z: Tensor, heads: int) -> Tensor:
     """scale · Σ_j L_ij ⟨x_i, y_j⟩ z_j summed over the heads that share one of `heads`: (batch, seqlen, heads, dim of z)."""
     p, d, e = mask.problem, x.shape[3], z.shape[3]
-    tile = Tile.fitting(p, d, e)
+    tile = Tile.fitting(p, d, e, True)
     table, stride, tiles = mask.table(tile.rows)
     share = _shared(p.nheads // heads, tiles * p.nheads)
     groups = p.nheads // share
@@ -303,7 +306,7 @@ def _factor_gradients(mask: Mask, factors: Values, x: Inputs, dy: Tensor) -> Val
 def _row_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ_j G_ij per row, without and at the lag where nothing decays: [B, H, 2, T]."""
     p, d, e = mask.problem, tensors[0].shape[3], tensors[2].shape[3]
-    tile = Tile.fitting(p, d, e)
+    tile = Tile.fitting(p, d, e, False)
     table, stride, tiles = mask.table(tile.rows)
     out = torch.empty(p.batch, p.nheads, 2, p.seqlen, dtype=torch.float32, device=tensors[0].device)
     arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), table, stride, mask.zero)
@@ -315,7 +318,7 @@ def _row_sums(mask: Mask, *tensors: Tensor) -> Tensor:
 def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ G along each diagonal: [1, H, 2 T − 1]."""
     p, (low, high) = mask.problem, mask.support[:2]
-    tile = Tile.fitting(p, p.dstate, p.headdim)
+    tile = Tile.fitting(p, p.dstate, p.headdim, False)
     size = tile.cols
     assert low is not None and high is not None
     first, last = (low - size + 1) // size, -(-(high + size - 1) // size)  # block diagonals that meet the band
@@ -341,13 +344,14 @@ def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
 def _entry_sums(mask: Mask, entries: Tensor, *tensors: Tensor) -> Tensor:
     """G summed over what shares an entry, shaped like entries."""
     p = mask.problem
-    tile = Tile.fitting(p, p.dstate, p.headdim)
+    tile = Tile.fitting(p, p.dstate, p.headdim, False)
     size = tile.cols
     rows, heads = entries.shape[:2]
     out = torch.empty(rows, heads, p.seqlen, p.seqlen, dtype=torch.float32, device=tensors[0].device)
     tiles = -(-p.seqlen // size)
     arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), *_spans(mask))
     sizes = (p.seqlen, tiles, heads, p.batch // rows, p.nheads // heads, mask.scale, p.dstate, p.headdim)
+    tile = replace(tile, warps=8) if tile.dtype.itemsize == 2 else tile
     _launch("entry_sums", tiles * tiles * heads * rows, out, *arguments, *sizes, SIZE=size, **tile.constants)
     return out
 
