@@ -1,5 +1,7 @@
 # Everything runs in .venv, which `make` fills on first use and again only when one of its two inputs changes.
 PYTHON  ?= python3
+# The GPU targets run in whatever Python has a torch for the GPU already. Peers are found in .peers (benchmarks/peers.py).
+PYTHON_GPU ?= python3
 WORKERS ?= 2
 
 VENV  := .venv
@@ -7,13 +9,15 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench wheel clean distclean
+.PHONY: help demo test lint bench gpu-bench gpu-test wheel clean distclean
 
 help:
 	@echo 'make demo       a tour of the library in a minute'
 	@echo 'make test       every test, and the doctests of the package   (WORKERS=$(WORKERS), ARGS= for pytest)'
 	@echo 'make lint       ruff, ruff format --check, mypy'
 	@echo 'make bench      the CPU benchmark                             (ARGS= for the script)'
+	@echo 'make gpu-bench  the GPU benchmark, with PYTHON_GPU=$(PYTHON_GPU)    (ARGS= for the script)'
+	@echo 'make gpu-test   the tests that need a GPU, likewise         (ARGS= for pytest)'
 	@echo 'make wheel      dist/*.whl'
 	@echo 'make clean      remove what the other targets leave, .venv excepted'
 	@echo 'make distclean  remove .venv too'
@@ -38,6 +42,12 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+gpu-bench:
+	PYTHONPATH=.:.peers:$$PYTHONPATH $(PYTHON_GPU) benchmarks/gpu.py $(ARGS)
+
+gpu-test:
+	$(PYTHON_GPU) -m pytest tests/test_cuda*.py $(ARGS)
 
 # setuptools puts whatever an earlier build left in build/ into the next wheel.
 wheel: $(STAMP)

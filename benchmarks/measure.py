@@ -75,6 +75,12 @@ def paired(first: Call, second: Call, rounds: int, sample_seconds: float = 0.25)
     return Paired(tuple(taken))
 
 
+def median_seconds(call: Call, rounds: int, sample_seconds: float = 0.25) -> float:
+    """Median over the rounds of the seconds that one call takes, by the wall clock."""
+    repeats = _repeats_for(call, sample_seconds)
+    return statistics.median(_seconds_per_call(call, repeats) for _ in range(rounds))
+
+
 def _seconds_per_call(call: Call, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
@@ -119,8 +125,8 @@ def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
         return pool.submit(function, *args, **kwargs).result()
 
 
-def environment() -> dict[str, str | float]:
-    """What a reader needs to know to judge the figures."""
+def environment(commit: str | None = None) -> dict[str, str | float]:
+    """What a reader needs to know to judge the figures; `commit` is for a copy of the source that has no git."""
     return {
         "device": "cpu",
         "cpu": _cpu_model(),
@@ -128,7 +134,7 @@ def environment() -> dict[str, str | float]:
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _git_commit(),
+        "commit": commit or _git_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -142,4 +148,7 @@ def _cpu_model() -> str:
 def _git_commit() -> str:
     """The commit of the checkout that holds this file, marked when tracked files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:  # figures without a commit are better than none
+        return f"unknown: {error}"

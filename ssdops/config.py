@@ -2,6 +2,7 @@
 
 SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pass; 3 also generated source
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
+TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
 """
 
 import os
@@ -25,5 +26,5 @@ def check_values() -> bool:
 
 @lru_cache(maxsize=1)
 def triton_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1, which Triton itself reads)."""
+    """Whether Triton kernels run in Triton's interpreter; Triton itself looks when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

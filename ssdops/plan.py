@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .autotune.cost import predict
 from .backends import registry
-from .backends.base import Config
+from .backends.base import Config, Support
 from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
@@ -56,6 +56,7 @@ class Plan:
         lines = []
         for step in self.steps:
             size = f", chunk_size={step.config.chunk_size}" if step.config.chunk_size else ""
+            size += f", segments={step.config.segments}" if step.config.segments > 1 else ""
             lines.append(f"{step.term.node()}: {step.backend}{size}, {step.seconds * 1e3:.3g} ms predicted")
             lines += [f"    not {r.backend}: {r.reason}" for r in step.rejected]
         return "\n".join(lines) or "nothing to run: the mask is zero"
@@ -97,8 +98,7 @@ def check(contraction: Contraction, problem: Problem) -> None:
     _check_chunk_size(contraction)
     for term in terms_of(contraction.mask):
         names = registry.names() if contraction.backend == "auto" else (contraction.backend,)
-        found = [x for name in names for x in _configs(term, name, contraction, problem)]
-        if all(isinstance(x, Rejection) for x in found):
+        if all(isinstance(next(_configs(term, name, contraction, problem)), Rejection) for name in names):
             _refuse(term, contraction, problem)
 
 
@@ -109,8 +109,8 @@ def _check_chunk_size(contraction: Contraction) -> None:
 
 def _refuse(term: Term, contraction: Contraction, problem: Problem) -> NoReturn:
     """Say why nothing that the user allowed runs the term, and what does."""
-    found = {name: list(_configs(term, name, contraction, problem)) for name in registry.names()}
-    reasons = {name: x[0].reason for name, x in found.items() if isinstance(x[0], Rejection)}
+    found = {name: next(_configs(term, name, contraction, problem)) for name in registry.names()}
+    reasons = {name: x.reason for name, x in found.items() if isinstance(x, Rejection)}
     if contraction.backend == "auto":
         listed = "; ".join(reasons.values())
         raise UnsupportedError(f"no backend can run {term.node()}: {listed}")
@@ -145,10 +145,11 @@ def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
 
 def _named(term: Term, contraction: Contraction, problem: Problem) -> Step:
     """The one backend that the user asked for, or the reason why not and who can."""
-    first = next(_candidates(term, contraction.backend, contraction, problem))
-    if isinstance(first, Rejection):
+    found = list(_candidates(term, contraction.backend, contraction, problem))
+    steps = [step for step in found if isinstance(step, Step)]
+    if not steps:
         _refuse(term, contraction, problem)
-    return first
+    return min(steps, key=lambda step: step.seconds)
 
 
 def _candidates(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Step | Rejection]:
@@ -168,10 +169,8 @@ def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) 
     if not support.ok:
         yield Rejection(name, support.reason)
         return
-    configs = backend.configs(term, problem)
-    if contraction.chunk_size is not None and isinstance(term, Linear):
-        if configs[0].chunk_size is None:
-            yield Rejection(name, f"'{name}' has no chunks, and chunk_size={contraction.chunk_size} was asked for")
-            return
-        configs = (Config(contraction.chunk_size),)
-    yield from configs
+    configs = backend.configs(term, problem, contraction.chunk_size if isinstance(term, Linear) else None)
+    if isinstance(configs, Support):
+        yield Rejection(name, configs.reason)
+    else:
+        yield from configs

@@ -147,10 +147,12 @@ def _unpacked(saved: list[Tensor], steps: int) -> list[list[Tensor]]:
 def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
     """Each step with its tensors, and the index of its state among the linear terms (−1 if it has none)."""
     named, out, seen = dict(zip(prepared.names, call.operands, strict=True)), [], 0
+    p, wants_state = prepared.problem, prepared.contraction.return_state
+    dtype = p.dtype if len(prepared.plan.steps) == 1 else p.accumulate  # several terms are summed before they are rounded
     for step in prepared.plan.steps:
         linear = isinstance(step.term, Linear)
         initial = call.states[seen] if linear and call.states else None
-        x = bind(step.term, prepared.problem, call.q, call.k, call.v, named, initial, call.scale)
+        x = bind(step.term, p, call.q, call.k, call.v, named, initial, call.scale, dtype, wants_state)
         out.append((seen if linear else -1, step, x))
         seen += linear
     return out
@@ -162,7 +164,7 @@ def backward(call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[
     dy, dstates = cotangents[0], cotangents[1:]
     total: Gradients | None = None
     named = call.named
-    doperands = {name: torch.zeros_like(x) for name, x in named.items() if x.is_floating_point()}
+    doperands: dict[str, Tensor] = {}
     dinitial: list[Tensor] = []
     parts = _unpacked(saved, len(prepared.plan.steps))
     for (index, step, x), kept in zip(_bound(prepared, call), parts, strict=True):
@@ -174,23 +176,30 @@ def backward(call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[
             for whole, part in ((total.q, grads.q), (total.k, grads.k), (total.v, grads.v)):
                 whole += part
         for name, grad in {**grads.operands, **_through_expressions(step, grads, named)}.items():
-            doperands[name] = doperands[name] + grad.to(doperands[name].dtype)
+            doperands[name] = doperands[name] + grad if name in doperands else grad
         if index >= 0 and call.states:
             assert grads.initial is not None  # every backend returns it where an initial state was given
             dinitial.append(grads.initial.to(call.states[index].dtype))
     q, k, v = call.q, call.k, call.v
     if total is None:
         total = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-    of_operands = [doperands[name] if name in doperands else q.new_empty(0) for name in named]
+    of_operands = [_of_operand(x, doperands.get(name)) for name, x in named.items()]
     of_inputs = [total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype)]
     return [x.contiguous() for x in (*of_inputs, *of_operands, *dinitial)]  # as tracing has been told
+
+
+def _of_operand(x: Tensor, grad: Tensor | None) -> Tensor:
+    """The gradient of an operand: empty for integers, zero where no term reads it."""
+    if not x.is_floating_point():
+        return x.new_empty(0)
+    return torch.zeros_like(x) if grad is None else grad.to(x.dtype)
 
 
 def _through_expressions(step: Step, grads: Gradients, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of a term's slots → gradients of the operands whose expressions fill them."""
     slots = {slot: (x, axes) for slot, (x, axes) in term_operands(step.term).items() if slot in grads.values}
-    if not slots:
-        return {}
+    if all(isinstance(x, str) for x, _ in slots.values()) and len({x for x, _ in slots.values()}) == len(slots):
+        return {str(x): grads.values[slot].reshape(named[str(x)].shape) for slot, (x, _) in slots.items()}
     with torch.enable_grad():
         fresh = {name: t.detach().requires_grad_() for name, t in named.items() if t.is_floating_point()}
         seqlen = grads.v.shape[1]

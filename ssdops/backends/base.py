@@ -6,8 +6,9 @@ autograd, or of other backends. Tensors of one term come as `Inputs`; cotangents
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..ir import nodes as n
 from ..ir.operands import Operand, names
 from ..ir.problem import Problem
-from ..ir.resolve import Span, document_spans, reduce_to, repeat_heads, resolve
+from ..ir.resolve import Span, document_boundaries, document_spans, reduce_to, repeat_heads, resolve
 from ..ir.terms import Linear, Term, term_operands
 
 
@@ -40,22 +41,34 @@ class Support:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A backend's free choices for one term."""
+    """A backend's free choices for one term.
+
+    Attributes:
+        chunk_size: tokens of a chunk, for backends that have chunks.
+        segments: parts of the sequence that are scanned side by side, each from what the ones before it leave.
+    """
 
     chunk_size: int | None = None
+    segments: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a term costs, for the cost model: matmul FLOPs, elementwise operations, bytes touched, kernel launches."""
+    """What a term costs, for the cost model.
+
+    Attributes:
+        matmul_flops, elementwise: arithmetic; bytes: touched; launches: of kernels.
+        steps: how many chunks follow one another where each waits for the one before, at dstate 128.
+    """
 
     matmul_flops: float
     elementwise: float
     bytes: float
     launches: float
+    steps: float = 0.0
 
 
-@dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs two microseconds
+@dataclass  # not frozen, as one is made at every call and freezing costs two microseconds
 class Inputs:
     """The tensors of one term.
 
@@ -63,9 +76,11 @@ class Inputs:
         q, k: `(batch, seqlen, heads, dstate)`; v: `(batch, seqlen, heads, headdim)`; heads as given, never repeated.
         values: slot → operand in canonical axes (`ir/resolve.py`).
         operands: name → tensor as the user gave it, for terms that run by entries.
-        spans: the documents, or None where every batch row is one.
+        documents: how rows are packed, or None where every batch row is one document.
         initial: initial states `(n_states, nheads, headdim, dstate)` or None.
         scale: the factor of the whole contraction.
+        out: the dtype that Y, and gradients of q, k and v, are needed in; a backend may give a wider one.
+        wants_state: whether anyone will read the final states.
     """
 
     problem: Problem
@@ -74,9 +89,24 @@ class Inputs:
     v: Tensor
     values: Mapping[str, Tensor]
     operands: Mapping[str, Tensor]
-    spans: list[Span] | None
+    documents: n.Documents | None
     initial: Tensor | None
     scale: float
+    out: torch.dtype
+    wants_state: bool
+
+    @cached_property
+    def spans(self) -> list[Span] | None:
+        """The documents, read on the host; None where every batch row is one."""
+        if self.documents is None:
+            return None
+        return document_spans(self.documents, self.operands, self.problem.batch, self.problem.seqlen)
+
+    def boundaries(self) -> Tensor | None:
+        """Where documents begin and end in tokens of the whole batch, `(n_states + 1,)`, on the device; None as above."""
+        if self.documents is None:
+            return None
+        return document_boundaries(self.documents, self.operands, self.problem.batch, self.problem.seqlen)
 
     def per_head(self, slot: str) -> Tensor | None:
         """The slot as `(batch, seqlen, nheads, …)`, a view wherever heads need not be repeated; None if absent."""
@@ -98,7 +128,7 @@ class Output:
     """What a term gives.
 
     Attributes:
-        y: `(batch, seqlen, nheads, headdim)` in the accumulation dtype.
+        y: `(batch, seqlen, nheads, headdim)` in `Inputs.out` or wider.
         state: the final states of a linear term.
         saved: what the backend wants to see again in its backward pass, if it was asked to save.
     """
@@ -128,7 +158,7 @@ class Gradients:
     """Gradients of one term's inputs.
 
     Attributes:
-        q, k, v: shaped like the inputs, in the accumulation dtype.
+        q, k, v: shaped like the inputs, in `Inputs.out` or wider.
         initial: of the initial states, or None where there are none.
         values: slot → gradient, shaped like `Inputs.values`.
         operands: name → gradient, from terms that run by entries.
@@ -151,8 +181,8 @@ class Backend(Protocol):
         """Whether this backend runs the term, forward and backward."""
         ...
 
-    def configs(self, term: Term, problem: Problem) -> tuple[Config, ...]:
-        """The configurations worth considering, the default first."""
+    def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
+        """The configurations worth considering, the default first; of the chunk size asked for, or why it has none."""
         ...
 
     def work(self, term: Term, problem: Problem, config: Config) -> Work:
@@ -177,15 +207,17 @@ def bind(
     operands: Mapping[str, Tensor],
     initial: Tensor | None,
     scale: float,
+    out: torch.dtype | None = None,
+    wants_state: bool = True,
 ) -> Inputs:
-    """Evaluate the operand expressions of a term and find its documents (differentiable in the operands)."""
+    """Evaluate the operand expressions of a term (differentiable in the operands). `out` None is the accumulation dtype."""
     values = {
         slot: resolve(x, _widened(slot, x, operands, problem), axes, problem.seqlen)
         for slot, (x, axes) in term_operands(term).items()
     }
     documents = term.documents if isinstance(term, Linear) else None
-    spans = None if documents is None else document_spans(documents, operands, problem.batch, problem.seqlen)
-    return Inputs(problem, q, k, v, values, operands, spans, initial, scale)
+    out = problem.accumulate if out is None else out
+    return Inputs(problem, q, k, v, values, operands, documents, initial, scale, out, wants_state)
 
 
 def _widened(slot: str, x: Operand, operands: Mapping[str, Tensor], problem: Problem) -> Mapping[str, Tensor]:
@@ -194,6 +226,11 @@ def _widened(slot: str, x: Operand, operands: Mapping[str, Tensor], problem: Pro
         return operands
     dtype = exponent_dtype(problem) if slot in ("log_a", "channel", "log_cols") else problem.accumulate
     return {name: operands[name].to(dtype) for name in names(x)}
+
+
+def without_chunks(name: str, chunk_size: int | None) -> Support | None:
+    """Why a backend that has no chunks cannot run with the chunk size asked for; None if none was."""
+    return None if chunk_size is None else Support.no(f"'{name}' has no chunks, and chunk_size={chunk_size} was asked for")
 
 
 def reduce_value(grad: Tensor, value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ The documents of a linear term run one by one, so that values never meet across 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..ir.evaluate import Scope, entries
 from ..ir.problem import Problem, common_heads
 from ..ir.resolve import Span, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
-from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, bind, exponent_dtype
+from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, bind, exponent_dtype, without_chunks
 from .scan import diagonal_backward, diagonal_forward, exponents
 
 ROWS = 256
@@ -33,9 +33,9 @@ class Naive:
             return Support.no("'naive' evaluates masks in float64, which mps has not; 'chunked' and 'recurrent' run there")
         return Support.yes()
 
-    def configs(self, term: Term, problem: Problem) -> tuple[Config, ...]:
+    def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Nothing to choose."""
-        return (Config(),)
+        return without_chunks(self.name, chunk_size) or (Config(),)
 
     def work(self, term: Term, problem: Problem, config: Config) -> Work:
         """T² of everything."""

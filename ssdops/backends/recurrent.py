@@ -7,7 +7,7 @@ never cancels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isqrt
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ir.problem import Problem
 from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
-from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reduce_value, reject_scan
+from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reduce_value, reject_scan, without_chunks
 from .rows import Rows
 from .scan import diagonal_backward, diagonal_forward
 
@@ -31,9 +31,9 @@ class Recurrent:
         """Any scan, and diagonals."""
         return reject_scan(term, self.name) or Support.yes()
 
-    def configs(self, term: Term, problem: Problem) -> tuple[Config, ...]:
+    def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Nothing to choose."""
-        return (Config(),)
+        return without_chunks(self.name, chunk_size) or (Config(),)
 
     def work(self, term: Term, problem: Problem, config: Config) -> Work:
         """Every step touches the whole state."""

@@ -9,10 +9,10 @@ from ..errors import UnknownBackendError
 from .base import Backend
 
 BACKENDS: dict[str, str] = {
+    "triton": "ssdops.backends.triton.backend:Triton",
     "chunked": "ssdops.backends.chunked:Chunked",
     "recurrent": "ssdops.backends.recurrent:Recurrent",
     "naive": "ssdops.backends.naive:Naive",
-    "triton": "ssdops.backends.triton.backend:Triton",
 }
 
 

@@ -20,17 +20,19 @@ INTEGERS = (torch.int32, torch.int64)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a call runs: the device type, its index-free name, and its compute capability (None off CUDA)."""
+    """Where a call runs: the device type, its index-free name, its compute capability (None off CUDA), its multiprocessors."""
 
     device: str
     name: str = ""
     capability: tuple[int, int] | None = None
+    multiprocessors: int = 132
 
     @staticmethod
     def of(device: torch.device) -> Target:
         """The target that a tensor's device is."""
         if device.type == "cuda":
-            return Target("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+            facts = torch.cuda.get_device_properties(device)
+            return Target("cuda", facts.name, (facts.major, facts.minor), facts.multi_processor_count)
         return Target(device.type)
 
 

@@ -127,6 +127,20 @@ class Span:
     state: int
 
 
+def document_boundaries(documents: n.Documents, tensors: Mapping[str, Tensor], batch: int, seqlen: int) -> Tensor:
+    """Where documents begin and end, in tokens of the whole batch: the boundaries of one packed row, or of all rows in order.
+
+    Reads nothing on the host. Ids must come with `n_segments`.
+    """
+    if documents.cu_seqlens is not None:
+        return resolve(documents.cu_seqlens, tensors, n.BOUNDARIES, seqlen)
+    ids = segment_ids(documents, tensors, seqlen).expand(batch, -1).contiguous()
+    assert documents.n_segments is not None  # a backend that needs boundaries refuses ids without a count
+    numbers = torch.arange(documents.n_segments, device=ids.device, dtype=ids.dtype).expand(batch, -1).contiguous()
+    starts = torch.searchsorted(ids, numbers) + torch.arange(batch, device=ids.device)[:, None] * seqlen
+    return torch.nn.functional.pad(starts.flatten(), (0, 1), value=batch * seqlen)
+
+
 def document_spans(documents: n.Documents | None, tensors: Mapping[str, Tensor], batch: int, seqlen: int) -> list[Span]:
     """Every document with its state's index: batch rows without documents, `row · n_segments + segment` with them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import ceil
 
 from ...ir.problem import Problem, common_heads
@@ -23,10 +24,10 @@ class Chunked:
             return Support.no("'chunked' has scalar decays only, and this one is per channel; 'recurrent' and 'naive' run it")
         return reject_scan(term, self.name) or Support.yes()
 
-    def configs(self, term: Term, problem: Problem) -> tuple[Config, ...]:
+    def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Chunk sizes; on a GPU longer chunks, as every chunk is a round of launches."""
-        if isinstance(term, Diagonal):
-            return (Config(),)
+        if isinstance(term, Diagonal) or chunk_size is not None:
+            return (Config(chunk_size),)
         sizes = SIZES if problem.target.device == "cpu" else tuple(sorted(SIZES, reverse=True))
         return tuple(Config(size) for size in sizes)
 

@@ -76,7 +76,7 @@ def forward(term: Quadratic, x: Inputs) -> Output:
     if not (x.problem.batch and x.problem.seqlen):
         return Output(x.empty_output())
     mask = Mask.of(term, x, values(read(term.mask, x.problem.seqlen), x.operands, x.problem))
-    return Output(_contract(mask, x.q, x.k, x.v, x.problem.nheads))
+    return Output(_contract(mask, x.out, x.q, x.k, x.v, x.problem.nheads))
 
 
 def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
@@ -90,9 +90,9 @@ def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
         factors = values(read(term.mask, p.seqlen), {**x.operands, **floats}, p)
     mask = Mask.of(term, x, factors)
     grads = Gradients(
-        _contract(mask, dy, x.v, x.k, p.q_heads),
-        _contract(mask.transposed(), x.v, dy, x.q, p.k_heads),
-        _contract(mask.transposed(), x.k, x.q, dy, p.v_heads),
+        _contract(mask, x.out, dy, x.v, x.k, p.q_heads),
+        _contract(mask.transposed(), x.out, x.v, dy, x.q, p.k_heads),
+        _contract(mask.transposed(), x.out, x.k, x.q, dy, p.v_heads),
     )
     if floats:
         found = _pull_back(factors, _factor_gradients(mask, factors, x, dy), list(floats.values()))
@@ -263,14 +263,14 @@ def _launch(kernel: str, grid: int, *arguments: Any, **constants: Any) -> None:
         getattr(tiles, kernel)[(grid,)](*arguments, **constants)
 
 
-def _contract(mask: Mask, x: Tensor, y: Tensor, z: Tensor, heads: int) -> Tensor:
-    """scale · Σ_j L_ij ⟨x_i, y_j⟩ z_j summed over the heads that share one of `heads`: (batch, seqlen, heads, dim of z)."""
+def _contract(mask: Mask, dtype: torch.dtype, x: Tensor, y: Tensor, z: Tensor, heads: int) -> Tensor:
+    """scale · Σ_j L_ij ⟨x_i, y_j⟩ z_j summed over the heads that share one of `heads`: (batch, seqlen, heads, dim of z), in dtype or wider."""
     p, d, e = mask.problem, x.shape[3], z.shape[3]
     tile = Tile.fitting(p, d, e, True)
     table, stride, tiles = mask.table(tile.rows)
     share = _shared(p.nheads // heads, tiles * p.nheads)
     groups = p.nheads // share
-    out = torch.empty(p.batch, p.seqlen, groups, e, dtype=torch.float32, device=x.device)
+    out = torch.empty(p.batch, p.seqlen, groups, e, dtype=dtype if groups == heads else torch.float32, device=x.device)
     arguments = (*(_argument(t, p.nheads) for t in (x, y, z)), *mask.arguments(), table, stride)
     sizes = (p.seqlen, tiles, groups, share, mask.scale, d, e)
     grid = tile.e[1] * tiles * groups * p.batch

@@ -1,0 +1,58 @@
+"""Where a row of a scan lies: batch rows, or packed documents, cut into chunks that start anew with each of them.
+
+Tokens are counted through the batch: token t of batch row b is b · seqlen + t. The chunks of row r, of `size` tokens, have
+the slots ⌊start / size⌋ + r and on, which no two rows share; the last of them may be short, and slots between rows unused.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bounds(cu, row, seqlen, tokens, PACKED: tl.constexpr):
+    """[start, stop) of a row in tokens of the whole batch; boundaries out of range are pulled in."""
+    if PACKED:
+        start = tl.minimum(tl.maximum(tl.load(cu + row).to(tl.int64), 0), tokens)
+        stop = tl.minimum(tl.maximum(tl.load(cu + row + 1).to(tl.int64), start), tokens)
+    else:
+        start = row.to(tl.int64) * seqlen
+        stop = start + seqlen
+    return start, stop
+
+
+@triton.jit
+def row_of_slot(cu, slot, n_rows, tokens, SIZE: tl.constexpr):
+    """The packed row whose slots a slot belongs to: the last one whose first slot is not after it."""
+    found = 0
+    for first in range(0, n_rows, 256):
+        row = first + tl.arange(0, 256)
+        start = tl.load(cu + row, mask=row < n_rows, other=0).to(tl.int64)
+        start = tl.minimum(tl.maximum(start, 0), tokens)
+        before = (start // SIZE + row <= slot) & (row < n_rows)
+        found += tl.sum(before.to(tl.int32), 0)
+    return tl.maximum(found - 1, 0)
+
+
+@triton.jit
+def slot_bounds(cu, slot, n_rows, seqlen, tokens, SIZE: tl.constexpr, PACKED: tl.constexpr):
+    """Of a slot: its row, the row's start and stop, and the slot's own first token."""
+    if PACKED:
+        row = row_of_slot(cu, slot, n_rows, tokens, SIZE)
+        start, stop = bounds(cu, row, seqlen, tokens, PACKED)
+        first = start + (slot - row - start // SIZE) * SIZE
+    else:
+        per_row = (seqlen + SIZE - 1) // SIZE
+        row = slot // per_row
+        start, stop = bounds(cu, row, seqlen, tokens, PACKED)
+        first = start + (slot - row * per_row).to(tl.int64) * SIZE
+    return row, start, stop, first
+
+
+@triton.jit
+def first_slot(start, row, seqlen, SIZE: tl.constexpr, PACKED: tl.constexpr):
+    """The first slot of a row."""
+    if PACKED:
+        slot = start // SIZE + row
+    else:
+        slot = row.to(tl.int64) * ((seqlen + SIZE - 1) // SIZE)
+    return slot

@@ -1,0 +1,220 @@
+"""The scan: one pass over a row's chunks with the state on chip, forward, or transposed for the gradient of v.
+
+A program owns BP rows of one head's state S [P, N] and walks the chunks of one row (or a segment of it). With the
+shared scores G = K Qᵀ of a chunk, the state S that enters it, and V as [P, L]:
+
+    Yᵀ = (S Qᵀ) ∘ exp(ρ_i) u_i + V (G ∘ exp(ρ_i − κ_j) u_i w_j)
+    S ← exp(E) S + (V ∘ exp(E − κ_j) w_j) K
+
+Everything is [P, ·], so that S and V are left operands, which tensor cores read from registers: S is never written anywhere
+between chunks. Transposed (the scan of Lᵀ over dY) the roles turn: q ↔ k, ρ ↔ E − κ, u ↔ w, and the walk.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import bounds, first_slot
+
+
+@triton.jit
+def scan(
+    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, other, through, parts, part_totals,
+    seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale_out, scale_in, per_segment,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
+    L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
+    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, OUTPUT: tl.constexpr, ENTERING: tl.constexpr,
+    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, THROUGH: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (heads · tiles of P, rows, segments).
+
+    Args:
+        scale_out, scale_in: factors of Y, and of what is added to S.
+        per_segment: chunks of a segment.
+        parts, part_totals: the state that each segment makes from zero, and its E: written if PARTS, read by SEGMENTS.
+        FORWARD: whether chunks are walked from the left.
+        BLOCKS: write the state that enters each block of BLOCK tokens.
+    """
+    tiles: tl.constexpr = (P + BP - 1) // BP
+    h, row, segment = tl.program_id(0) // tiles, tl.program_id(1), tl.program_id(2)
+    start, stop = bounds(cu, row, seqlen, tokens, PACKED)
+    b, t0, length = start // seqlen, start % seqlen, (stop - start).to(tl.int32)
+    chunks = (length + L - 1) // L
+    slot0 = first_slot(start, row, seqlen, L, PACKED)
+    block0 = first_slot(start, row, seqlen, BLOCK, PACKED)
+    blocks_total = tokens // BLOCK + tl.num_programs(1) if PACKED else tl.num_programs(1) * ((seqlen + BLOCK - 1) // BLOCK)
+    row, nheads64 = row.to(tl.int64), nheads.to(tl.int64)
+    i, n = tl.arange(0, L), tl.arange(0, BN)
+    p = (tl.program_id(0) % tiles) * BP + tl.arange(0, BP)
+    n2 = BN + tl.arange(0, BN2 if BN2 else BN)
+    g = h // (nheads // groups)
+    q += b * q_b + t0 * q_t + (h // q_share) * q_h
+    k += b * k_b + t0 * k_t + (h // k_share) * k_h
+    v += b * v_b + t0 * v_t + (h // v_share) * v_h
+    if OUTPUT:
+        y += b * y_b + t0 * y_t + h * y_h
+    if ROWS:
+        u += b * u_b + t0 * u_t + h * u_h
+    if COLS:
+        w += b * w_b + t0 * w_t + h * w_h
+    state = (row * nheads64 + h) * P * N + p[:, None] * N
+    inside_p, inside_n, inside_n2 = (p < P)[:, None], (n < N)[None, :], (n2 < N)[None, :]
+    s = tl.zeros([BP, BN], tl.float32)
+    s2 = tl.zeros([BP, BN2 if BN2 else 1], tl.float32)
+    if ENTERING:
+        s += tl.load(entering + state + n[None, :], mask=inside_p & inside_n, other=0.0).to(tl.float32)
+        if BN2:
+            s2 += tl.load(entering + state + n2[None, :], mask=inside_p & inside_n2, other=0.0).to(tl.float32)
+    if SEGMENTS:
+        n_rows = tl.num_programs(1).to(tl.int64)
+        for earlier in range(0, segment):
+            part = (earlier * n_rows + row) * nheads64 + h
+            decay = tl.exp2(tl.load(part_totals + part))
+            place = parts + part * P * N + p[:, None] * N
+            s = s * decay + tl.load(place + n[None, :], mask=inside_p & inside_n, other=0.0)
+            if BN2:
+                s2 = s2 * decay + tl.load(place + n2[None, :], mask=inside_p & inside_n2, other=0.0)
+    passed, pending = 0.0, 0.0
+    for step in tl.range(segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks), num_stages=STAGES):
+        c = step if FORWARD else chunks - 1 - step
+        c0 = c.to(tl.int64) * L
+        inside = i < length - c * L
+        if BLOCKS:
+            per_block: tl.constexpr = BLOCK // L
+            if (c % per_block == 0) if FORWARD else ((c % per_block == per_block - 1) | (c == chunks - 1)):
+                owed = tl.exp2(pending)
+                block = (block0 + c // per_block) * nheads64 + h
+                place = block * P * N + p[:, None] * N
+                tl.store(blocks + place + n[None, :], (s * owed).to(blocks.dtype.element_ty), mask=inside_p & inside_n)
+                if BN2:
+                    tl.store(blocks + place + n2[None, :], (s2 * owed).to(blocks.dtype.element_ty), mask=inside_p & inside_n2)
+                if THROUGH:
+                    across = tl.load(other + place + n[None, :], mask=inside_p & inside_n, other=0.0).to(tl.float32)
+                    both = tl.sum(across * s)
+                    if BN2:
+                        across = tl.load(other + place + n2[None, :], mask=inside_p & inside_n2, other=0.0).to(tl.float32)
+                        both += tl.sum(across * s2)
+                    m = (c // per_block) * per_block + tl.arange(0, per_block)
+                    sums = tl.load(total + (slot0 + m) * nheads64 + h, mask=m < chunks, other=0.0)
+                    place = through + (tl.program_id(0) % tiles) * (blocks_total * nheads64)
+                    tl.store(place + block, both * tl.exp2(pending + tl.sum(sums)))
+        kt = tl.load(k + c0 * k_t + i[:, None] * k_t + n[None, :], mask=inside[:, None] & inside_n, other=0.0).to(DOT)
+        vt = tl.trans(tl.load(v + c0 * v_t + i[:, None] * v_t + p[None, :], mask=inside[:, None] & (p < P)[None, :], other=0.0))
+        vt = vt.to(DOT)  # [BP, L]
+        if BN2:
+            kt2 = tl.load(k + c0 * k_t + i[:, None] * k_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
+        base = (slot0 + c) * nheads64 + h
+        into, out = tl.full([L], 1.0, tl.float32) * scale_in, tl.full([L], 1.0, tl.float32) * scale_out
+        r, ut, wt = into, out, into
+        kap, r_low, kap_low = r, r, r
+        if DECAY:
+            e = tl.load(total + base)
+            width: tl.constexpr = 2 * L if EXACT else L
+            r = tl.load(rho + base * width + i)
+            kap = tl.load(kappa + base * width + i) if APART else r
+            r_low = tl.load(rho + base * width + L + i) if EXACT else r
+            kap_low = (tl.load(kappa + base * width + L + i) if APART else r_low) if EXACT else r
+            read, add = (e - kap, r) if TRANSPOSED else (r, e - kap)
+            if EXACT:
+                read, add = (read - kap_low, add + r_low) if TRANSPOSED else (read + r_low, add - kap_low)
+            if FACTORED:
+                middle = tl.load(center + base)
+                wide = middle > 1e29  # a chunk whose decays span more than exponents do
+                before = tl.where(wide, 0.0, e - middle if TRANSPOSED else middle)
+                after = tl.where(wide, 0.0, e - before)
+                s *= tl.exp2(pending + before)
+                if BN2:
+                    s2 *= tl.exp2(pending + before)
+                read, add, pending = read - before, add - after, after
+            into *= tl.exp2(add)
+            out *= tl.exp2(read)
+        if COLS:
+            wt = tl.load(w + c0 * w_t + i * w_t, mask=inside, other=0.0).to(tl.float32)
+            into *= wt
+        if ROWS:
+            ut = tl.load(u + c0 * u_t + i * u_t, mask=inside, other=0.0).to(tl.float32)
+            out *= ut
+        added = (vt.to(tl.float32) * into[None, :]).to(DOT)
+        if OUTPUT:
+            qt = tl.load(q + c0 * q_t + i[:, None] * q_t + n[None, :], mask=inside[:, None] & inside_n, other=0.0).to(DOT)
+            place = scores + ((slot0 + c) * groups + g) * L * L
+            if TRANSPOSED:
+                pairs = tl.trans(tl.load(place + i[:, None] * L + i[None, :]))
+            else:
+                pairs = tl.load(place + i[:, None] * L + i[None, :])  # [L_j, L_i]
+            size = 1.0
+            if NORMALIZE:  # float16 holds nothing above 65504
+                size = tl.maximum(tl.max(tl.abs(s)), tl.max(tl.abs(s2)) if BN2 else 0.0) + 1e-30
+                out *= size
+            yt = tl.dot((s / size if NORMALIZE else s).to(DOT), tl.trans(qt), input_precision=PRECISION)
+            if BN2:
+                qt2 = tl.load(q + c0 * q_t + i[:, None] * q_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
+                yt = tl.dot((s2 / size if NORMALIZE else s2).to(DOT), tl.trans(qt2), acc=yt, input_precision=PRECISION)
+            if FACTORED and DECAY:
+                if wide:
+                    pairs = _weighted(pairs, r, kap, r, kap, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, False, ROWS, COLS)
+                    yt = tl.dot(vt, pairs.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)
+                else:
+                    yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]
+            else:
+                pairs = _weighted(pairs, r, kap, r_low, kap_low, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, EXACT, ROWS, COLS)
+                yt = tl.dot(vt, pairs.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
+            place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
+            tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
+        if DECAY:
+            passed += e
+            if FACTORED:
+                if wide:
+                    s *= tl.exp2(e)
+                    if BN2:
+                        s2 *= tl.exp2(e)
+            else:
+                s *= tl.exp2(e)
+                if BN2:
+                    s2 *= tl.exp2(e)
+        s = tl.dot(added, kt, acc=s, input_precision=PRECISION)
+        if BN2:
+            s2 = tl.dot(added, kt2, acc=s2, input_precision=PRECISION)
+    if DECAY and FACTORED:
+        s *= tl.exp2(pending)
+        if BN2:
+            s2 *= tl.exp2(pending)
+    if PARTS:
+        part = (segment * tl.num_programs(1).to(tl.int64) + row) * nheads64 + h
+        place = parts + part * P * N + p[:, None] * N
+        tl.store(place + n[None, :], s, mask=inside_p & inside_n)
+        if BN2:
+            tl.store(place + n2[None, :], s2, mask=inside_p & inside_n2)
+        tl.store(part_totals + part, passed)
+    if LEAVING:
+        if segment == tl.num_programs(2) - 1:
+            tl.store(leaving + state + n[None, :], s.to(leaving.dtype.element_ty), mask=inside_p & inside_n)
+            if BN2:
+                tl.store(leaving + state + n2[None, :], s2.to(leaving.dtype.element_ty), mask=inside_p & inside_n2)
+
+
+@triton.jit
+def _weighted(
+    pairs, r, kap, r_low, kap_low, ut, wt, scale, i,
+    L: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """scores ∘ exp(ρ_i − κ_j) u_i w_j · scale, [L_j, L_i], or [L_i, L_j] if transposed."""
+    weight = tl.full([L, L], 1.0, tl.float32) * scale
+    if DECAY:
+        if TRANSPOSED:
+            gap = r[:, None] - kap[None, :]
+            if EXACT:
+                gap += r_low[:, None] - kap_low[None, :]
+        else:
+            gap = r[None, :] - kap[:, None]
+            if EXACT:
+                gap += r_low[None, :] - kap_low[:, None]
+        late = (i[None, :] >= i[:, None]) if FORWARD else (i[None, :] <= i[:, None])
+        weight *= tl.exp2(tl.where(late, gap, 0.0))  # elsewhere gap may be positive and overflow
+    if ROWS:
+        weight *= ut[None, :]
+    if COLS:
+        weight *= wt[:, None]
+    return pairs.to(tl.float32) * weight

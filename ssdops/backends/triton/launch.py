@@ -1,0 +1,270 @@
+"""From tensors to kernels: grids, strides and allocation for one linear term. No arithmetic happens here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...config import triton_interpreted
+from ...ir.problem import common_heads
+from ...ir.terms import Linear
+from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value, share_heads
+from .kernels.gradients import gradients, token_gradients
+from .kernels.prepare import prepare
+from .kernels.scan import scan
+
+BLOCK = 128
+"""Tokens between the states that the backward pass keeps; its programs take half as many."""
+SPAN = 60.0
+"""How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
+DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """What `prepare` gives: scores [slots, groups, L, L], ρ and κ [slots, nheads, L], their end and middle [slots, nheads]."""
+
+    scores: Tensor
+    rho: Tensor
+    kappa: Tensor
+    total: Tensor
+    center: Tensor
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk of the scan, and what it reads and leaves besides Y.
+
+    Attributes:
+        transposed: the scan of Lᵀ over dY instead of that of L over V.
+        entering, leaving: states before the first and after the last chunk.
+        blocks: the state that enters each block of tokens, [blocks, nheads, P, N].
+        other: what the walk the other way has left in its blocks; with it, ⟨dS, exp(E) S⟩ of each block goes to
+        through: [tiles of P, blocks, nheads].
+    """
+
+    transposed: bool = False
+    entering: Tensor | None = None
+    leaving: Tensor | None = None
+    blocks: Tensor | None = None
+    other: Tensor | None = None
+    through: Tensor | None = None
+
+
+class Scan:
+    """A linear term on its tensors."""
+
+    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
+        p = x.problem
+        self.term, self.x, self.config, self.problem = term, x, config, p
+        self.chunk = config.chunk_size or 32
+        self.groups = common_heads(p)
+        self.scale = float(term.sign * x.scale)
+        self.q, self.k, self.v = (dense_last(t) for t in (x.q, x.k, x.v))
+        self.cu = x.boundaries()
+        self.rows = p.batch if self.cu is None else self.cu.numel() - 1
+        self.tokens = p.batch * p.seqlen
+        self.slots = self._slots(self.chunk)
+        self.decays = term.log_a is not None or term.log_cols is not None
+        self.apart = term.row_inclusive != term.col_inclusive or term.log_cols is not None
+        # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
+        self.dot = torch.float32 if p.dtype == torch.bfloat16 and triton_interpreted() else p.dtype
+        self.block_n = min(max(triton.next_power_of_2(p.dstate), 16), 128)
+        self.block_p = min(max(triton.next_power_of_2(p.headdim), 16), 64)
+        self.tiles_p, self.tiles_n = triton.cdiv(p.headdim, self.block_p), triton.cdiv(p.dstate, self.block_n)
+
+    def _slots(self, size: int) -> int:
+        p = self.problem
+        return p.batch * triton.cdiv(p.seqlen, size) if self.cu is None else self.tokens // size + self.rows
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """The compile-time switches that every kernel shares."""
+        return {
+            "L": self.chunk, "N": self.problem.dstate, "BN": self.block_n,
+            "DECAY": self.decays, "APART": self.apart, "EXACT": self.dot == torch.float32,
+            "PACKED": self.cu is not None, "DOT": DOTS[self.dot], "PRECISION": "tf32x3",
+        }  # fmt: skip
+
+    def slot(self, name: str) -> Tensor | None:
+        """An operand `(batch, seqlen, nheads)`, a view wherever it can be."""
+        return self.x.per_head(name)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory on the term's device."""
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+    # --- launches -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """Scores and sums of log decays of every chunk."""
+        p, t = self.problem, self.term
+        width = self.chunk * (2 if self.dot == torch.float32 else 1)
+        slots = self.slots
+        rho = self.empty(slots, p.nheads, width) if self.decays else self.q
+        out = Chunks(
+            self.empty(slots, self.groups, self.chunk, self.chunk, dtype=self.dot), rho,
+            torch.empty_like(rho) if self.decays and self.apart else rho,
+            *((self.empty(slots, p.nheads) if self.decays else self.q) for _ in range(2)),
+        )  # fmt: skip
+        log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
+        heads = min(16, triton.next_power_of_2(p.nheads))
+        if slots:
+            prepare[slots, self.groups + (triton.cdiv(p.nheads, heads) if self.decays else 0)](
+                self.q, self.k, _or(log_a, self.q), _or(log_cols, self.q), _or(self.cu, self.q),
+                out.scores, out.rho, out.kappa, out.total, out.center,
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
+                self.groups // p.q_heads, self.groups // p.k_heads,
+                *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
+                HEADS=heads, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
+                LOG_COLS=log_cols is not None, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
+            )  # fmt: skip
+        return out
+
+    def walk(self, v: Tensor, y: Tensor | None, walk: Walk) -> None:
+        """The scan over V (transposed: over dY), in segments if the config says so; what is None is not written."""
+        p, segments = self.problem, self.config.segments
+        if segments == 1:
+            self._launch(v, y, walk, None, first=False)
+            return
+        shape = (segments, self.rows, p.nheads)
+        parts = (self.empty(*shape, p.headdim, p.dstate), self.empty(*shape))
+        self._launch(v, None, Walk(walk.transposed), parts, first=True)
+        self._launch(v, y, walk, parts, first=False)
+
+    def _launch(self, v: Tensor, y: Tensor | None, walk: Walk, parts: tuple[Tensor, Tensor] | None, first: bool) -> None:
+        p, t, c, nothing, segments = self.problem, self.term, self.chunks, self.q, self.config.segments
+        q, k, u, w, scales = self.q, self.k, self.slot("rows"), self.slot("cols"), (self.scale, 1.0)
+        q_share, k_share = p.nheads // p.q_heads, p.nheads // p.k_heads
+        if walk.transposed:
+            q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
+        scan[p.nheads * self.tiles_p, self.rows, segments](
+            q, k, v, _or(y, nothing), _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
+            c.scores, c.rho, c.kappa, c.total, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
+            _or(walk.blocks, nothing), _or(walk.other, nothing), _or(walk.through, nothing), *(parts or (nothing, nothing)),
+            max(p.seqlen, 1), self.tokens, p.nheads, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
+            triton.cdiv(triton.cdiv(p.seqlen, self.chunk), segments),
+            *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
+            BLOCK=BLOCK, P=p.headdim, BP=self.block_p, BN2=max(triton.next_power_of_2(p.dstate) - 128, 0),
+            FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
+            OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
+            BLOCKS=walk.blocks is not None, THROUGH=walk.through is not None, PARTS=first,
+            SEGMENTS=parts is not None and not first, FACTORED=y is not None and self.dot == torch.bfloat16,
+            NORMALIZE=self.dot == torch.float16, STAGES=3, **self.common, num_warps=4, **_OPTS,
+        )  # fmt: skip
+
+    # --- passes ---------------------------------------------------------------------------------------------------------
+
+    def forward(self) -> Output:
+        """Y and the final states."""
+        p, x = self.problem, self.x
+        y = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=x.out)
+        state = self.empty(self.rows, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype) if x.wants_state else None
+        if self.rows and (self.tokens or state is not None):
+            self.walk(self.v, y, Walk(entering=contiguous(x.initial), leaving=state))
+        return Output(y, state)
+
+    def backward(self, cotangents: Cotangents) -> Gradients:
+        """Gradients of everything: states forward, dV and cotangents of states backward, then dQ, dK and sums by block."""
+        p, x = self.problem, self.x
+        dy, slots = dense_last(cotangents.y), self._slots(BLOCK)
+        kept = torch.bfloat16 if self.dot == torch.bfloat16 else torch.float32
+        states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=kept) for _ in range(2))
+        through = self.empty(self.tiles_p, slots, p.nheads) if "log_a" in x.values else None
+        dv = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=torch.float32 if p.v_heads < p.nheads else x.out)
+        dinitial = None if x.initial is None else self.empty(*x.initial.shape)
+        if self.rows and (self.tokens or dinitial is not None):
+            self.walk(self.v, None, Walk(entering=contiguous(x.initial), blocks=states))
+            back = Walk(True, contiguous(cotangents.state), dinitial, dstates, states, through)
+            self.walk(dy, dv, back)
+        wanted = bool(x.values)
+        dq, reads = self._contract(dy, states, reads=True, wanted=wanted)
+        dk, adds = self._contract(dy, dstates, reads=False, wanted=wanted)
+        values = self._by_token(reads, adds, through, slots) if wanted else {}
+        return Gradients(
+            share_heads(dq, p.q_heads), share_heads(dk, p.k_heads), share_heads(dv, p.v_heads), initial=dinitial, values=values
+        )
+
+    def _contract(self, dy: Tensor, states: Tensor, reads: bool, wanted: bool) -> tuple[Tensor, Tensor]:
+        """dQ (reads) or dK by groups, and what its tokens exchange, for the gradients of operands."""
+        p, t, c, nothing, slots = self.problem, self.term, self.chunks, self.q, len(states)
+        splits = self._splits(2 * slots)
+        u, w = self.slot("rows"), self.slot("cols")
+        direct = splits == 1 and (p.q_heads if reads else p.k_heads) == self.groups
+        out = self.empty(
+            splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=self.x.out if direct else torch.float32
+        )
+        sums = self.empty(3 if wanted else 0, self.tiles_n, slots, p.nheads, BLOCK)
+        a, b, x, z = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
+        if self.tokens and slots:
+            gradients[2 * slots, self.groups * self.tiles_n, splits](
+                a, b, x, z, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.total, states, out, sums,
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
+                *(p.nheads // tensor.shape[2] for tensor in (a, b, x, z)), self.scale, self.scale if reads else 1.0,
+                triton.cdiv(p.nheads // self.groups, splits),
+                *strides(a), *strides(b), *strides(x), *strides(z), *strides(u), *strides(w),
+                TILE=BLOCK // 2, BLOCK=BLOCK, P=p.headdim, BP=self.block_p, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
+                SKIP=int(t.col_inclusive and not t.row_inclusive), ROWS=u is not None, COLS=w is not None, SUMS=wanted,
+                NORMALIZE=self.dot == torch.float16, STAGES=1 if self.dot == torch.float32 else 2, **self.common, num_warps=8,
+            )  # fmt: skip
+        return (out[0] if splits == 1 else out.sum(0)), sums
+
+    def _by_token(self, reads: Tensor, adds: Tensor, through: Tensor | None, slots: int) -> dict[str, Tensor]:
+        p, x, t, nothing = self.problem, self.x, self.term, self.q
+        shape = (p.batch, p.seqlen, p.nheads)
+        log_a = self.empty(*shape) if "log_a" in x.values else None
+        rows = self.empty(*shape) if "rows" in x.values else None
+        cols = self.empty(*shape) if "cols" in x.values or "log_cols" in x.values else None
+        heads = min(32, triton.next_power_of_2(p.nheads))
+        if self.tokens and slots:
+            token_gradients[slots, triton.cdiv(p.nheads, heads)](
+                reads, adds, _or(through, nothing), _or(self.cu, nothing),
+                _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.tiles_n, self.tiles_p,
+                BLOCK=BLOCK, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
+                DECAY=log_a is not None, ROWS=rows is not None, COLS=cols is not None, PACKED=self.cu is not None, num_warps=4,
+            )  # fmt: skip
+        out = {"log_a": log_a, "rows": rows, "cols": cols if "cols" in x.values else None}
+        if "log_cols" in x.values:
+            assert cols is not None  # made above
+            w = self.slot("cols")
+            out["log_cols"] = cols if w is None else cols * w
+        return {name: reduce_value(grad, x.values[name]) for name, grad in out.items() if grad is not None}
+
+    def _splits(self, programs: int) -> int:
+        """Into how many parts the heads of a group are taken, so that blocks fill the device."""
+        programs, share = programs * self.groups * self.tiles_n, self.problem.nheads // self.groups
+        return min(max(2 * self.problem.target.multiprocessors // max(programs, 1), 1), share)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x laid out in order."""
+    return None if x is None else x.contiguous()
+
+
+import os
+_OPTS = {"maxnreg": int(os.environ["MAXNREG"])} if os.environ.get("MAXNREG") else {}
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """x with unit stride along its last axis: itself wherever it can be."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Of batch, seqlen and heads; zeros for what is absent."""
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel takes a pointer for what it does not read, too."""
+    return other if x is None else x
+
+
