@@ -52,7 +52,8 @@ def work(term: Quadratic, problem: Problem) -> Work:
     size = 2.0 if p.dtype.itemsize == 2 else 4.0
     # every tile of 64 rows reads its keys, mostly from the L2 cache
     touched = (tokens * (p.dstate + 3 * p.headdim) + pairs / 256 * (p.dstate + p.headdim)) * size
-    launches = 2.0 + 14 * len(form.decays) + 4 * (len(form.logs) + len(form.scales)) + 24 * len(form.documents)
+    interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
+    launches = 2.0 + interpreted + 14 * len(form.decays) + 4 * (len(form.logs) + len(form.scales)) + 24 * len(form.documents)
     return Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, touched, launches)
 
 
@@ -111,8 +112,9 @@ def _pull_back(factors: Values, grads: Values, inputs: list[Tensor]) -> tuple[Te
 
 
 def _argument(x: Tensor, nheads: int) -> tuple[Any, ...]:
-    """A tensor (batch, seqlen, heads, dim) as kernels take it."""
-    return x, *x.stride(), nheads // x.shape[2]
+    """A tensor (batch, seqlen, heads, dim) as kernels take it, copied only if its dims are strided."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return x, *x.stride()[:3], nheads // x.shape[2]
 
 
 def _launch(kernel: str, grid: int, *arguments: Any, **constants: Any) -> None:

@@ -12,7 +12,7 @@ the mask's factors. The launcher puts a mask into one form (`tile_form.py`), of 
 
 Arguments that come as tuples:
 
-    x, y, z, …: (pointer, strides of batch, token, head, dim, heads of the call that share one of its heads)
+    x, y, z, …: (pointer, strides of batch, token and head, heads of the call that share one of its heads)
     factors:    (u, w, rows, cols, lags, entries): pointers, None where the mask has no such factor
     strides:    (u's, w's, rows', cols' over batch; entries' over batch, head, i, j; heads that share one of entries')
     support:    (low, high, hole or None, first row, row to stop at, first column, column to stop at)
@@ -29,10 +29,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def tile_of(x, b, h, t, inside, first, D, WIDTH: tl.constexpr):
-    """x[b, t, h // share, first : first + WIDTH] as [t, WIDTH]; zeros past D and where a token is not inside."""
+    """x[b, t, h // shared, first : first + WIDTH] as [t, WIDTH]; zeros past D and where a token is not inside."""
     d = first + tl.arange(0, WIDTH)
-    head = tl.cast(h // x[5], tl.int64)
-    at = x[0] + tl.cast(b, tl.int64) * x[1] + head * x[3] + t.to(tl.int64)[:, None] * x[2] + d.to(tl.int64)[None, :] * x[4]
+    rows = x[0] + tl.cast(b, tl.int64) * x[1] + tl.cast(h // x[4], tl.int64) * x[3] + t.to(tl.int64) * x[2]
+    at = rows[:, None] + d[None, :]
     return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
 
 
@@ -131,7 +131,7 @@ def limits(table, table_stride, b, tile, support, T, ROWS: tl.constexpr):
     return i0, i1, j0, j1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles", "groups"])
 def contract(
     out, x, y, z, factors, strides, support, table, table_stride, T, tiles, groups, share, scale, D, E,
     ROWS: tl.constexpr, COLS: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr,
@@ -165,12 +165,13 @@ def contract(
             z_tile = tile_of(z, b, h, j, cols_inside, first, E, E_WIDTH).to(DTYPE)  # [j, E]
             total = tl.dot(pairs.to(DTYPE), z_tile, total, input_precision=PRECISION)  # [i, E]
     e = first + tl.arange(0, E_WIDTH)
-    at = out + ((tl.cast(b, tl.int64) * T + i[:, None]) * groups + group) * E + e[None, :]
+    start = out + ((tl.cast(b, tl.int64) * T + i0) * groups + group) * E
+    at = start + (i - i0)[:, None] * (groups * E) + e[None, :]
     # a row without any support is 0, also where 0 · NaN came out of the dot
     tl.store(at, tl.where(rows_inside[:, None], total * scale, 0.0), mask=real[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["zero", "T", "tiles", "nheads"])
 def row_sums(
     out, x, y, g, z, factors, strides, support, table, table_stride, zero, T, tiles, nheads, scale, D, E,
     ROWS: tl.constexpr, COLS: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr,
@@ -230,7 +231,7 @@ def dl_tile(
     return weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "first", "diagonals", "nheads"])
 def lag_sums(
     out, x, y, g, z, factors, strides, support, spans, spans_stride, T, first, diagonals, nheads, scale, D, E,
     SIZE: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr, E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr,
@@ -257,7 +258,7 @@ def lag_sums(
         tl.store(at + r, tl.sum(tl.sum(tl.where(lag == r, total, 0.0), 1), 0) * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles", "heads", "rows_shared", "heads_shared"])
 def entry_sums(
     out, x, y, g, z, factors, strides, support, spans, spans_stride, T, tiles, heads, rows_shared, heads_shared, scale, D, E,
     SIZE: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr, E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr,
