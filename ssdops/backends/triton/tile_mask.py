@@ -136,6 +136,10 @@ class Tile:
             torch.float32 if exact else p.dtype, 8 if max(d_width, e_width) > 128 else 4, 2,
         )  # fmt: skip
 
+    def wider(self, stages: int = 2) -> Tile:
+        """The same over more warps, where a program also keeps a sum of tiles."""
+        return replace(self, warps=8, stages=stages) if self.dtype.itemsize == 2 else self
+
     @property
     def constants(self) -> dict[str, Any]:
         """Of every kernel."""

@@ -180,7 +180,7 @@ def _row_sums(mask: Mask, *tensors: Tensor) -> Tensor:
 def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ G along each diagonal: [1, H, 2 T − 1]."""
     p, (low, high) = mask.problem, mask.support[:2]
-    tile = Tile.fitting(p, p.dstate, p.headdim, False)
+    tile = Tile.fitting(p, p.dstate, p.headdim, False).wider()
     size = tile.cols
     assert low is not None and high is not None
     first, last = (low - size + 1) // size, -(-(high + size - 1) // size)  # block diagonals that meet the band
@@ -206,14 +206,13 @@ def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
 def _entry_sums(mask: Mask, entries: Tensor, *tensors: Tensor) -> Tensor:
     """G summed over what shares an entry, shaped like entries."""
     p = mask.problem
-    tile = Tile.fitting(p, p.dstate, p.headdim, False)
+    tile = Tile.fitting(p, p.dstate, p.headdim, False).wider(stages=1)  # what is shared by none is one step
     size = tile.cols
     rows, heads = entries.shape[:2]
     out = torch.empty(rows, heads, p.seqlen, p.seqlen, dtype=torch.float32, device=tensors[0].device)
     tiles = -(-p.seqlen // size)
     arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), *_spans(mask))
     sizes = (p.seqlen, tiles, heads, p.batch // rows, p.nheads // heads, mask.scale, p.dstate, p.headdim)
-    tile = replace(tile, warps=8) if tile.dtype.itemsize == 2 else tile
     _launch("entry_sums", tiles * tiles * heads * rows, out, *arguments, *sizes, SIZE=size, **tile.constants)
     return out
 
