@@ -1,4 +1,4 @@
-"""Compile the launches of quadratic terms for GPUs that are not here, and look at what came out; run as a script, not as a test.
+"""Compile the launches of quadratic terms for GPUs that are not here, and look at what comes out: a script, run by a test.
 
 Launches are recorded instead of run, and their arguments give the signatures that the just-in-time compiler would see.
 """
@@ -33,11 +33,13 @@ from ssdops.testing.structures import Make
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 MASKS = {
-    "window": lambda s: m.window(40),
+    "window": lambda s: m.window(40, 40).strict(),
     "decay * window * documents": lambda s: m.decay(s.log()) * m.window(40) * s.cu,
     "decay * toeplitz": lambda s: m.decay(s.log()) * m.toeplitz(s.normal(s.nheads, 2 * s.seqlen - 1)),
     "dense": lambda s: m.dense(s.normal(1, 1, s.seqlen, s.seqlen)),
 }
+A_FEW = 64
+"""Bytes of registers that a compiler may keep in memory: some versions of ptxas do so outside the loop."""
 Launch = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
@@ -105,7 +107,7 @@ def main() -> None:
                     what = f"{launch[0]} of {name}, {dtype}, dims {dims}, sm_{arch}"
                     print(what, kernel.metadata.shared, stack)
                     assert kernel.metadata.shared <= shared_memory((arch // 10, arch % 10)), f"shared memory of {what}"
-                    assert dims[0] > 128 or stack == 0, f"{what} spills {stack} bytes"
+                    assert dims[0] > 128 or stack <= A_FEW, f"{what} spills {stack} bytes"
                     if dtype == torch.bfloat16:
                         assert instruction in kernel.asm["ptx"], f"{what} has no {instruction}"
 

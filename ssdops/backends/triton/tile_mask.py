@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ class Mask:
         u, w: exponents of rows and of columns, packed.
         documents: for rows and for columns, what they share a document with; the tiles follow them.
         count: of tiles, given their size.
+        tables: of tiles, by their size, once they have been asked for.
     """
 
     problem: Problem
+    device: torch.device
     scale: float
     support: tuple[int | None, ...]
     zero: int
@@ -46,6 +48,7 @@ class Mask:
     entries: Tensor | None
     documents: tuple[Tensor, Tensor] | None
     count: Callable[[int], int]
+    tables: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(term: Quadratic, x: Inputs, factors: Values) -> Mask:
@@ -56,13 +59,18 @@ class Mask:
         some = any(t is not None for t in exponents)
         rows, cols, lags = (None if t is None else t.contiguous() for t in (f.rows, f.cols, f.lags))
         return Mask(
-            p, x.scale * form.sign, (form.low, form.high, form.hole, *form.rows, *form.cols),
+            p, x.q.device, x.scale * form.sign, (form.low, form.high, form.hole, *form.rows, *form.cols),
             p.seqlen if form.zero is None else form.zero,  # a lag that no pair has
             _packed(f.decay_rows, f.log_rows, f.odd_rows, x) if some else None,
             _packed(f.decay_cols, f.log_cols, f.odd_cols, x) if some else None,
             rows, cols, lags, f.entries,
             spans(form, x.operands, p.seqlen), lambda size: tile_count(form, x.operands, p.seqlen, size),
         )  # fmt: skip
+
+    def room(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for what is written by tiles of rows; zeros where ids that are not sorted may leave rows out."""
+        make = torch.empty if self.documents is None else torch.zeros
+        return make(shape, dtype=dtype, device=self.device)
 
     def transposed(self) -> Mask:
         """The transpose."""
@@ -75,7 +83,7 @@ class Mask:
             u=self.w, w=self.u, rows=self.cols, cols=self.rows,
             lags=None if self.lags is None else self.lags.flip(1),
             entries=None if self.entries is None else self.entries.transpose(2, 3),
-            documents=None if self.documents is None else (self.documents[1], self.documents[0]),
+            documents=None if self.documents is None else (self.documents[1], self.documents[0]), tables={},
         )  # fmt: skip
 
     def arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
@@ -88,7 +96,9 @@ class Mask:
         """(table, its stride over batch, tiles) of rows in tiles of a size."""
         if self.documents is None:
             return None, 0, -(-self.problem.seqlen // size)
-        table = tile_table(self.documents[0], size, self.count(size))
+        if size not in self.tables:
+            self.tables[size] = tile_table(self.documents[0], size, self.count(size))
+        table = self.tables[size]
         return table, strides(table)[0], table.shape[1]
 
 

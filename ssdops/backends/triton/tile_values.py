@@ -77,6 +77,7 @@ def values(form: Form, operands: Mapping[str, Tensor], problem: Problem) -> Valu
         _multiply(out, "lags", lag.of(c, 2 * seqlen - 1))
     for matrix, view in form.entries:
         entries = resolve(matrix, operands, n.MATRIX, seqlen).expand(-1, -1, seqlen, seqlen)
+        entries = entries.float() if len(form.entries) > 1 else entries  # products are not rounded to 16 bits
         entries = view.row.of(entries.transpose(2, 3), seqlen).transpose(2, 3)
         entries = view.col.of(entries, seqlen)
         _multiply(out, "entries", entries.transpose(2, 3) if view.transposed else entries, nheads)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import config
+from ...ir import nodes as n
 from ...ir.problem import Problem
 from ...ir.resolve import reduce_to
 from ...ir.terms import Quadratic
@@ -80,20 +81,22 @@ def forward(term: Quadratic, x: Inputs) -> Output:
 def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
     """Gradients of q, k, v, and of the operands through the mask's factors."""
     p, dy = x.problem, cotangents.y
-    floats = {name: t.detach().requires_grad_() for name, t in x.operands.items() if t.is_floating_point()}
+    own = {name: x.operands[name] for name in n.operand_names(term.mask)}
+    floats = {name: t.detach().requires_grad_() for name, t in own.items() if t.is_floating_point()}
     if not (p.batch and p.seqlen):
         q, k, v = (torch.zeros_like(t, dtype=p.accumulate) for t in (x.q, x.k, x.v))
         return Gradients(q, k, v, operands={name: torch.zeros_like(t) for name, t in floats.items()})
     with torch.enable_grad():
-        factors = values(read(term.mask, p.seqlen), {**x.operands, **floats}, p)
+        factors = values(read(term.mask, p.seqlen), {**own, **floats}, p)
     mask = Mask.of(term, x, factors)
+    turned = mask.transposed()
     grads = Gradients(
         _contract(mask, x.out, dy, x.v, x.k, p.q_heads),
-        _contract(mask.transposed(), x.out, x.v, dy, x.q, p.k_heads),
-        _contract(mask.transposed(), x.out, x.k, x.q, dy, p.v_heads),
+        _contract(turned, x.out, x.v, dy, x.q, p.k_heads),
+        _contract(turned, x.out, x.k, x.q, dy, p.v_heads),
     )
     if floats:
-        found = _pull_back(factors, _factor_gradients(mask, factors, x, dy), list(floats.values()))
+        found = _pull_back(factors, _factor_gradients(mask, turned, factors, x, dy), list(floats.values()))
         grads.operands = dict(zip(floats, found, strict=True))
     return grads
 
@@ -132,7 +135,7 @@ def _contract(mask: Mask, dtype: torch.dtype, x: Tensor, y: Tensor, z: Tensor, h
     table, stride, tiles = mask.table(tile.rows)
     share = _shared(p.nheads // heads, tiles * p.nheads)
     groups = p.nheads // share
-    out = torch.empty(p.batch, p.seqlen, groups, e, dtype=dtype if groups == heads else torch.float32, device=x.device)
+    out = mask.room(p.batch, p.seqlen, groups, e, dtype=dtype if groups == heads else torch.float32)
     arguments = (*(_argument(t, p.nheads) for t in (x, y, z)), *mask.arguments(), table, stride)
     sizes = (p.seqlen, tiles, groups, share, mask.scale, d, e)
     grid = tile.e[1] * tiles * groups * p.batch
@@ -145,11 +148,11 @@ def _shared(sharing: int, programs: int) -> int:
     return max(s for s in range(1, sharing + 1) if sharing % s == 0 and (s == 1 or programs // s >= ENOUGH))
 
 
-def _factor_gradients(mask: Mask, factors: Values, x: Inputs, dy: Tensor) -> Values:
+def _factor_gradients(mask: Mask, turned: Mask, factors: Values, x: Inputs, dy: Tensor) -> Values:
     """Gradients of the factors that need one, each from dL = dY Vᵀ ∘ QKᵀ without forming it (entries apart)."""
     wanted = {f.name for f in fields(Values) if getattr(getattr(factors, f.name), "requires_grad", False)}
     out = Values()
-    sides = (("rows", mask, (x.q, x.k, dy, x.v)), ("cols", mask.transposed(), (x.k, x.q, x.v, dy)))
+    sides = (("rows", mask, (x.q, x.k, dy, x.v)), ("cols", turned, (x.k, x.q, x.v, dy)))
     for side, m, tensors in sides:
         if not wanted & {f"decay_{side}", f"log_{side}", side}:
             continue
@@ -170,7 +173,7 @@ def _row_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     p, d, e = mask.problem, tensors[0].shape[3], tensors[2].shape[3]
     tile = Tile.fitting(p, d, e, False)
     table, stride, tiles = mask.table(tile.rows)
-    out = torch.empty(p.batch, p.nheads, 2, p.seqlen, dtype=torch.float32, device=tensors[0].device)
+    out = mask.room(p.batch, p.nheads, 2, p.seqlen)
     arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), table, stride, mask.zero)
     sizes = (p.seqlen, tiles, p.nheads, mask.scale, d, e)
     _launch("row_sums", tiles * p.nheads * p.batch, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)

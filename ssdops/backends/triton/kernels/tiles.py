@@ -163,12 +163,12 @@ def contract(
             inside = within(i, j, rows_inside, cols_inside, support)
             pairs = weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T)
             z_tile = tile_of(z, b, h, j, cols_inside, first, E, E_WIDTH).to(DTYPE)  # [j, E]
-            total = tl.dot(pairs.to(DTYPE), z_tile, total, input_precision=PRECISION)  # [i, E]
+            total = tl.dot((pairs * scale).to(DTYPE), z_tile, total, input_precision=PRECISION)  # [i, E]
     e = first + tl.arange(0, E_WIDTH)
     start = out + ((tl.cast(b, tl.int64) * T + i0) * groups + group) * E
     at = start + (i - i0)[:, None] * (groups * E) + e[None, :]
     # a row without any support is 0, also where 0 · NaN came out of the dot
-    tl.store(at, tl.where(rows_inside[:, None], total * scale, 0.0), mask=real[:, None] & (e < E)[None, :])
+    tl.store(at, tl.where(rows_inside[:, None], total, 0.0), mask=real[:, None] & (e < E)[None, :])
 
 
 @triton.jit(do_not_specialize=["zero", "T", "tiles", "nheads"])
