@@ -97,6 +97,16 @@ def test_dims_in_steps(dims: tuple[int, int]) -> None:
     laws.gradients_equal_oracle(RUN, case)
 
 
+@pytest.mark.parametrize("heads", [(4, 1, 1), (1, 2, 4)], ids=str)
+def test_heads_that_share_a_gradient_share_a_program(heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU would be busy enough without one for each; no other test is large enough to get there."""
+    monkeypatch.setattr(tiles, "ENOUGH", 1)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 30, count, dim, generator=generator) for count, dim in zip(heads, (5, 5, 3), strict=True))
+    log_a = -torch.rand(2, 30, 4, generator=generator)
+    laws.gradients_equal_oracle(RUN, Case(q, k, v, m.decay(log_a) * m.window(8), 0.7))
+
+
 def products(s: Source) -> m.Mask:
     """Products of up to three structures under combinators."""
     mask = strategies.QUADRATIC[s.pick(["window", "toeplitz", "dense"])](s)

@@ -150,7 +150,7 @@ def contract(
     real = i < i1
     rows_inside = real & (i >= support[3]) & (i < support[4])
     total = tl.zeros([ROWS, E_WIDTH], tl.float32)
-    for h in range(group * share, (group + 1) * share):
+    for h in tl.range(group * share, (group + 1) * share, disable_licm=True):  # what is hoisted would be spilled
         x_tile = tile_of(x, b, h, i, rows_inside, 0, D, D_WIDTH).to(DTYPE)  # [i, D]
         of_row = row_factors(factors, strides, b, h, i, rows_inside, T)
         for start in range(j0, j1, COLS):
