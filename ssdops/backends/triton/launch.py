@@ -15,12 +15,12 @@ from ...config import triton_interpreted
 from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value, share_heads
-from .kernels.gradients import gradients, token_gradients
+from .kernels.gradients import contract, exchange
 from .kernels.prepare import prepare
 from .kernels.scan import scan
 
 BLOCK = 128
-"""Tokens between the states that the backward pass keeps; its programs take half as many."""
+"""Tokens between the states that the backward pass keeps."""
 SPAN = 60.0
 """How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -45,16 +45,12 @@ class Walk:
         transposed: the scan of Lᵀ over dY instead of that of L over V.
         entering, leaving: states before the first and after the last chunk.
         blocks: the state that enters each block of tokens, [blocks, nheads, P, N].
-        other: what the walk the other way has left in its blocks; with it, ⟨dS, exp(E) S⟩ of each block goes to
-        through: [tiles of P, blocks, nheads].
     """
 
     transposed: bool = False
     entering: Tensor | None = None
     leaving: Tensor | None = None
     blocks: Tensor | None = None
-    other: Tensor | None = None
-    through: Tensor | None = None
 
 
 class Scan:
@@ -148,14 +144,14 @@ class Scan:
         scan[p.nheads * self.tiles_p, self.rows, segments](
             q, k, v, _or(y, nothing), _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
             c.scores, c.rho, c.kappa, c.total, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
-            _or(walk.blocks, nothing), _or(walk.other, nothing), _or(walk.through, nothing), *(parts or (nothing, nothing)),
+            _or(walk.blocks, nothing), *(parts or (nothing, nothing)),
             max(p.seqlen, 1), self.tokens, p.nheads, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
             triton.cdiv(triton.cdiv(p.seqlen, self.chunk), segments),
             *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
             BLOCK=BLOCK, P=p.headdim, BP=self.block_p, BN2=max(triton.next_power_of_2(p.dstate) - 128, 0),
             FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
             OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
-            BLOCKS=walk.blocks is not None, THROUGH=walk.through is not None, PARTS=first,
+            BLOCKS=walk.blocks is not None, PARTS=first,
             SEGMENTS=parts is not None and not first, FACTORED=y is not None and self.dot == torch.bfloat16,
             NORMALIZE=self.dot == torch.float16, STAGES=3, **self.common, num_warps=4, **_OPTS,
         )  # fmt: skip
@@ -177,71 +173,65 @@ class Scan:
         dy, slots = dense_last(cotangents.y), self._slots(BLOCK)
         kept = torch.bfloat16 if self.dot == torch.bfloat16 else torch.float32
         states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=kept) for _ in range(2))
-        through = self.empty(self.tiles_p, slots, p.nheads) if "log_a" in x.values else None
         dv = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=torch.float32 if p.v_heads < p.nheads else x.out)
         dinitial = None if x.initial is None else self.empty(*x.initial.shape)
         if self.rows and (self.tokens or dinitial is not None):
             self.walk(self.v, None, Walk(entering=contiguous(x.initial), blocks=states))
-            back = Walk(True, contiguous(cotangents.state), dinitial, dstates, states, through)
-            self.walk(dy, dv, back)
-        wanted = bool(x.values)
-        dq, reads = self._contract(dy, states, reads=True, wanted=wanted)
-        dk, adds = self._contract(dy, dstates, reads=False, wanted=wanted)
-        values = self._by_token(reads, adds, through, slots) if wanted else {}
-        return Gradients(
-            share_heads(dq, p.q_heads), share_heads(dk, p.k_heads), share_heads(dv, p.v_heads), initial=dinitial, values=values
-        )
+            self.walk(dy, dv, Walk(True, contiguous(cotangents.state), dinitial, dstates))
+        dq = share_heads(self._contract(dy, states, reads=True), p.q_heads)
+        dk = share_heads(self._contract(dy, dstates, reads=False), p.k_heads)
+        values = self._exchange(dy, states, dstates) if x.values else {}
+        return Gradients(dq, dk, share_heads(dv, p.v_heads), initial=dinitial, values=values)
 
-    def _contract(self, dy: Tensor, states: Tensor, reads: bool, wanted: bool) -> tuple[Tensor, Tensor]:
-        """dQ (reads) or dK by groups, and what its tokens exchange, for the gradients of operands."""
+    def _contract(self, dy: Tensor, states: Tensor, reads: bool) -> Tensor:
+        """dQ (reads) or dK, by groups of heads that share both."""
         p, t, c, nothing, slots = self.problem, self.term, self.chunks, self.q, len(states)
-        splits = self._splits(2 * slots)
-        u, w = self.slot("rows"), self.slot("cols")
+        splits, u, w = self._splits(slots), self.slot("rows"), self.slot("cols")
         direct = splits == 1 and (p.q_heads if reads else p.k_heads) == self.groups
-        out = self.empty(
-            splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=self.x.out if direct else torch.float32
-        )
-        sums = self.empty(3 if wanted else 0, self.tiles_n, slots, p.nheads, BLOCK)
+        out = self.empty(splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=self.x.out if direct else torch.float32)
         a, b, x, z = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
         if self.tokens and slots:
-            gradients[2 * slots, self.groups * self.tiles_n, splits](
-                a, b, x, z, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.total, states, out, sums,
+            contract[slots, self.groups * self.tiles_n, splits](
+                a, b, x, z, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.total, states, out,
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
                 *(p.nheads // tensor.shape[2] for tensor in (a, b, x, z)), self.scale, self.scale if reads else 1.0,
                 triton.cdiv(p.nheads // self.groups, splits),
                 *strides(a), *strides(b), *strides(x), *strides(z), *strides(u), *strides(w),
-                TILE=BLOCK // 2, BLOCK=BLOCK, P=p.headdim, BP=self.block_p, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
-                SKIP=int(t.col_inclusive and not t.row_inclusive), ROWS=u is not None, COLS=w is not None, SUMS=wanted,
-                NORMALIZE=self.dot == torch.float16, STAGES=1 if self.dot == torch.float32 else 2, **self.common, num_warps=8,
+                BLOCK=BLOCK, P=p.headdim, BP=self.block_p, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
+                ROWS=u is not None, COLS=w is not None, NORMALIZE=self.dot == torch.float16,
+                STAGES=1 if self.dot == torch.float32 else 2, **self.common, num_warps=8,
             )  # fmt: skip
-        return (out[0] if splits == 1 else out.sum(0)), sums
+        return out[0] if splits == 1 else out.sum(0)
 
-    def _by_token(self, reads: Tensor, adds: Tensor, through: Tensor | None, slots: int) -> dict[str, Tensor]:
-        p, x, t, nothing = self.problem, self.x, self.term, self.q
+    def _exchange(self, dy: Tensor, states: Tensor, dstates: Tensor) -> dict[str, Tensor]:
+        """Gradients of the operands."""
+        p, x, t, c, nothing = self.problem, self.x, self.term, self.chunks, self.q
+        u, w = self.slot("rows"), self.slot("cols")
         shape = (p.batch, p.seqlen, p.nheads)
         log_a = self.empty(*shape) if "log_a" in x.values else None
-        rows = self.empty(*shape) if "rows" in x.values else None
-        cols = self.empty(*shape) if "cols" in x.values or "log_cols" in x.values else None
-        heads = min(32, triton.next_power_of_2(p.nheads))
-        if self.tokens and slots:
-            token_gradients[slots, triton.cdiv(p.nheads, heads)](
-                reads, adds, _or(through, nothing), _or(self.cu, nothing),
-                _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.tiles_n, self.tiles_p,
-                BLOCK=BLOCK, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
-                DECAY=log_a is not None, ROWS=rows is not None, COLS=cols is not None, PACKED=self.cu is not None, num_warps=4,
+        rows = self.empty(*shape) if u is not None else None
+        cols = self.empty(*shape) if w is not None or "log_cols" in x.values else None
+        if self.tokens and len(states):
+            exchange[p.nheads, len(states)](
+                self.q, self.k, self.v, dy, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
+                c.rho, c.kappa, c.total, states, dstates, _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads,
+                p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
+                *strides(self.q), *strides(self.k), *strides(self.v), *strides(dy), *strides(u), *strides(w),
+                BLOCK=BLOCK, P=p.headdim, BP=self.block_p, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive,
+                COL_INCLUSIVE=t.col_inclusive, ROWS=u is not None, COLS=w is not None, DLOG_A=log_a is not None,
+                DU=rows is not None, DW=cols is not None, NORMALIZE=self.dot == torch.float16, **{**self.common, "BN": min(self.block_n, 64)}, num_warps=8,
             )  # fmt: skip
-        out = {"log_a": log_a, "rows": rows, "cols": cols if "cols" in x.values else None}
+        out = {"log_a": log_a, "rows": rows, "cols": cols if w is not None else None}
         if "log_cols" in x.values:
             assert cols is not None  # made above
-            w = self.slot("cols")
             out["log_cols"] = cols if w is None else cols * w
         return {name: reduce_value(grad, x.values[name]) for name, grad in out.items() if grad is not None}
 
     def _splits(self, programs: int) -> int:
         """Into how many parts the heads of a group are taken, so that blocks fill the device."""
         programs, share = programs * self.groups * self.tiles_n, self.problem.nheads // self.groups
-        return min(max(2 * self.problem.target.multiprocessors // max(programs, 1), 1), share)
+        return min(max(self.problem.target.multiprocessors // max(programs, 1), 1), share)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -18,13 +18,13 @@ from .rows import bounds, first_slot
 
 @triton.jit
 def scan(
-    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, other, through, parts, part_totals,
+    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals,
     seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale_out, scale_in, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
     FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, OUTPUT: tl.constexpr, ENTERING: tl.constexpr,
-    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, THROUGH: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (heads · tiles of P, rows, segments).
@@ -43,7 +43,6 @@ def scan(
     chunks = (length + L - 1) // L
     slot0 = first_slot(start, row, seqlen, L, PACKED)
     block0 = first_slot(start, row, seqlen, BLOCK, PACKED)
-    blocks_total = tokens // BLOCK + tl.num_programs(1) if PACKED else tl.num_programs(1) * ((seqlen + BLOCK - 1) // BLOCK)
     row, nheads64 = row.to(tl.int64), nheads.to(tl.int64)
     i, n = tl.arange(0, L), tl.arange(0, BN)
     p = (tl.program_id(0) % tiles) * BP + tl.arange(0, BP)
@@ -75,8 +74,74 @@ def scan(
             s = s * decay + tl.load(place + n[None, :], mask=inside_p & inside_n, other=0.0)
             if BN2:
                 s2 = s2 * decay + tl.load(place + n2[None, :], mask=inside_p & inside_n2, other=0.0)
+    lo, hi = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
+    if FACTORED and DECAY:
+        if _any_wide(center, slot0, lo, hi, chunks, h, nheads64, FORWARD):
+            s, s2, passed = _chunks(
+                q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
+                h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
+                L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, False,
+                NORMALIZE, DOT, PRECISION, STAGES,
+            )  # fmt: skip
+        else:
+            s, s2, passed = _chunks(
+                q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
+                h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
+                L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, True,
+                NORMALIZE, DOT, PRECISION, STAGES,
+            )  # fmt: skip
+    else:
+        s, s2, passed = _chunks(
+            q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
+            h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
+            L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, False,
+            NORMALIZE, DOT, PRECISION, STAGES,
+        )  # fmt: skip
+    if PARTS:
+        part = (segment * tl.num_programs(1).to(tl.int64) + row) * nheads64 + h
+        place = parts + part * P * N + p[:, None] * N
+        tl.store(place + n[None, :], s, mask=inside_p & inside_n)
+        if BN2:
+            tl.store(place + n2[None, :], s2, mask=inside_p & inside_n2)
+        tl.store(part_totals + part, passed)
+    if LEAVING:
+        if segment == tl.num_programs(2) - 1:
+            tl.store(leaving + state + n[None, :], s.to(leaving.dtype.element_ty), mask=inside_p & inside_n)
+            if BN2:
+                tl.store(leaving + state + n2[None, :], s2.to(leaving.dtype.element_ty), mask=inside_p & inside_n2)
+
+
+@triton.jit
+def _any_wide(center, slot0, lo, hi, chunks, h, nheads64, FORWARD: tl.constexpr):
+    """Whether decays inside any chunk of a segment span more than exponents do."""
+    found = 0.0
+    for first in range(lo, hi, 128):
+        step = first + tl.arange(0, 128)
+        c = step if FORWARD else chunks - 1 - step
+        found = tl.maximum(found, tl.max(tl.load(center + (slot0 + c) * nheads64 + h, mask=step < hi, other=0.0), 0))
+    return found > 1e29
+
+
+@triton.jit
+def _chunks(
+    q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
+    h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
+    L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
+    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUT: tl.constexpr, BLOCKS: tl.constexpr,
+    FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The chunks [lo, hi) of a walk: the state after them, and the log decay that they amount to.
+
+    FACTORED: exp(ρ_i − κ_j) is the product of two factors about the chunk's middle, so that every head reads the shared
+    scores as they are; else it is computed for each pair.
+    """
+    tiles: tl.constexpr = (P + BP - 1) // BP
+    i, n = tl.arange(0, L), tl.arange(0, BN)
+    n2 = BN + tl.arange(0, BN2 if BN2 else BN)
+    inside_p, inside_n, inside_n2 = (p < P)[:, None], (n < N)[None, :], (n2 < N)[None, :]
     passed, pending = 0.0, 0.0
-    for step in tl.range(segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks), num_stages=STAGES):
+    for step in tl.range(lo, hi, num_stages=STAGES):
         c = step if FORWARD else chunks - 1 - step
         c0 = c.to(tl.int64) * L
         inside = i < length - c * L
@@ -89,16 +154,6 @@ def scan(
                 tl.store(blocks + place + n[None, :], (s * owed).to(blocks.dtype.element_ty), mask=inside_p & inside_n)
                 if BN2:
                     tl.store(blocks + place + n2[None, :], (s2 * owed).to(blocks.dtype.element_ty), mask=inside_p & inside_n2)
-                if THROUGH:
-                    across = tl.load(other + place + n[None, :], mask=inside_p & inside_n, other=0.0).to(tl.float32)
-                    both = tl.sum(across * s)
-                    if BN2:
-                        across = tl.load(other + place + n2[None, :], mask=inside_p & inside_n2, other=0.0).to(tl.float32)
-                        both += tl.sum(across * s2)
-                    m = (c // per_block) * per_block + tl.arange(0, per_block)
-                    sums = tl.load(total + (slot0 + m) * nheads64 + h, mask=m < chunks, other=0.0)
-                    place = through + (tl.program_id(0) % tiles) * (blocks_total * nheads64)
-                    tl.store(place + block, both * tl.exp2(pending + tl.sum(sums)))
         kt = tl.load(k + c0 * k_t + i[:, None] * k_t + n[None, :], mask=inside[:, None] & inside_n, other=0.0).to(DOT)
         vt = tl.trans(tl.load(v + c0 * v_t + i[:, None] * v_t + p[None, :], mask=inside[:, None] & (p < P)[None, :], other=0.0))
         vt = vt.to(DOT)  # [BP, L]
@@ -120,9 +175,8 @@ def scan(
                 read, add = (read - kap_low, add + r_low) if TRANSPOSED else (read + r_low, add - kap_low)
             if FACTORED:
                 middle = tl.load(center + base)
-                wide = middle > 1e29  # a chunk whose decays span more than exponents do
-                before = tl.where(wide, 0.0, e - middle if TRANSPOSED else middle)
-                after = tl.where(wide, 0.0, e - before)
+                before = e - middle if TRANSPOSED else middle
+                after = e - before
                 s *= tl.exp2(pending + before)
                 if BN2:
                     s2 *= tl.exp2(pending + before)
@@ -151,47 +205,27 @@ def scan(
             if BN2:
                 qt2 = tl.load(q + c0 * q_t + i[:, None] * q_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
                 yt = tl.dot((s2 / size if NORMALIZE else s2).to(DOT), tl.trans(qt2), acc=yt, input_precision=PRECISION)
-            if FACTORED and DECAY:
-                if wide:
-                    pairs = _weighted(pairs, r, kap, r, kap, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, False, ROWS, COLS)
-                    yt = tl.dot(vt, pairs.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)
-                else:
-                    yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]
+            if FACTORED:
+                yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]
             else:
-                pairs = _weighted(pairs, r, kap, r_low, kap_low, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, EXACT, ROWS, COLS)
-                yt = tl.dot(vt, pairs.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
+                weighted = _weighted(pairs, r, kap, r_low, kap_low, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, EXACT, ROWS, COLS)
+                yt = tl.dot(vt, weighted.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
             place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
             tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
         if DECAY:
             passed += e
-            if FACTORED:
-                if wide:
-                    s *= tl.exp2(e)
-                    if BN2:
-                        s2 *= tl.exp2(e)
-            else:
+            if not FACTORED:
                 s *= tl.exp2(e)
                 if BN2:
                     s2 *= tl.exp2(e)
         s = tl.dot(added, kt, acc=s, input_precision=PRECISION)
         if BN2:
             s2 = tl.dot(added, kt2, acc=s2, input_precision=PRECISION)
-    if DECAY and FACTORED:
+    if FACTORED:
         s *= tl.exp2(pending)
         if BN2:
             s2 *= tl.exp2(pending)
-    if PARTS:
-        part = (segment * tl.num_programs(1).to(tl.int64) + row) * nheads64 + h
-        place = parts + part * P * N + p[:, None] * N
-        tl.store(place + n[None, :], s, mask=inside_p & inside_n)
-        if BN2:
-            tl.store(place + n2[None, :], s2, mask=inside_p & inside_n2)
-        tl.store(part_totals + part, passed)
-    if LEAVING:
-        if segment == tl.num_programs(2) - 1:
-            tl.store(leaving + state + n[None, :], s.to(leaving.dtype.element_ty), mask=inside_p & inside_n)
-            if BN2:
-                tl.store(leaving + state + n2[None, :], s2.to(leaving.dtype.element_ty), mask=inside_p & inside_n2)
+    return s, s2, passed
 
 
 @triton.jit
