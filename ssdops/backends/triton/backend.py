@@ -8,10 +8,11 @@ import torch
 
 from ... import config as environment
 from ...ir.problem import Problem
-from ...ir.terms import Diagonal, Linear, Term
-from ..base import Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work, reject_scan
+from ...ir.terms import Diagonal, Linear, Quadratic, Term
+from ..base import Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
-from .sizes import CHUNKS, MAX_DIM, padded, sizes
+from . import tiles
+from .sizes import CHUNKS, MAX_DIM, sizes
 
 RESIDENT = 3
 """Programs of the scan that a multiprocessor holds at once."""
@@ -23,32 +24,32 @@ class Triton:
     name = "triton"
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Scans with scalar decay, and diagonals, on a GPU."""
+        """Scans with scalar decay, diagonals, and what has a tile form, on a GPU."""
         p = problem
-        if p.target.device != "cuda" and not (p.target.device == "cpu" and environment.triton_interpreted()):
-            return Support.no(f"'triton' runs on CUDA GPUs, and the tensors are on {p.target.device}")
+        if (absent := _no_device(p)) is not None:
+            return absent
         if isinstance(term, Diagonal):
             return Support.yes()
-        if (refusal := reject_scan(term, self.name)) is not None:
-            return refusal
-        assert isinstance(term, Linear)  # reject_scan() refuses the rest
+        if isinstance(term, Quadratic):
+            return tiles.supports(term, p)
         if term.channel is not None:
-            return Support.no("'triton' runs scans whose decay is one number per token and head; 'recurrent' runs per-channel decay")
+            return Support.no("'triton' runs decays of one number per token and head; 'recurrent' runs per-channel decay")
         if p.accumulate == torch.float64:
             return Support.no("'triton' computes in float32 and an input is float64; 'chunked' computes in float64")
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):
             if size > MAX_DIM or size < 1:
                 return Support.no(f"'triton' takes {name} from 1 to {MAX_DIM}, got {size}; 'chunked' has no such limit")
         if term.documents is not None and term.documents.cu_seqlens is None and term.documents.n_segments is None:
-            return Support.no("'triton' needs to know how many documents there are without reading them: give n_segments")
+            return Support.no("'triton' does not read how many documents there are: give n_segments, or use 'chunked'")
         return Support.yes()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
-        if isinstance(term, Diagonal):
+        if isinstance(term, Diagonal | Quadratic):
             return (Config(),)
         if chunk_size is not None and chunk_size not in CHUNKS:
-            return Support.no(f"'triton' has chunks of {', '.join(map(str, sorted(CHUNKS)))} tokens, and chunk_size={chunk_size} was asked for")
+            known = ", ".join(map(str, sorted(CHUNKS)))
+            return Support.no(f"'triton' has chunks of {known} tokens, and chunk_size={chunk_size} was asked for")
         return self._splits(problem, sizes(problem, chunk_size).chunk)
 
     def _splits(self, problem: Problem, size: int) -> Iterator[Config]:
@@ -65,6 +66,8 @@ class Triton:
     def work(self, term: Term, problem: Problem, config: Config) -> Work:
         """A scan is a chain of chunks: as many rounds of them as the device cannot hold at once."""
         p = problem
+        if isinstance(term, Quadratic):
+            return tiles.work(term, p)
         tokens = float(p.batch * p.seqlen)
         touched = tokens * (2 * p.nheads * p.headdim + (p.q_heads + p.k_heads) * p.dstate) * p.dtype.itemsize
         interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
@@ -83,25 +86,26 @@ class Triton:
         """Two launches, or three in segments."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
+        if isinstance(term, Quadratic):
+            return tiles.forward(term, x)
         from .launch import Scan  # importing Triton takes time, and planning does not need it
 
-        assert isinstance(term, Linear)  # supports() refuses the rest
         return Scan(term, x, config).forward()
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """States forward, cotangents of states backward, and what is left by blocks."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
+        if isinstance(term, Quadratic):
+            return tiles.backward(term, x, cotangents)
         from .launch import Scan
 
-        assert isinstance(term, Linear)  # supports() refuses the rest
         return Scan(term, x, config).backward(cotangents)
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""
-        device = problem.target.device
-        if device != "cuda" and not (device == "cpu" and environment.triton_interpreted()):
-            return Support.no(f"'triton' runs on CUDA devices, and q is on {device}; 'recurrent' steps anywhere")
+        if (absent := _no_device(problem)) is not None:
+            return absent
         if problem.accumulate != torch.float32:
             return Support.no("'triton' steps in float32, and an input is float64; convert it, or step with 'recurrent'")
         if problem.dstate > MAX_DIM:
@@ -117,3 +121,11 @@ class Triton:
         from .step import run  # imports triton, which need not be there
 
         run(terms, problem, x)
+
+
+def _no_device(problem: Problem) -> Support | None:
+    """Why there is nothing to run kernels on; None if there is."""
+    device = problem.target.device
+    if device == "cuda" or (device == "cpu" and environment.triton_interpreted()):
+        return None
+    return Support.no(f"'triton' runs on CUDA GPUs, and the tensors are on {device}; the torch backends run anywhere")

@@ -1,0 +1,172 @@
+"""What the tile kernels are launched with: a mask's factors as their arguments, and the sizes of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import config
+from ...ir.problem import Problem
+from ...ir.terms import Quadratic
+from ..base import Inputs
+from .tile_form import read
+from .tile_values import Values, spans, tile_count, tile_table
+
+LOG2E = 1.4426950408889634
+WIDEST = 256
+"""The greatest headdim and dstate that a tile holds."""
+ROWS, COLS = 64, 32
+"""Tokens along the sides of a tile: 64 × 64 in 16 bits, 64 × 32 in 32 bits, where a dot is three and registers are short."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The factors as the kernels read them, for L or for its transpose.
+
+    Attributes:
+        support: (low, high, hole, first row, row to stop at, first column, column to stop at).
+        u, w: exponents of rows and of columns, packed.
+        documents: for rows and for columns, what they share a document with; the tiles follow them.
+        count: of tiles, given their size.
+        tables: of tiles, by their size, once they have been asked for.
+    """
+
+    problem: Problem
+    device: torch.device
+    scale: float
+    support: tuple[int | None, ...]
+    zero: int
+    u: Tensor | None
+    w: Tensor | None
+    rows: Tensor | None
+    cols: Tensor | None
+    lags: Tensor | None
+    entries: Tensor | None
+    documents: tuple[Tensor, Tensor] | None
+    count: Callable[[int], int]
+    tables: dict[int, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(term: Quadratic, x: Inputs, factors: Values) -> Mask:
+        """The mask of a term, from its factors."""
+        p, form = x.problem, read(term.mask, x.problem.seqlen)
+        f = Values(**{s.name: None if (t := getattr(factors, s.name)) is None else t.detach() for s in fields(Values)})
+        exponents = [f.decay_rows, f.decay_cols, f.log_rows, f.log_cols]
+        some = any(t is not None for t in exponents)
+        rows, cols, lags = (None if t is None else t.contiguous() for t in (f.rows, f.cols, f.lags))
+        return Mask(
+            p, x.q.device, x.scale * form.sign, (form.low, form.high, form.hole, *form.rows, *form.cols),
+            p.seqlen if form.zero is None else form.zero,  # a lag that no pair has
+            _packed(f.decay_rows, f.log_rows, f.odd_rows, x) if some else None,
+            _packed(f.decay_cols, f.log_cols, f.odd_cols, x) if some else None,
+            rows, cols, lags, f.entries,
+            spans(form, x.operands, p.seqlen), lambda size: tile_count(form, x.operands, p.seqlen, size),
+        )  # fmt: skip
+
+    def room(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for what is written by tiles of rows; zeros where ids that are not sorted may leave rows out."""
+        make = torch.empty if self.documents is None else torch.zeros
+        return make(shape, dtype=dtype, device=self.device)
+
+    def transposed(self) -> Mask:
+        """The transpose."""
+        low, high, hole, *ranges = self.support
+        assert low is not None and high is not None
+        return replace(
+            self,
+            support=(-high, -low, None if hole is None else -hole, *ranges[2:], *ranges[:2]),
+            zero=self.problem.seqlen if self.zero == self.problem.seqlen else -self.zero,
+            u=self.w, w=self.u, rows=self.cols, cols=self.rows,
+            lags=None if self.lags is None else self.lags.flip(1),
+            entries=None if self.entries is None else self.entries.transpose(2, 3),
+            documents=None if self.documents is None else (self.documents[1], self.documents[0]), tables={},
+        )  # fmt: skip
+
+    def arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """(factors, strides, support) of every kernel."""
+        e, tokens = self.entries, (self.u, self.w, self.rows, self.cols)
+        of_entries = (0, 0, 0, 0, 1) if e is None else (*strides(e), self.problem.nheads // e.shape[1])
+        return (*tokens, self.lags, e), (*[0 if t is None else strides(t)[0] for t in tokens], *of_entries), self.support
+
+    def table(self, size: int) -> tuple[Tensor | None, int, int]:
+        """(table, its stride over batch, tiles) of rows in tiles of a size."""
+        if self.documents is None:
+            return None, 0, -(-self.problem.seqlen // size)
+        if size not in self.tables:
+            self.tables[size] = tile_table(self.documents[0], size, self.count(size))
+        table = self.tables[size]
+        return table, strides(table)[0], table.shape[1]
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Strides, 0 along the batch if there is one for all rows."""
+    return (x.stride(0) if x.shape[0] > 1 else 0, *x.stride()[1:])
+
+
+def _packed(decay: Tensor | None, log: Tensor | None, odd: Tensor | None, x: Inputs) -> Tensor:
+    """Exponents for base 2, as a float32, what is left of the float64 beyond it, and odd logs: [B | 1, H, 3, T]."""
+    parts = [t for t in (decay, log) if t is not None]
+    p = x.problem
+    total = sum(parts[1:], parts[0]) if parts else torch.zeros(1, p.nheads, p.seqlen, dtype=torch.float64, device=x.q.device)
+    total = total * LOG2E
+    high = total.float()
+    none = torch.zeros_like(high) if odd is None else odd.float().expand_as(high)
+    return torch.stack([high, (total - high.double()).float(), none], 2)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The sizes of a launch: rows and columns of a tile, how the two dims are cut into steps, how the dots are done."""
+
+    rows: int
+    cols: int
+    d: tuple[int, int]
+    e: tuple[int, int]
+    dtype: torch.dtype
+    warps: int
+    stages: int
+
+    @staticmethod
+    def fitting(problem: Problem, d: int, e: int, weighs: bool) -> Tile:
+        """A tile for products over d dims, which weigh vectors of e dims or are multiplied by products over e dims."""
+        p = problem
+        exact = p.dtype.itemsize > 2 or (config.triton_interpreted() and p.dtype == torch.bfloat16)  # which has no such dot
+        if exact:  # a dot is three, and takes registers accordingly
+            most = (32, 128 if weighs else 32)
+        else:
+            most = (WIDEST, WIDEST) if weighs and shared_memory(p.target.capability) > 160 * 1024 else (128, 128)
+        d_width, e_width = (min(max(16, power(x)), width) for x, width in zip((d, e), most, strict=True))
+        size = max(16, power(p.seqlen))
+        return Tile(
+            min(ROWS, size), min(COLS if exact else ROWS, size), (d_width, -(-d // d_width)), (e_width, -(-e // e_width)),
+            torch.float32 if exact else p.dtype, 8 if max(d_width, e_width) > 128 else 4, 2,
+        )  # fmt: skip
+
+    def wider(self, stages: int = 2) -> Tile:
+        """The same over more warps, where a program also keeps a sum of tiles."""
+        return replace(self, warps=8, stages=stages) if self.dtype.itemsize == 2 else self
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of every kernel."""
+        import triton.language as tl
+
+        types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+        return {
+            "D_WIDTH": self.d[0], "D_STEPS": self.d[1], "E_WIDTH": self.e[0], "E_STEPS": self.e[1], "DTYPE": types[self.dtype],
+            "PRECISION": "ieee" if self.dtype.itemsize == 2 else "tf32x3", "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
+
+
+def shared_memory(capability: tuple[int, int] | None) -> int:
+    """Bytes of it that a program may have; a GPU that is not known has what every one since 8.0 has."""
+    return {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}.get(capability or (9, 0), 99) * 1024
+
+
+def power(x: int) -> int:
+    """The least power of two that is at least x."""
+    return 1 << max(x - 1, 0).bit_length()
