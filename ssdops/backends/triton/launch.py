@@ -209,7 +209,7 @@ class Scan:
         rows = self.empty(*shape) if u is not None else None
         cols = self.empty(*shape) if w is not None or "log_cols" in x.values else None
         scales = rows is not None or cols is not None
-        sums, through = self.empty(8 if scales else 5, slots, p.nheads, z.block), self.empty(slots, p.nheads)
+        sums, through = self.empty(7 if scales else 4, slots, p.nheads, z.block), self.empty(slots, p.nheads)
         if self.tokens and slots:
             exchange[3 * slots, self.groups, splits](
                 self.q, self.k, self.v, dy, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),

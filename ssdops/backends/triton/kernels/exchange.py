@@ -13,9 +13,10 @@ import triton.language as tl
 from .gradients import chunk_offsets, chunk_sums, weights
 from .rows import first_slot, slot_bounds
 
-ROW, COL, READ, ADD, ACROSS, ROW_ALL, COL_ALL, ACROSS_ALL = (tl.constexpr(index) for index in range(8))
-"""The rows of `sums`: what tokens gather and give within their half of a block, from and to states, and across the halves;
-then the same within and across, with pairs that do not decay, before the token's own scale."""
+ROW, COL, ADD, ACROSS, ROW_ALL, COL_ALL, ACROSS_ALL = (tl.constexpr(index) for index in range(7))
+"""The rows of `sums`: what tokens gather from their half of a block and from the state, what they give to their half, what they
+give to the state, and either across the halves; then gathered, given and across, pairs that do not decay among them, before
+the token's own scale."""
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def exchange(
     Parts 0 and 1 of a block are its halves, with themselves and with the states; part 2 is what passes between the halves.
 
     Args:
-        sums: float32 `[8, blocks, nheads, BLOCK]`, the last three if SCALES.
+        sums: float32 `[7, blocks, nheads, BLOCK]`, the last three if SCALES.
         through: float32 `[blocks, nheads]`.
         SKIP: how far apart tokens have no decay between them.
     """
@@ -86,6 +87,8 @@ def exchange(
             dyt = tl.load(dy + h * dy_h + i[:, None] * dy_t + p[None, :], mask=here[:, None] & inside_p, other=0.0).to(DOT)
             vt = tl.load(v + (h // v_share) * v_h + j[:, None] * v_t + p[None, :], mask=there[:, None] & inside_p, other=0.0).to(DOT)
             pairs = tl.dot(dyt, tl.trans(vt), acc=pairs, input_precision=PRECISION)
+            y = tl.zeros([half, BP], tl.float32)  # what rows read of S, and what columns get of dS
+            dv = tl.zeros([half, BP], tl.float32)
             for n0 in tl.static_range(0, N, BN):
                 n = n0 + tl.arange(0, BN)
                 inside_n = (n < N)[None, :]
@@ -94,16 +97,20 @@ def exchange(
                 st = tl.load(states + place, mask=inside, other=0.0)
                 dst = tl.load(dstates + place, mask=inside, other=0.0)
                 if DECAY:
-                    passed += tl.sum(st.to(tl.float32) * dst.to(tl.float32))
+                    if part == 0:
+                        passed += tl.sum(st.to(tl.float32) * dst.to(tl.float32))
                 if N > BN:
                     qt = tl.load(q + i[:, None] * q_t + n[None, :], mask=here[:, None] & inside_n, other=0.0).to(DOT)
                     kt = tl.load(k + j[:, None] * k_t + n[None, :], mask=there[:, None] & inside_n, other=0.0).to(DOT)
-                size, dsize = 1.0, 1.0
                 if NORMALIZE:  # float16 holds nothing above 65504
                     size, dsize = tl.max(tl.abs(st)) + 1e-30, tl.max(tl.abs(dst)) + 1e-30
-                    st, dst = st / size, dst / dsize
-                read += tl.sum(tl.dot(dyt, st.to(DOT), input_precision=PRECISION) * qt.to(tl.float32), 1) * size
-                added += tl.sum(tl.dot(vt, dst.to(DOT), input_precision=PRECISION) * kt.to(tl.float32), 1) * dsize
+                    y += tl.dot(qt, tl.trans((st / size).to(DOT)), input_precision=PRECISION) * size
+                    dv += tl.dot(kt, tl.trans((dst / dsize).to(DOT)), input_precision=PRECISION) * dsize
+                else:
+                    y = tl.dot(qt, tl.trans(st), acc=y, input_precision=PRECISION)
+                    dv = tl.dot(kt, tl.trans(dst), acc=dv, input_precision=PRECISION)
+            read += tl.sum(y * dyt.to(tl.float32), 1)
+            added += tl.sum(dv * vt.to(tl.float32), 1)
         pairs *= scores.to(tl.float32) * weights(
             i + unmoved, j, r, r_low, offset, c, c_low, j_offset, True, CAUSAL, STRICT, DECAY, EXACT
         )
@@ -118,9 +125,8 @@ def exchange(
                 if part == 0:
                     tl.store(through + slot * nheads64 + h, passed * tl.exp2(end))
             read *= scale
-            tl.store(place + ROW * area + i, gathers)
+            tl.store(place + ROW * area + i, gathers + read * ut)
             tl.store(place + COL * area + j, gives)
-            tl.store(place + READ * area + i, read * ut)
             tl.store(place + ADD * area + j, added * wt)
         else:
             tl.store(place + ACROSS * area + i, gathers)
@@ -162,7 +168,6 @@ def token_gradients(
         real = mask & ((later >= 0) & (later < length))[:, None]
         late = tl.load(place + ROW * area + later[:, None], mask=real, other=0.0)
         late -= tl.load(place + COL * area + later[:, None], mask=real, other=0.0)
-        late += tl.load(place + READ * area + later[:, None], mask=real, other=0.0)
         late += _across(place + ACROSS * area, later, length, real, BLOCK, CAUSAL, True, True)
         real = mask & ((earlier >= 0) & (earlier < length))[:, None]
         early = tl.load(place + ADD * area + earlier[:, None], mask=real, other=0.0)
