@@ -28,13 +28,15 @@ DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: t
 
 @dataclass(frozen=True)
 class Chunks:
-    """What `prepare` gives: scores [slots, groups, L, L], ρ and κ [slots, nheads, L], their end and middle [slots, nheads]."""
+    """What `prepare` gives; its docstring has the shapes."""
 
     scores: Tensor
     rho: Tensor
     kappa: Tensor
     total: Tensor
+    before: Tensor
     center: Tensor
+    block_total: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Scan:
     def common(self) -> dict[str, Any]:
         """The compile-time switches that every kernel shares."""
         return {
-            "L": self.sizes.chunk, "N": self.problem.dstate,
+            "N": self.problem.dstate,
             "DECAY": self.decays, "APART": self.apart, "EXACT": self.dot == torch.float32,
             "PACKED": self.cu is not None, "DOT": DOTS[self.dot], "PRECISION": "tf32x3",
         }  # fmt: skip
@@ -97,25 +99,25 @@ class Scan:
     @cached_property
     def chunks(self) -> Chunks:
         """Scores and sums of log decays of every chunk."""
-        p, t = self.problem, self.term
-        width = self.sizes.chunk * (2 if self.dot == torch.float32 else 1)
-        slots = self.slots
-        rho = self.empty(slots, p.nheads, width) if self.decays else self.q
-        out = Chunks(
-            self.empty(slots, self.groups, self.sizes.chunk, self.sizes.chunk, dtype=self.dot), rho,
-            torch.empty_like(rho) if self.decays and self.apart else rho,
-            *((self.empty(slots, p.nheads) if self.decays else self.q) for _ in range(2)),
-        )  # fmt: skip
+        p, t, z, slots, blocks = self.problem, self.term, self.sizes, self.slots, self._slots(self.sizes.block)
+        scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot)
+        if self.decays:
+            rho = self.empty(blocks, p.nheads, z.block * (2 if self.dot == torch.float32 else 1))
+            kappa = torch.empty_like(rho) if self.apart else rho
+            total, before, center = self.empty(3, slots, p.nheads).unbind(0)
+            out = Chunks(scores, rho, kappa, total, before, center, self.empty(blocks, p.nheads))
+        else:
+            out = Chunks(scores, *(self.q,) * 6)
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
         heads = min(16, triton.next_power_of_2(p.nheads))
         if slots:
             prepare[slots, self.groups + (triton.cdiv(p.nheads, heads) if self.decays else 0)](
                 self.q, self.k, _or(log_a, self.q), _or(log_cols, self.q), _or(self.cu, self.q),
-                out.scores, out.rho, out.kappa, out.total, out.center,
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
+                out.scores, out.rho, out.kappa, out.total, out.before, out.center, out.block_total,
+                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups, blocks,
                 self.groups // p.q_heads, self.groups // p.k_heads,
                 *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
-                BN=self.sizes.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
+                L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
                 LOG_COLS=log_cols is not None, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return out
@@ -139,12 +141,12 @@ class Scan:
             q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
         scan[p.nheads * triton.cdiv(p.headdim, z.rows), self.rows, segments](
             q, k, v, _or(y, nothing), _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-            c.scores, c.rho, c.kappa, c.total, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
+            c.scores, c.rho, c.kappa, c.total, c.before, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
             _or(walk.blocks, nothing), *(parts or (nothing, nothing)),
             max(p.seqlen, 1), self.tokens, p.nheads, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
             triton.cdiv(triton.cdiv(p.seqlen, self.sizes.chunk), segments),
             *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
-            BLOCK=z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
+            L=z.chunk, BLOCK=z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
             FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
             OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
             BLOCKS=walk.blocks is not None, PARTS=first,
@@ -189,7 +191,7 @@ class Scan:
         a, b, x, y = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
         if self.tokens and slots:
             contract[slots, self.groups * tiles, splits](
-                a, b, x, y, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.total, states, out,
+                a, b, x, y, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.block_total, states, out,
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
                 *(p.nheads // tensor.shape[2] for tensor in (a, b, x, y)), self.scale, self.scale if reads else 1.0,
                 triton.cdiv(p.nheads // self.groups, splits),
@@ -213,14 +215,14 @@ class Scan:
         if self.tokens and slots:
             exchange[3 * slots, self.groups, splits](
                 self.q, self.k, self.v, dy, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-                c.rho, c.kappa, c.total, states, dstates, sums, through,
+                c.rho, c.kappa, c.block_total, states, dstates, sums, through,
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
                 p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
                 triton.cdiv(p.nheads // self.groups, splits),
                 *strides(self.q), *strides(self.k), *strides(self.v), *strides(dy), *strides(u), *strides(w),
                 BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=z.state_back, CAUSAL=t.causal, STRICT=t.strict,
                 SKIP=int(t.col_inclusive and not t.row_inclusive), ROWS=u is not None, COLS=w is not None, SCALES=scales,
-                NORMALIZE=self.dot == torch.float16, STAGES=z.stages_back, **self.common, num_warps=z.warps_exchange,
+                NORMALIZE=self.dot == torch.float16, STAGES=z.stages_back, **self.common, TILED=False, num_warps=z.warps_exchange,
             )  # fmt: skip
             heads = min(32, padded(p.nheads))
             token_gradients[slots, triton.cdiv(p.nheads, heads)](

@@ -10,8 +10,9 @@ decays would drown the rest in it.
 import triton
 import triton.language as tl
 
-from .gradients import chunk_offsets, chunk_sums, weights
-from .rows import first_slot, slot_bounds
+from .gradients import log_sums, weights
+from .rows import slot_bounds
+from .tensors import heads_of, load_head, load_state, tile_of
 
 ROW, COL, ADD, ACROSS, ROW_ALL, COL_ALL, ACROSS_ALL = (tl.constexpr(index) for index in range(7))
 """The rows of `sums`: what tokens gather from their half of a block and from the state, what they give to their half, what they
@@ -21,13 +22,13 @@ the token's own scale."""
 
 @triton.jit
 def exchange(
-    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, sums, through,
+    q, k, v, dy, u, w, cu, rho, kappa, block_total, states, dstates, sums, through,
     n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dy_b, dy_t, dy_h, u_b, u_t, u_h, w_b, w_t, w_h,
-    L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, SKIP: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     EXACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SCALES: tl.constexpr, PACKED: tl.constexpr,
-    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """What tokens exchange, head by head. Grid: (blocks · 3, groups, splits of a group's heads).
 
@@ -44,7 +45,7 @@ def exchange(
     if first >= stop:
         return
     batch, t = first // seqlen, first % seqlen
-    base = first_slot(start, row, seqlen, L, PACKED) + (first - start) // L
+    base = slot.to(tl.int64) * nheads
     nheads64, share = nheads.to(tl.int64), nheads // groups
     q += batch * q_b + t * q_t + (g * share // q_share) * q_h
     k += batch * k_b + t * k_t + (g * share // k_share) * k_h
@@ -53,10 +54,16 @@ def exchange(
     u += batch * u_b + t * u_t
     w += batch * w_b + t * w_t
     half: tl.constexpr = BLOCK // 2
+    t0 = t.to(tl.int32)
+    dy_tile = heads_of(dy - t * dy_t, seqlen, nheads, P, dy_t, dy_h, half, BP, TILED)
+    v_tile = heads_of(v - t * v_t, seqlen, nheads // v_share, P, v_t, v_h, half, BP, TILED)
+    rows = (tl.num_programs(0) // 3) * nheads * P
+    s_tile, ds_tile = tile_of(states, rows, N, N, BP, BN, TILED), tile_of(dstates, rows, N, N, BP, BN, TILED)
     late_half: tl.constexpr = half if CAUSAL else 0  # the half that comes later in local time
     apart = part == 2
-    i = tl.arange(0, half) + (late_half if apart else part * half)
-    j = tl.arange(0, half) + (half - late_half if apart else part * half)
+    i0 = late_half if apart else part * half
+    j0 = half - late_half if apart else part * half
+    i, j = i0 + tl.arange(0, half), j0 + tl.arange(0, half)
     here, there = i < stop - first, j < stop - first
     scores = tl.zeros([half, half], tl.float32)
     for n0 in tl.static_range(0, N, BN):
@@ -71,12 +78,11 @@ def exchange(
     for hh in tl.range(split * per_split, tl.minimum((split + 1) * per_split, share), num_stages=STAGES):
         h = g * share + hh
         unmoved = tl.minimum(hh, 0)  # 0, as no compiler knows: hoisted comparisons of tiles would take every register
-        r, r_low, offset, j_offset, end, c, c_low = ones, ones, ones, ones, 0.0, ones, ones
+        r, r_low, c, c_low, end = ones, ones, ones, ones, 0.0
         if DECAY:
-            end, offset = chunk_offsets(total, base, h, nheads64, first, stop, i, L, BLOCK, CAUSAL)
-            _, j_offset = chunk_offsets(total, base, h, nheads64, first, stop, j, L, BLOCK, CAUSAL)
-            r, r_low = chunk_sums(rho, base, h, nheads64, i, here, L, EXACT)
-            c, c_low = chunk_sums(kappa, base, h, nheads64, j, there, L, EXACT)
+            r, r_low = log_sums(rho, base + h, i, here, BLOCK, EXACT)
+            c, c_low = log_sums(kappa, base + h, j, there, BLOCK, EXACT)
+            end = tl.load(block_total + base + h)
         ut = tl.load(u + i * u_t + h * u_h, mask=here, other=0.0).to(tl.float32) if ROWS else ones
         wt = tl.load(w + j * w_t + h * w_h, mask=there, other=0.0).to(tl.float32) if COLS else ones
         pairs = tl.zeros([half, half], tl.float32)
@@ -84,21 +90,18 @@ def exchange(
         for p0 in tl.static_range(0, P, BP):
             p = p0 + tl.arange(0, BP)
             inside_p = (p < P)[None, :]
-            dyt = tl.load(dy + h * dy_h + i[:, None] * dy_t + p[None, :], mask=here[:, None] & inside_p, other=0.0).to(DOT)
-            vt = tl.load(v + (h // v_share) * v_h + j[:, None] * v_t + p[None, :], mask=there[:, None] & inside_p, other=0.0).to(DOT)
+            dyt = load_head(dy_tile, dy, t0 + i0, h, p0, i, p, dy_t, dy_h, here, inside_p, TILED).to(DOT)
+            vt = load_head(v_tile, v, t0 + j0, h // v_share, p0, j, p, v_t, v_h, there, inside_p, TILED).to(DOT)
             pairs = tl.dot(dyt, tl.trans(vt), acc=pairs, input_precision=PRECISION)
             y = tl.zeros([half, BP], tl.float32)  # what rows read of S, and what columns get of dS
             dv = tl.zeros([half, BP], tl.float32)
+            both = tl.zeros([BP, BP], tl.float32)
             for n0 in tl.static_range(0, N, BN):
                 n = n0 + tl.arange(0, BN)
                 inside_n = (n < N)[None, :]
                 inside = (p < P)[:, None] & inside_n & (part < 2)
-                place = (slot.to(tl.int64) * nheads64 + h) * P * N + p[:, None] * N + n[None, :]
-                st = tl.load(states + place, mask=inside, other=0.0)
-                dst = tl.load(dstates + place, mask=inside, other=0.0)
-                if DECAY:
-                    if part == 0:
-                        passed += tl.sum(st.to(tl.float32) * dst.to(tl.float32))
+                st = load_state(s_tile, states, base + h, p0, n0, p, n, P, N, inside, TILED)
+                dst = load_state(ds_tile, dstates, base + h, p0, n0, p, n, P, N, inside, TILED)
                 if N > BN:
                     qt = tl.load(q + i[:, None] * q_t + n[None, :], mask=here[:, None] & inside_n, other=0.0).to(DOT)
                     kt = tl.load(k + j[:, None] * k_t + n[None, :], mask=there[:, None] & inside_n, other=0.0).to(DOT)
@@ -106,24 +109,27 @@ def exchange(
                     size, dsize = tl.max(tl.abs(st)) + 1e-30, tl.max(tl.abs(dst)) + 1e-30
                     y += tl.dot(qt, tl.trans((st / size).to(DOT)), input_precision=PRECISION) * size
                     dv += tl.dot(kt, tl.trans((dst / dsize).to(DOT)), input_precision=PRECISION) * dsize
+                    both = tl.dot(st, tl.trans(dst), acc=both, input_precision=PRECISION)
                 else:
                     y = tl.dot(qt, tl.trans(st), acc=y, input_precision=PRECISION)
                     dv = tl.dot(kt, tl.trans(dst), acc=dv, input_precision=PRECISION)
+                    both = tl.dot(st, tl.trans(dst), acc=both, input_precision=PRECISION)
+            if DECAY:  # ⟨dS, S⟩ is a trace: on tensor cores neither takes registers
+                passed += tl.sum(tl.where(p[:, None] + unmoved == p[None, :], both, 0.0))
             read += tl.sum(y * dyt.to(tl.float32), 1)
             added += tl.sum(dv * vt.to(tl.float32), 1)
-        pairs *= scores.to(tl.float32) * weights(
-            i + unmoved, j, r, r_low, offset, c, c_low, j_offset, True, CAUSAL, STRICT, DECAY, EXACT
-        )
-        place = sums + (slot * nheads64 + h) * BLOCK
+        pairs *= weights(i + unmoved, j, r, r_low, c, c_low, True, CAUSAL, STRICT, DECAY, EXACT)
+        pairs *= scores.to(tl.float32)
+        place = sums + (base + h) * BLOCK
         ahead = i[:, None] + unmoved - j[None, :] if CAUSAL else j[None, :] + unmoved - i[:, None]
         moved = tl.where(ahead > SKIP, pairs, 0.0)
         gathers, gives = tl.sum(moved * wt[None, :], 1) * ut, tl.sum(moved * ut[:, None], 0) * wt
         if part < 2:
             if DECAY:
-                read *= tl.exp2(r + offset + r_low if EXACT else r + offset)
-                added *= tl.exp2((end - c - j_offset) - c_low if EXACT else end - c - j_offset)
+                read *= tl.exp2(r + r_low if EXACT else r)
+                added *= tl.exp2((end - c) - c_low if EXACT else end - c)
                 if part == 0:
-                    tl.store(through + slot * nheads64 + h, passed * tl.exp2(end))
+                    tl.store(through + base + h, passed * tl.exp2(end))
             read *= scale
             tl.store(place + ROW * area + i, gathers + read * ut)
             tl.store(place + COL * area + j, gives)

@@ -14,15 +14,15 @@ be an operand of another (DESIGN.md, decision 4).
 import triton
 import triton.language as tl
 
-from .rows import first_slot, slot_bounds
+from .rows import slot_bounds
 
 
 @triton.jit
 def contract(
-    a, b, x, z, u, w, cu, rho, kappa, total, states, out,
+    a, b, x, z, u, w, cu, rho, kappa, block_total, states, out,
     n_rows, seqlen, tokens, nheads, groups, a_share, b_share, x_share, z_share, scale, row_scale, per_split,
     a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h, z_b, z_t, z_h, u_b, u_t, u_h, w_b, w_t, w_h,
-    L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     EXACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, NORMALIZE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -44,10 +44,10 @@ def contract(
     if first >= stop:
         return
     batch, t = first // seqlen, first % seqlen
-    base = first_slot(start, row, seqlen, L, PACKED) + (first - start) // L
+    base = slot.to(tl.int64) * nheads
     i, half = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
     here, there = i < stop - first, BLOCK // 2 + half < stop - first  # `there` is of the second half
-    nheads64, share = nheads.to(tl.int64), nheads // groups
+    share = nheads // groups
     b += batch * b_b + t * b_t + (g * share // b_share) * b_h
     x += batch * x_b + t * x_t
     z += batch * z_b + t * z_t
@@ -61,12 +61,11 @@ def contract(
         h = g * share + hh
         unmoved = tl.minimum(hh, 0)  # 0, as no compiler knows: hoisted comparisons of tiles would take every register
         by_state = tl.full([BLOCK], 1.0, tl.float32) * row_scale
-        r, r_low, offset = by_state, by_state, by_state
+        r, r_low = by_state, by_state
         if DECAY:
-            end, offset = chunk_offsets(total, base, h, nheads64, first, stop, i, L, BLOCK, CAUSAL)
-            mine = rho if READS else kappa
-            r, r_low = chunk_sums(mine, base, h, nheads64, i, here, L, EXACT)
-            through = r + offset if READS else end - r - offset
+            r, r_low = log_sums(rho if READS else kappa, base + h, i, here, BLOCK, EXACT)
+            end = tl.load(block_total + base + h)
+            through = r if READS else end - r
             if EXACT:
                 through = through + r_low if READS else through - r_low
             by_state *= tl.exp2(through)
@@ -83,7 +82,7 @@ def contract(
             xt = tl.load(xh + i[:, None] * x_t + p[None, :], mask=here[:, None] & inside_p, other=0.0).to(DOT)
             z_first = tl.load(zh + half[:, None] * z_t + p[None, :], mask=(half < stop - first)[:, None] & inside_p, other=0.0).to(DOT)
             z_second = tl.load(zh + (BLOCK // 2 + half)[:, None] * z_t + p[None, :], mask=there[:, None] & inside_p, other=0.0).to(DOT)
-            place = (slot.to(tl.int64) * nheads64 + h) * P * N + p[:, None] * N + n[None, :]
+            place = (base + h) * P * N + p[:, None] * N + n[None, :]
             st = tl.load(states + place, mask=(p < P)[:, None] & inside_n, other=0.0)
             if NORMALIZE:  # float16 holds nothing above 65504
                 size = tl.max(tl.abs(st)) + 1e-30
@@ -92,12 +91,12 @@ def contract(
                 weighted = (xt.to(tl.float32) * by_state[:, None]).to(DOT)
                 total_out = tl.dot(weighted, st, acc=total_out, input_precision=PRECISION)
             first_half += tl.dot(xt, tl.trans(z_first), input_precision=PRECISION) * _column_weights(
-                rho, kappa, total, u, w, base, h, nheads64, first, stop, i + unmoved, half, r, r_low, offset, own,
-                u_t, u_h, w_t, w_h, L, BLOCK, READS, CAUSAL, STRICT, DECAY, EXACT, ROWS, COLS,
+                kappa if READS else rho, u, w, base, h, first, stop, i + unmoved, half, r, r_low, own,
+                u_t, u_h, w_t, w_h, BLOCK, READS, CAUSAL, STRICT, DECAY, EXACT, ROWS, COLS,
             )  # fmt: skip
             second_half += tl.dot(xt, tl.trans(z_second), input_precision=PRECISION) * _column_weights(
-                rho, kappa, total, u, w, base, h, nheads64, first, stop, i + unmoved, BLOCK // 2 + half, r, r_low, offset, own,
-                u_t, u_h, w_t, w_h, L, BLOCK, READS, CAUSAL, STRICT, DECAY, EXACT, ROWS, COLS,
+                kappa if READS else rho, u, w, base, h, first, stop, i + unmoved, BLOCK // 2 + half, r, r_low, own,
+                u_t, u_h, w_t, w_h, BLOCK, READS, CAUSAL, STRICT, DECAY, EXACT, ROWS, COLS,
             )  # fmt: skip
     bt = tl.load(b + half[:, None] * b_t + n[None, :], mask=(half < stop - first)[:, None] & inside_n, other=0.0).to(DOT)
     total_out = tl.dot((first_half * scale).to(DOT), bt, acc=total_out, input_precision=PRECISION)
@@ -109,17 +108,15 @@ def contract(
 
 @triton.jit
 def _column_weights(
-    rho, kappa, total, u, w, base, h, nheads64, first, stop, i, j, r, r_low, offset, own, u_t, u_h, w_t, w_h,
-    L: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
+    sums, u, w, base, h, first, stop, i, j, r, r_low, own, u_t, u_h, w_t, w_h,
+    BLOCK: tl.constexpr, READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """W of rows i, given their sums and scales, and of columns j."""
-    c, c_low, j_offset = r, r, r
-    there = j < stop - first
+    """W of rows i, given their sums and scales, and of columns j, whose sums and scales are read."""
+    c, c_low, there = r, r, j < stop - first
     if DECAY:
-        _, j_offset = chunk_offsets(total, base, h, nheads64, first, stop, j, L, BLOCK, CAUSAL)
-        c, c_low = chunk_sums(kappa if READS else rho, base, h, nheads64, j, there, L, EXACT)
-    weight = weights(i, j, r, r_low, offset, c, c_low, j_offset, READS, CAUSAL, STRICT, DECAY, EXACT)
+        c, c_low = log_sums(sums, base + h, j, there, BLOCK, EXACT)
+    weight = weights(i, j, r, r_low, c, c_low, READS, CAUSAL, STRICT, DECAY, EXACT)
     if ROWS or COLS:
         weight *= own[:, None]
     if ROWS and not READS:
@@ -131,7 +128,7 @@ def _column_weights(
 
 @triton.jit
 def weights(
-    i, j, r, r_low, offset, c, c_low, j_offset,
+    i, j, r, r_low, c, c_low,
     READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """exp(ρ − κ) of rows i and columns j, zero where rows see nothing; r is ρ or κ of the rows, c the other of the columns."""
@@ -140,7 +137,7 @@ def weights(
     else:
         sees = i[:, None] < j[None, :] if STRICT else i[:, None] <= j[None, :]
     if DECAY:
-        gap = r[:, None] - c[None, :] + (offset[:, None] - j_offset[None, :])
+        gap = r[:, None] - c[None, :]
         if EXACT:
             gap += r_low[:, None] - c_low[None, :]
         weight = tl.exp2(tl.where(sees, gap if READS else -gap, float("-inf")))  # elsewhere gap may overflow
@@ -150,20 +147,9 @@ def weights(
 
 
 @triton.jit
-def chunk_offsets(
-    total, base, h, nheads64, first, stop, i, L: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr
-):  # fmt: skip
-    """The log decay of a block, and of what comes before each token's own chunk in it, in local time."""
-    c = tl.arange(0, BLOCK // L)
-    ends = tl.load(total + (base + c) * nheads64 + h, mask=first + c * L < stop, other=0.0)
-    before = c[None, :] < (i // L)[:, None] if CAUSAL else c[None, :] > (i // L)[:, None]
-    return tl.sum(ends, 0), tl.sum(tl.where(before, ends[None, :], 0.0), 1)
-
-
-@triton.jit
-def chunk_sums(x, base, h, nheads64, i, mask, L: tl.constexpr, EXACT: tl.constexpr):
-    """ρ or κ of tokens of a block from their chunks' starts, high and low part."""
-    place = ((base + i // L) * nheads64 + h) * (2 * L if EXACT else L) + i % L
+def log_sums(x, head, i, mask, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """ρ or κ of tokens i of a block, high and low part; `head` counts heads through all blocks."""
+    place = head * (2 * BLOCK if EXACT else BLOCK) + i
     high = tl.load(x + place, mask=mask, other=0.0)
-    low = tl.load(x + place + L, mask=mask, other=0.0) if EXACT else high
+    low = tl.load(x + place + BLOCK, mask=mask, other=0.0) if EXACT else high
     return high, low

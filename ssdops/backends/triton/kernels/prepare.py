@@ -3,77 +3,107 @@
 import triton
 import triton.language as tl
 
-from .rows import slot_bounds
+from .rows import first_slot, slot_bounds
 
 
 @triton.jit
 def prepare(
-    q, k, log_a, log_cols, cu, scores, rho, kappa, total, center,
-    n_rows, seqlen, tokens, nheads, groups, q_share, k_share,
+    q, k, log_a, log_cols, cu, scores, rho, kappa, total, before, center, block_total,
+    n_rows, seqlen, tokens, nheads, groups, blocks, q_share, k_share,
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h,
-    L: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
+    L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
     DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
     PACKED: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores K Qᵀ under the mask's triangle, [slots, groups, L_j, L_i]; ρ and κ in units of log 2, and their end E.
+    """Scores K Qᵀ of chunks under the mask's triangle; sums of log decays of blocks, in units of log 2.
 
-    A program computes either the scores of one group, or the sums of HEADS heads, of one chunk. Sums are taken in local time
-    from the chunk's start. In float32 they come in two parts, high and low, as differences of rounded sums lose digits. The
-    center of a chunk is what all its ρ and κ are within SPAN of, or 1e30 if there is no such number.
+    Grid: (chunks, groups + parts of HEADS heads): a program has the scores of a chunk and a group, or the sums of a block (there
+    are fewer of those) and a part.
+
+    Args:
+        scores: `[chunks, groups, L_j, L_i]`.
+        rho, kappa: `[blocks, nheads, BLOCK]`, from the block's start in local time. In float32 they come in two parts, high and
+            low, `[blocks, nheads, 2, BLOCK]`, as differences of rounded sums lose digits.
+        total, before: `[chunks, nheads]`, the sum of a chunk, and of what comes before it in its block, in local time.
+        center: `[chunks, nheads]`, what all ρ and κ of a chunk, from its own start, are within SPAN of; 1e30 if nothing is.
+        block_total: `[blocks, nheads]`.
     """
     slot, part = tl.program_id(0), tl.program_id(1)
-    row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, L, PACKED)
-    if first >= stop:
-        return
-    b, i = first // seqlen, tl.arange(0, L)
-    t, inside = first % seqlen, first + i < stop
-    slot = slot.to(tl.int64)
     if part < groups:
-        q += b * q_b + t * q_t + (part // q_share) * q_h
-        k += b * k_b + t * k_t + (part // k_share) * k_h
-        acc = tl.zeros([L, L], tl.float32)
-        for n0 in tl.static_range(0, N, BN):
-            n = n0 + tl.arange(0, BN)
-            real = inside[:, None] & (n < N)[None, :]
-            qt = tl.load(q + i[:, None] * q_t + n[None, :], mask=real, other=0.0).to(DOT)
-            kt = tl.load(k + i[:, None] * k_t + n[None, :], mask=real, other=0.0).to(DOT)
-            acc = tl.dot(kt, tl.trans(qt), acc=acc, input_precision=PRECISION)  # [L_j, L_i]
-        late, early = (i[None, :], i[:, None]) if CAUSAL else (i[:, None], i[None, :])
-        acc = tl.where(late > early if STRICT else late >= early, acc, 0.0)
-        scores += (slot * groups + part) * L * L
-        tl.store(scores + i[:, None] * L + i[None, :], acc.to(DOT))
-    else:
-        h = (part - groups) * HEADS + tl.arange(0, HEADS)
-        mask = inside[:, None] & (h < nheads)[None, :]
-        wide = tl.float64 if EXACT else tl.float32
-        d = tl.zeros([L, HEADS], wide)
-        if DECAY:
-            log_a += b * a_b + t * a_t
-            d = tl.load(log_a + i[:, None] * a_t + h[None, :] * a_h, mask=mask, other=0.0).to(wide) * 1.4426950408889634
-        inclusive = tl.cumsum(d, 0, reverse=not CAUSAL)
-        r = inclusive if ROW_INCLUSIVE else inclusive - d
-        c = inclusive if COL_INCLUSIVE else inclusive - d
-        if LOG_COLS:
-            log_cols += b * z_b + t * z_t
-            z = tl.load(log_cols + i[:, None] * z_t + h[None, :] * z_h, mask=mask, other=0.0)
-            c -= z.to(wide) * 1.4426950408889634
-        width: tl.constexpr = 2 * L if EXACT else L
-        base = slot * nheads + h
-        place = base[None, :] * width + i[:, None]
-        mask = (h < nheads)[None, :] & (i < L)[:, None]
-        _store_sums(rho, place, r, mask, L, EXACT)
-        if APART:
-            _store_sums(kappa, place, c, mask, L, EXACT)
-        tl.store(total + base, tl.sum(d, 0).to(tl.float32), mask=h < nheads)
-        high, low = tl.maximum(tl.max(r, 0), tl.max(c, 0)).to(tl.float32), tl.minimum(tl.min(r, 0), tl.min(c, 0)).to(tl.float32)
-        middle = tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30)
-        tl.store(center + base, middle, mask=h < nheads)
+        row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, L, PACKED)
+        if first < stop:
+            b, t, i = first // seqlen, first % seqlen, tl.arange(0, L)
+            q += b * q_b + t * q_t + (part // q_share) * q_h
+            k += b * k_b + t * k_t + (part // k_share) * k_h
+            acc = tl.zeros([L, L], tl.float32)
+            for n0 in tl.static_range(0, N, BN):
+                n = n0 + tl.arange(0, BN)
+                inside = (first + i < stop)[:, None] & (n < N)[None, :]
+                qt = tl.load(q + i[:, None] * q_t + n[None, :], mask=inside, other=0.0).to(DOT)
+                kt = tl.load(k + i[:, None] * k_t + n[None, :], mask=inside, other=0.0).to(DOT)
+                acc = tl.dot(kt, tl.trans(qt), acc=acc, input_precision=PRECISION)  # [L_j, L_i]
+            late, early = (i[None, :], i[:, None]) if CAUSAL else (i[:, None], i[None, :])
+            acc = tl.where(late > early if STRICT else late >= early, acc, 0.0)
+            scores += (slot.to(tl.int64) * groups + part) * L * L
+            tl.store(scores + i[:, None] * L + i[None, :], acc.to(DOT))
+    elif slot < blocks:
+        row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+        if first < stop:
+            chunk0 = first_slot(start, row, seqlen, L, PACKED) + (first - start) // L
+            b, t = first // seqlen, first % seqlen
+            _sum_logs(
+                log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, before, center, block_total,
+                slot.to(tl.int64), chunk0, (stop - first).to(tl.int32), (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
+                L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, EXACT, SPAN,
+            )  # fmt: skip
 
 
 @triton.jit
-def _store_sums(to, place, x, mask, L: tl.constexpr, EXACT: tl.constexpr):
+def _sum_logs(
+    log_a, log_cols, rho, kappa, total, before, center, block_total,
+    block, chunk0, length, h0, nheads, a_t, a_h, z_t, z_h,
+    L: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
+    COL_INCLUSIVE: tl.constexpr, DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    chunks: tl.constexpr = BLOCK // L
+    i, h = tl.arange(0, BLOCK), h0 + tl.arange(0, HEADS)
+    real = (i < length)[:, None] & (h < nheads)[None, :]
+    wide = tl.float64 if EXACT else tl.float32
+    d = tl.zeros([BLOCK, HEADS], wide)
+    if DECAY:
+        d = tl.load(log_a + i[:, None] * a_t + h[None, :] * a_h, mask=real, other=0.0).to(wide) * 1.4426950408889634
+    inclusive = tl.cumsum(d, 0, reverse=not CAUSAL)
+    r = inclusive if ROW_INCLUSIVE else inclusive - d
+    c = inclusive if COL_INCLUSIVE else inclusive - d
+    if LOG_COLS:
+        z = tl.load(log_cols + i[:, None] * z_t + h[None, :] * z_h, mask=real, other=0.0)
+        c -= z.to(wide) * 1.4426950408889634
+    width: tl.constexpr = 2 * BLOCK if EXACT else BLOCK
+    place = (block * nheads + h)[None, :] * width + i[:, None]
+    inside = (h < nheads)[None, :] & (i < BLOCK)[:, None]
+    _store_sums(rho, place, r, inside, BLOCK, EXACT)
+    if APART:
+        _store_sums(kappa, place, c, inside, BLOCK, EXACT)
+    tl.store(block_total + block * nheads + h, tl.sum(d, 0).to(tl.float32), mask=h < nheads)
+    m = tl.arange(0, chunks)
+    ends = tl.sum(tl.reshape(d, [chunks, L, HEADS]), 1)
+    past = tl.cumsum(ends, 0, reverse=not CAUSAL) - ends
+    r = tl.reshape(r, [chunks, L, HEADS]) - past[:, None, :]
+    c = tl.reshape(c, [chunks, L, HEADS]) - past[:, None, :]
+    high = tl.maximum(tl.max(r, 1), tl.max(c, 1)).to(tl.float32)
+    low = tl.minimum(tl.min(r, 1), tl.min(c, 1)).to(tl.float32)
+    place = (chunk0 + m)[:, None] * nheads + h[None, :]
+    inside = (m * L < length)[:, None] & (h < nheads)[None, :]
+    tl.store(total + place, ends.to(tl.float32), mask=inside)
+    tl.store(before + place, past.to(tl.float32), mask=inside)
+    tl.store(center + place, tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30), mask=inside)
+
+
+@triton.jit
+def _store_sums(to, place, x, mask, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     high = x.to(tl.float32)
     tl.store(to + place, high, mask=mask)
     if EXACT:
-        tl.store(to + place + L, (x - high.to(tl.float64)).to(tl.float32), mask=mask)
+        tl.store(to + place + BLOCK, (x - high.to(tl.float64)).to(tl.float32), mask=mask)
