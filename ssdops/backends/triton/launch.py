@@ -151,7 +151,8 @@ class Scan:
             OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
             BLOCKS=walk.blocks is not None, PARTS=first,
             SEGMENTS=parts is not None and not first, FACTORED=y is not None and self.dot == torch.bfloat16,
-            NORMALIZE=self.dot == torch.float16, STAGES=z.stages, **self.common, num_warps=4, maxnreg=z.registers if y is not None and not walk.transposed else None,
+            NORMALIZE=self.dot == torch.float16, STAGES=z.stages, **self.common, num_warps=z.warps_back if walk.blocks is not None else 4,
+            maxnreg=z.registers if y is not None and not walk.transposed else None,
         )  # fmt: skip
 
     # --- passes ---------------------------------------------------------------------------------------------------------
@@ -211,9 +212,9 @@ class Scan:
         rows = self.empty(*shape) if u is not None else None
         cols = self.empty(*shape) if w is not None or "log_cols" in x.values else None
         scales = rows is not None or cols is not None
-        sums, through = self.empty(7 if scales else 4, slots, p.nheads, z.block), self.empty(slots, p.nheads)
+        sums, through = self.empty(5 if scales else 3, slots, p.nheads, z.block), self.empty(slots, p.nheads)
         if self.tokens and slots:
-            exchange[3 * slots, self.groups, splits](
+            exchange[slots, self.groups, splits](
                 self.q, self.k, self.v, dy, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
                 c.rho, c.kappa, c.block_total, states, dstates, sums, through,
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
@@ -222,7 +223,7 @@ class Scan:
                 *strides(self.q), *strides(self.k), *strides(self.v), *strides(dy), *strides(u), *strides(w),
                 BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=z.state_back, CAUSAL=t.causal, STRICT=t.strict,
                 SKIP=int(t.col_inclusive and not t.row_inclusive), ROWS=u is not None, COLS=w is not None, SCALES=scales,
-                NORMALIZE=self.dot == torch.float16, STAGES=z.stages_back, **self.common, TILED=False, num_warps=z.warps_exchange,
+                NORMALIZE=self.dot == torch.float16, STAGES=z.stages_exchange, **self.common, num_warps=8,
             )  # fmt: skip
             heads = min(32, padded(p.nheads))
             token_gradients[slots, triton.cdiv(p.nheads, heads)](

@@ -26,7 +26,8 @@ class Sizes:
         state: columns of the state, of dstate, in its first part; the rest, if any, is a second part.
         state_back: columns of dstate that the backward pass takes at once.
         stages, stages_back: how many chunks, or heads, are in flight.
-        warps_exchange: of a program of `exchange`.
+        warps_back: of a program of the backward pass's scans.
+        stages_exchange: heads in flight in `exchange`.
         registers: the most that a thread of the forward scan may take; None is no limit.
     """
 
@@ -38,7 +39,8 @@ class Sizes:
     state_back: int
     stages: int
     stages_back: int
-    warps_exchange: int
+    warps_back: int
+    stages_exchange: int
     registers: int | None
 
 
@@ -47,8 +49,9 @@ def sizes(problem: Problem, chunk: int | None) -> Sizes:
     p, n = padded(problem.headdim), padded(problem.dstate)
     if problem.dtype == torch.float32:
         chunk = chunk or (32 if n <= 128 else 16)
-        return Sizes(chunk, max(64, chunk), 16, min(p, 32), min(n, 128), min(n, 32), 2, 1, 8, None)
-    return Sizes(chunk or CHUNKS[0], 128, min(p, 64), min(p, 64), min(n, 128), min(n, 128), 3, 2, 8, 168 if n <= 128 else None)
+        return Sizes(chunk, max(64, chunk), 16, min(p, 32), min(n, 128), min(n, 32), 2, 1, 4, 1, None)
+    wide = 4 if n <= 128 else 8
+    return Sizes(chunk or CHUNKS[0], 128, min(p, 64), min(p, 64), min(n, 128), min(n, 128), 3, 2, wide, 2 if p <= 64 and n <= 128 else 1, 168 if n <= 128 else None)
 
 
 def padded(dim: int) -> int:

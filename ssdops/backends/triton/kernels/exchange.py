@@ -12,12 +12,10 @@ import triton.language as tl
 
 from .gradients import log_sums, weights
 from .rows import slot_bounds
-from .tensors import heads_of, load_head, load_state, tile_of
 
-ROW, COL, ADD, ACROSS, ROW_ALL, COL_ALL, ACROSS_ALL = (tl.constexpr(index) for index in range(7))
-"""The rows of `sums`: what tokens gather from their half of a block and from the state, what they give to their half, what they
-give to the state, and either across the halves; then gathered, given and across, pairs that do not decay among them, before
-the token's own scale."""
+ROW, COL, ADD, ROW_ALL, COL_ALL = (tl.constexpr(index) for index in range(5))
+"""The rows of `sums`: what tokens gather from their block and the state, what they give to their block, and to the state; then
+gathered and given with the pairs that do not decay, before the token's own scale."""
 
 
 @triton.jit
@@ -28,123 +26,136 @@ def exchange(
     BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, SKIP: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     EXACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SCALES: tl.constexpr, PACKED: tl.constexpr,
-    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TILED: tl.constexpr,
+    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What tokens exchange, head by head. Grid: (blocks · 3, groups, splits of a group's heads).
-
-    Parts 0 and 1 of a block are its halves, with themselves and with the states; part 2 is what passes between the halves.
+    """What tokens exchange, head by head. Grid: (blocks, groups, splits of a group's heads).
 
     Args:
-        sums: float32 `[7, blocks, nheads, BLOCK]`, the last three if SCALES.
+        sums: float32 `[5, blocks, nheads, BLOCK]`, the last two if SCALES.
         through: float32 `[blocks, nheads]`.
         SKIP: how far apart tokens have no decay between them.
     """
-    slot, part = tl.program_id(0) // 3, tl.program_id(0) % 3
-    g, split = tl.program_id(1), tl.program_id(2)
+    slot, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
     if first >= stop:
         return
     batch, t = first // seqlen, first % seqlen
     base = slot.to(tl.int64) * nheads
-    nheads64, share = nheads.to(tl.int64), nheads // groups
+    share = nheads // groups
     q += batch * q_b + t * q_t + (g * share // q_share) * q_h
     k += batch * k_b + t * k_t + (g * share // k_share) * k_h
     v += batch * v_b + t * v_t
     dy += batch * dy_b + t * dy_t
     u += batch * u_b + t * u_t
     w += batch * w_b + t * w_t
-    half: tl.constexpr = BLOCK // 2
-    t0 = t.to(tl.int32)
-    dy_tile = heads_of(dy - t * dy_t, seqlen, nheads, P, dy_t, dy_h, half, BP, TILED)
-    v_tile = heads_of(v - t * v_t, seqlen, nheads // v_share, P, v_t, v_h, half, BP, TILED)
-    rows = (tl.num_programs(0) // 3) * nheads * P
-    s_tile, ds_tile = tile_of(states, rows, N, N, BP, BN, TILED), tile_of(dstates, rows, N, N, BP, BN, TILED)
-    late_half: tl.constexpr = half if CAUSAL else 0  # the half that comes later in local time
-    apart = part == 2
-    i0 = late_half if apart else part * half
-    j0 = half - late_half if apart else part * half
-    i, j = i0 + tl.arange(0, half), j0 + tl.arange(0, half)
-    here, there = i < stop - first, j < stop - first
-    scores = tl.zeros([half, half], tl.float32)
+    i, half = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
+    here = i < stop - first
+    near = tl.zeros([BLOCK, BLOCK // 2], tl.float32)  # scores with the first half of the columns, and with the second
+    far = tl.zeros([BLOCK, BLOCK // 2], tl.float32)
     for n0 in tl.static_range(0, N, BN):
         n = n0 + tl.arange(0, BN)
         inside_n = (n < N)[None, :]
         qt = tl.load(q + i[:, None] * q_t + n[None, :], mask=here[:, None] & inside_n, other=0.0).to(DOT)
-        kt = tl.load(k + j[:, None] * k_t + n[None, :], mask=there[:, None] & inside_n, other=0.0).to(DOT)
-        scores = tl.dot(qt, tl.trans(kt), acc=scores, input_precision=PRECISION)
-    scores = (scores * scale).to(DOT)
-    area = (tl.num_programs(0) // 3).to(tl.int64) * nheads64 * BLOCK
-    ones = tl.full([half], 1.0, tl.float32)
+        k_near = _columns(k, half, n, k_t, stop - first, inside_n).to(DOT)
+        near = tl.dot(qt, tl.trans(k_near), acc=near, input_precision=PRECISION)
+        k_far = _columns(k, BLOCK // 2 + half, n, k_t, stop - first, inside_n).to(DOT)
+        far = tl.dot(qt, tl.trans(k_far), acc=far, input_precision=PRECISION)
+    near, far = (near * scale).to(DOT), (far * scale).to(DOT)
+    area = tl.num_programs(0).to(tl.int64) * nheads * BLOCK
+    ones = tl.full([BLOCK], 1.0, tl.float32)
+    half_ones = tl.full([BLOCK // 2], 1.0, tl.float32)
     for hh in tl.range(split * per_split, tl.minimum((split + 1) * per_split, share), num_stages=STAGES):
         h = g * share + hh
-        unmoved = tl.minimum(hh, 0)  # 0, as no compiler knows: hoisted comparisons of tiles would take every register
-        r, r_low, c, c_low, end = ones, ones, ones, ones, 0.0
+        unmoved = tl.minimum(hh, 0)  # 0, as no compiler knows: what is hoisted out of the loop would take every register
+        r, r_low, end = ones, ones, 0.0
         if DECAY:
             r, r_low = log_sums(rho, base + h, i, here, BLOCK, EXACT)
-            c, c_low = log_sums(kappa, base + h, j, there, BLOCK, EXACT)
             end = tl.load(block_total + base + h)
         ut = tl.load(u + i * u_t + h * u_h, mask=here, other=0.0).to(tl.float32) if ROWS else ones
-        wt = tl.load(w + j * w_t + h * w_h, mask=there, other=0.0).to(tl.float32) if COLS else ones
-        pairs = tl.zeros([half, half], tl.float32)
-        read, added, passed = tl.zeros([half], tl.float32), tl.zeros([half], tl.float32), 0.0
+        vh, dyh = v + (h // v_share) * v_h, dy + h * dy_h
+        place = sums + (base + h) * BLOCK
+        read, passed = tl.zeros([BLOCK], tl.float32), 0.0
         for p0 in tl.static_range(0, P, BP):
             p = p0 + tl.arange(0, BP)
-            inside_p = (p < P)[None, :]
-            dyt = load_head(dy_tile, dy, t0 + i0, h, p0, i, p, dy_t, dy_h, here, inside_p, TILED).to(DOT)
-            vt = load_head(v_tile, v, t0 + j0, h // v_share, p0, j, p, v_t, v_h, there, inside_p, TILED).to(DOT)
-            pairs = tl.dot(dyt, tl.trans(vt), acc=pairs, input_precision=PRECISION)
-            y = tl.zeros([half, BP], tl.float32)  # what rows read of S, and what columns get of dS
-            dv = tl.zeros([half, BP], tl.float32)
+            dyt = tl.load(dyh + i[:, None] * dy_t + p[None, :], mask=here[:, None] & (p < P)[None, :], other=0.0).to(DOT)
+            y = tl.zeros([BLOCK, BP], tl.float32)  # what rows read of S
             both = tl.zeros([BP, BP], tl.float32)
             for n0 in tl.static_range(0, N, BN):
                 n = n0 + tl.arange(0, BN)
-                inside_n = (n < N)[None, :]
-                inside = (p < P)[:, None] & inside_n & (part < 2)
-                st = load_state(s_tile, states, base + h, p0, n0, p, n, P, N, inside, TILED)
-                dst = load_state(ds_tile, dstates, base + h, p0, n0, p, n, P, N, inside, TILED)
+                inside = (p < P)[:, None] & (n < N)[None, :]
+                at_state = (base + h) * P * N + p[:, None] * N + n[None, :]
+                st = tl.load(states + at_state, mask=inside, other=0.0)
+                dst = tl.load(dstates + at_state, mask=inside, other=0.0)
                 if N > BN:
-                    qt = tl.load(q + i[:, None] * q_t + n[None, :], mask=here[:, None] & inside_n, other=0.0).to(DOT)
-                    kt = tl.load(k + j[:, None] * k_t + n[None, :], mask=there[:, None] & inside_n, other=0.0).to(DOT)
+                    qt = tl.load(q + i[:, None] * q_t + n[None, :], mask=here[:, None] & (n < N)[None, :], other=0.0).to(DOT)
+                both = tl.dot(st, tl.trans(dst), acc=both, input_precision=PRECISION)
                 if NORMALIZE:  # float16 holds nothing above 65504
-                    size, dsize = tl.max(tl.abs(st)) + 1e-30, tl.max(tl.abs(dst)) + 1e-30
+                    size = tl.max(tl.abs(st)) + 1e-30
                     y += tl.dot(qt, tl.trans((st / size).to(DOT)), input_precision=PRECISION) * size
-                    dv += tl.dot(kt, tl.trans((dst / dsize).to(DOT)), input_precision=PRECISION) * dsize
-                    both = tl.dot(st, tl.trans(dst), acc=both, input_precision=PRECISION)
                 else:
                     y = tl.dot(qt, tl.trans(st), acc=y, input_precision=PRECISION)
-                    dv = tl.dot(kt, tl.trans(dst), acc=dv, input_precision=PRECISION)
-                    both = tl.dot(st, tl.trans(dst), acc=both, input_precision=PRECISION)
+            read += tl.sum(y * dyt.to(tl.float32), 1)
             if DECAY:  # ⟨dS, S⟩ is a trace: on tensor cores neither takes registers
                 passed += tl.sum(tl.where(p[:, None] + unmoved == p[None, :], both, 0.0))
-            read += tl.sum(y * dyt.to(tl.float32), 1)
-            added += tl.sum(dv * vt.to(tl.float32), 1)
-        pairs *= weights(i + unmoved, j, r, r_low, c, c_low, True, CAUSAL, STRICT, DECAY, EXACT)
-        pairs *= scores.to(tl.float32)
-        place = sums + (base + h) * BLOCK
-        ahead = i[:, None] + unmoved - j[None, :] if CAUSAL else j[None, :] + unmoved - i[:, None]
-        moved = tl.where(ahead > SKIP, pairs, 0.0)
-        gathers, gives = tl.sum(moved * wt[None, :], 1) * ut, tl.sum(moved * ut[:, None], 0) * wt
-        if part < 2:
+        if DECAY:
+            read *= tl.exp2(r + r_low if EXACT else r)
+            tl.store(through + base + h, passed * tl.exp2(end))
+        read *= scale
+        gathers, gathers_all = read, read
+        for part in tl.static_range(2):
+            j = part * (BLOCK // 2) + half
+            there = j < stop - first
+            c, c_low = half_ones, half_ones
             if DECAY:
-                read *= tl.exp2(r + r_low if EXACT else r)
+                c, c_low = log_sums(kappa, base + h, j, there, BLOCK, EXACT)
+            wt = tl.load(w + j * w_t + h * w_h, mask=there, other=0.0).to(tl.float32) if COLS else half_ones
+            pairs = tl.zeros([BLOCK, BLOCK // 2], tl.float32)
+            added = tl.zeros([BLOCK // 2], tl.float32)
+            for p0 in tl.static_range(0, P, BP):
+                p = p0 + tl.arange(0, BP)
+                vt = _columns(vh, j, p, v_t, stop - first, (p < P)[None, :]).to(DOT)
+                if P > BP:
+                    dyt = tl.load(dyh + i[:, None] * dy_t + p[None, :], mask=here[:, None] & (p < P)[None, :], other=0.0).to(DOT)
+                pairs = tl.dot(dyt, tl.trans(vt), acc=pairs, input_precision=PRECISION)
+                dv = tl.zeros([BLOCK // 2, BP], tl.float32)  # what columns get of dS
+                for n0 in tl.static_range(0, N, BN):
+                    n = n0 + tl.arange(0, BN)
+                    kt = k_near if part == 0 else k_far
+                    if N > BN:
+                        kt = _columns(k, j, n, k_t, stop - first, (n < N)[None, :]).to(DOT)
+                    if P > BP or N > BN:
+                        inside = (p < P)[:, None] & (n < N)[None, :]
+                        at_state = (base + h) * P * N + p[:, None] * N + n[None, :]
+                        dst = tl.load(dstates + at_state, mask=inside, other=0.0)
+                    if NORMALIZE:
+                        size = tl.max(tl.abs(dst)) + 1e-30
+                        dv += tl.dot(kt, tl.trans((dst / size).to(DOT)), input_precision=PRECISION) * size
+                    else:
+                        dv = tl.dot(kt, tl.trans(dst), acc=dv, input_precision=PRECISION)
+                added += tl.sum(dv * vt.to(tl.float32), 1)
+            if DECAY:
                 added *= tl.exp2((end - c) - c_low if EXACT else end - c)
-                if part == 0:
-                    tl.store(through + base + h, passed * tl.exp2(end))
-            read *= scale
-            tl.store(place + ROW * area + i, gathers + read * ut)
-            tl.store(place + COL * area + j, gives)
+            pairs *= weights(i + unmoved, j, r, r_low, c, c_low, True, CAUSAL, STRICT, DECAY, EXACT)
+            pairs *= tl.where(unmoved == 0, near if part == 0 else far, 0.0).to(tl.float32)
             tl.store(place + ADD * area + j, added * wt)
-        else:
-            tl.store(place + ACROSS * area + i, gathers)
-            tl.store(place + ACROSS * area + j, gives)
-        if SCALES:
-            gathers, gives = tl.sum(pairs * wt[None, :], 1), tl.sum(pairs * ut[:, None], 0)
-            if part < 2:
-                tl.store(place + ROW_ALL * area + i, gathers + read)
-                tl.store(place + COL_ALL * area + j, gives + added)
+            if SCALES:
+                gathers_all += tl.sum(pairs * wt[None, :], 1)
+                tl.store(place + COL_ALL * area + j, tl.sum(pairs * ut[:, None], 0) + added)
+            if CAUSAL:
+                pairs = tl.where(i[:, None] + unmoved > j[None, :] + SKIP, pairs, 0.0)
             else:
-                tl.store(place + ACROSS_ALL * area + i, gathers)
-                tl.store(place + ACROSS_ALL * area + j, gives)
+                pairs = tl.where(j[None, :] + unmoved > i[:, None] + SKIP, pairs, 0.0)
+            gathers += tl.sum(pairs * wt[None, :], 1)
+            tl.store(place + COL * area + j, tl.sum(pairs * ut[:, None], 0) * wt)
+        tl.store(place + ROW * area + i, gathers * ut)
+        if SCALES:
+            tl.store(place + ROW_ALL * area + i, gathers_all)
+
+
+@triton.jit
+def _columns(x, j, dims, stride, length, inside):
+    """x[j, dims], zero outside."""
+    return tl.load(x + j[:, None] * stride + dims[None, :], mask=(j < length)[:, None] & inside, other=0.0)
 
 
 @triton.jit
@@ -174,28 +185,14 @@ def token_gradients(
         real = mask & ((later >= 0) & (later < length))[:, None]
         late = tl.load(place + ROW * area + later[:, None], mask=real, other=0.0)
         late -= tl.load(place + COL * area + later[:, None], mask=real, other=0.0)
-        late += _across(place + ACROSS * area, later, length, real, BLOCK, CAUSAL, True, True)
         real = mask & ((earlier >= 0) & (earlier < length))[:, None]
         early = tl.load(place + ADD * area + earlier[:, None], mask=real, other=0.0)
         total = tl.cumsum(late, 0, reverse=CAUSAL) + tl.cumsum(early, 0, reverse=not CAUSAL)
         total += tl.load(through + slot * nheads64 + h, mask=h < nheads, other=0.0)[None, :]
         if COL_INCLUSIVE and not ROW_INCLUSIVE:
             total -= tl.load(place + COL * area + i[:, None], mask=mask, other=0.0)
-            total += _across(place + ACROSS * area, i, length, mask, BLOCK, CAUSAL, False, True)
         tl.store(dlog_a + out, total, mask=mask)
     if DU:
-        rows = tl.load(place + ROW_ALL * area + i[:, None], mask=mask, other=0.0)
-        tl.store(du + out, rows + _across(place + ACROSS_ALL * area, i, length, mask, BLOCK, CAUSAL, True, False), mask=mask)
+        tl.store(du + out, tl.load(place + ROW_ALL * area + i[:, None], mask=mask, other=0.0), mask=mask)
     if DW:
-        cols = tl.load(place + COL_ALL * area + i[:, None], mask=mask, other=0.0)
-        tl.store(dw + out, cols - _across(place + ACROSS_ALL * area, i, length, mask, BLOCK, CAUSAL, False, True), mask=mask)
-
-
-@triton.jit
-def _across(
-    place, i, length, mask, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, GATHERED: tl.constexpr, GIVEN: tl.constexpr
-):  # fmt: skip
-    """What tokens of the later half gather from the earlier one, less what those of the earlier half give."""
-    x = tl.load(place + i[:, None], mask=mask & (length > BLOCK // 2), other=0.0)
-    late = ((i >= BLOCK // 2) if CAUSAL else (i < BLOCK // 2))[:, None]
-    return tl.where(late, x if GATHERED else 0.0, -x if GIVEN else 0.0)
+        tl.store(dw + out, tl.load(place + COL_ALL * area + i[:, None], mask=mask, other=0.0), mask=mask)
