@@ -100,7 +100,7 @@ class Triton:
             return tiles.backward(term, x, cotangents)
         from .launch import Scan
 
-        return Scan(term, x, config).backward(cotangents)
+        return Scan(term, x, config, keep=True).backward(cotangents)
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""

@@ -15,10 +15,10 @@ from ...config import triton_interpreted
 from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value, share_heads
-from .kernels.exchange import exchange, token_gradients
 from .kernels.gradients import contract
 from .kernels.prepare import prepare
 from .kernels.scan import scan
+from .kernels.tokens import passing, token_gradients
 from .sizes import padded, sizes
 
 SPAN = 60.0
@@ -34,8 +34,9 @@ class Chunks:
     rho: Tensor
     kappa: Tensor
     total: Tensor
-    before: Tensor
     center: Tensor
+    block_rho: Tensor
+    block_kappa: Tensor
     block_total: Tensor
 
 
@@ -56,12 +57,12 @@ class Walk:
 
 
 class Scan:
-    """A linear term on its tensors."""
+    """A linear term on its tensors; `keep` if the backward pass is to come."""
 
-    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
+    def __init__(self, term: Linear, x: Inputs, config: Config, keep: bool = False) -> None:
         p = x.problem
         self.term, self.x, self.config, self.problem = term, x, config, p
-        self.sizes = sizes(p, config.chunk_size)
+        self.sizes, self.keep = sizes(p, config.chunk_size), keep
         self.groups = common_heads(p)
         self.scale = float(term.sign * x.scale)
         self.q, self.k, self.v = (dense_last(t) for t in (x.q, x.k, x.v))
@@ -98,27 +99,28 @@ class Scan:
 
     @cached_property
     def chunks(self) -> Chunks:
-        """Scores and sums of log decays of every chunk."""
+        """Scores and sums of log decays of every chunk, and of every block if the backward pass is to come."""
         p, t, z, slots, blocks = self.problem, self.term, self.sizes, self.slots, self._slots(self.sizes.block)
         scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot)
         if self.decays:
-            rho = self.empty(blocks, p.nheads, z.block * (2 if self.dot == torch.float32 else 1))
-            kappa = torch.empty_like(rho) if self.apart else rho
-            total, before, center = self.empty(3, slots, p.nheads).unbind(0)
-            out = Chunks(scores, rho, kappa, total, before, center, self.empty(blocks, p.nheads))
+            parts = 2 if self.dot == torch.float32 else 1
+            rho, block_rho = self.empty(slots, p.nheads, parts * z.chunk), self.empty(self.keep * blocks, p.nheads, parts * z.block)
+            kappa, block_kappa = (torch.empty_like(x) if self.apart else x for x in (rho, block_rho))
+            total, center = self.empty(2, slots, p.nheads).unbind(0)
+            out = Chunks(scores, rho, kappa, total, center, block_rho, block_kappa, self.empty(self.keep * blocks, p.nheads))
         else:
-            out = Chunks(scores, *(self.q,) * 6)
+            out = Chunks(scores, *(self.q,) * 7)
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
         heads = min(16, triton.next_power_of_2(p.nheads))
         if slots:
             prepare[slots, self.groups + (triton.cdiv(p.nheads, heads) if self.decays else 0)](
                 self.q, self.k, _or(log_a, self.q), _or(log_cols, self.q), _or(self.cu, self.q),
-                out.scores, out.rho, out.kappa, out.total, out.before, out.center, out.block_total,
+                out.scores, out.rho, out.kappa, out.total, out.center, out.block_rho, out.block_kappa, out.block_total,
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups, blocks,
                 self.groups // p.q_heads, self.groups // p.k_heads,
                 *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
-                LOG_COLS=log_cols is not None, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
+                LOG_COLS=log_cols is not None, BLOCKS=self.keep, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return out
 
@@ -141,7 +143,7 @@ class Scan:
             q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
         scan[p.nheads * triton.cdiv(p.headdim, z.rows), self.rows, segments](
             q, k, v, _or(y, nothing), _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-            c.scores, c.rho, c.kappa, c.total, c.before, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
+            c.scores, c.rho, c.kappa, c.total, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
             _or(walk.blocks, nothing), *(parts or (nothing, nothing)),
             max(p.seqlen, 1), self.tokens, p.nheads, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
             triton.cdiv(triton.cdiv(p.seqlen, self.sizes.chunk), segments),
@@ -177,60 +179,57 @@ class Scan:
         if self.rows and (self.tokens or dinitial is not None):
             self.walk(self.v, None, Walk(entering=contiguous(x.initial), blocks=states))
             self.walk(dy, dv, Walk(True, contiguous(cotangents.state), dinitial, dstates))
-        dq = share_heads(self._contract(dy, states, reads=True), p.q_heads)
-        dk = share_heads(self._contract(dy, dstates, reads=False), p.k_heads)
-        values = self._exchange(dy, states, dstates) if x.values else {}
-        return Gradients(dq, dk, share_heads(dv, p.v_heads), initial=dinitial, values=values)
+        dq, reads = self._contract(dy, states, reads=True)
+        dk, adds = self._contract(dy, dstates, reads=False)
+        values = self._by_token(reads, adds, states, dstates) if x.values else {}
+        dq, dk, dv = share_heads(dq, p.q_heads), share_heads(dk, p.k_heads), share_heads(dv, p.v_heads)
+        return Gradients(dq, dk, dv, initial=dinitial, values=values)
 
-    def _contract(self, dy: Tensor, states: Tensor, reads: bool) -> Tensor:
-        """dQ (reads) or dK, by groups of heads that share both."""
+    def _contract(self, dy: Tensor, states: Tensor, reads: bool) -> tuple[Tensor, Tensor]:
+        """dQ (reads) or dK by groups of heads that share both, and what their tokens exchange, for the gradients of operands."""
         p, t, c, z, nothing, slots = self.problem, self.term, self.chunks, self.sizes, self.q, len(states)
-        tiles = triton.cdiv(p.dstate, z.state_back)
-        splits, u, w = self._splits(slots * tiles), self.slot("rows"), self.slot("cols")
+        tiles, wanted, u, w = triton.cdiv(p.dstate, z.state_back), bool(self.x.values), self.slot("rows"), self.slot("cols")
+        splits = self._splits(slots * tiles)
         direct = splits == 1 and (p.q_heads if reads else p.k_heads) == self.groups
         out = self.empty(splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=self.x.out if direct else torch.float32)
+        sums = self.empty(tiles if wanted else 0, 3, slots, p.nheads, z.block)
         a, b, x, y = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
         if self.tokens and slots:
             contract[slots, self.groups * tiles, splits](
-                a, b, x, y, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing), c.rho, c.kappa, c.block_total, states, out,
+                a, b, x, y, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
+                c.block_rho, c.block_kappa, c.block_total, states, out, sums,
                 self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
                 *(p.nheads // tensor.shape[2] for tensor in (a, b, x, y)), self.scale, self.scale if reads else 1.0,
                 triton.cdiv(p.nheads // self.groups, splits),
                 *strides(a), *strides(b), *strides(x), *strides(y), *strides(u), *strides(w),
                 BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=z.state_back, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
-                ROWS=u is not None, COLS=w is not None, NORMALIZE=self.dot == torch.float16,
-                STAGES=z.stages_back, **self.common, num_warps=8,
+                ROWS=u is not None, COLS=w is not None, SUMS=wanted,
+                SCALES=not {"rows", "cols", "log_cols"}.isdisjoint(self.x.values), SKIP=int(t.col_inclusive and not t.row_inclusive),
+                NORMALIZE=self.dot == torch.float16, STAGES=z.stages_back, **self.common, num_warps=8,
             )  # fmt: skip
-        return out[0] if splits == 1 else out.sum(0)
+        return (out[0] if splits == 1 else out.sum(0)), sums
 
-    def _exchange(self, dy: Tensor, states: Tensor, dstates: Tensor) -> dict[str, Tensor]:
+    def _by_token(self, reads: Tensor, adds: Tensor, states: Tensor, dstates: Tensor) -> dict[str, Tensor]:
         """Gradients of the operands."""
-        p, x, t, c, z, nothing, slots = self.problem, self.x, self.term, self.chunks, self.sizes, self.q, len(states)
-        u, w = self.slot("rows"), self.slot("cols")
-        shape, splits = (p.batch, p.seqlen, p.nheads), self._splits(slots)
+        p, x, t, z, nothing, slots = self.problem, self.x, self.term, self.sizes, self.q, len(states)
+        shape, w = (p.batch, p.seqlen, p.nheads), self.slot("cols")
         log_a = self.empty(*shape) if "log_a" in x.values else None
-        rows = self.empty(*shape) if u is not None else None
+        rows = self.empty(*shape) if "rows" in x.values else None
         cols = self.empty(*shape) if w is not None or "log_cols" in x.values else None
-        scales = rows is not None or cols is not None
-        sums, through = self.empty(5 if scales else 3, slots, p.nheads, z.block), self.empty(slots, p.nheads)
+        packing = (self.rows, max(p.seqlen, 1), self.tokens, p.nheads)
+        through = self.empty(slots, p.nheads)
         if self.tokens and slots:
-            exchange[slots, self.groups, splits](
-                self.q, self.k, self.v, dy, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-                c.rho, c.kappa, c.block_total, states, dstates, sums, through,
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
-                p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
-                triton.cdiv(p.nheads // self.groups, splits),
-                *strides(self.q), *strides(self.k), *strides(self.v), *strides(dy), *strides(u), *strides(w),
-                BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=z.state_back, CAUSAL=t.causal, STRICT=t.strict,
-                SKIP=int(t.col_inclusive and not t.row_inclusive), ROWS=u is not None, COLS=w is not None, SCALES=scales,
-                NORMALIZE=self.dot == torch.float16, STAGES=z.stages_exchange, **self.common, num_warps=8,
-            )  # fmt: skip
+            if log_a is not None:
+                passing[p.nheads, slots](
+                    states, dstates, _or(self.cu, nothing), self.chunks.block_total, through, *packing, BLOCK=z.block,
+                    P=p.headdim, BP=z.rows_back, N=p.dstate, BN=z.state_back, PACKED=self.cu is not None, num_warps=4,
+                )  # fmt: skip
             heads = min(32, padded(p.nheads))
             token_gradients[slots, triton.cdiv(p.nheads, heads)](
-                sums, through, _or(self.cu, nothing), _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads,
-                BLOCK=z.block, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
-                DLOG_A=log_a is not None, DU=rows is not None, DW=cols is not None, PACKED=self.cu is not None, num_warps=4,
+                reads, adds, through, _or(self.cu, nothing), _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
+                *packing, len(reads), BLOCK=z.block, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive,
+                COL_INCLUSIVE=t.col_inclusive, DLOG_A=log_a is not None, DU=rows is not None, DW=cols is not None,
+                PACKED=self.cu is not None, num_warps=4,
             )  # fmt: skip
         out = {"log_a": log_a, "rows": rows, "cols": cols if w is not None else None}
         if "log_cols" in x.values:

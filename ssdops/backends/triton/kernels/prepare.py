@@ -8,13 +8,13 @@ from .rows import first_slot, slot_bounds
 
 @triton.jit
 def prepare(
-    q, k, log_a, log_cols, cu, scores, rho, kappa, total, before, center, block_total,
+    q, k, log_a, log_cols, cu, scores, rho, kappa, total, center, block_rho, block_kappa, block_total,
     n_rows, seqlen, tokens, nheads, groups, blocks, q_share, k_share,
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h,
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
     DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
-    PACKED: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores K Qᵀ of chunks under the mask's triangle; sums of log decays of blocks, in units of log 2.
 
@@ -23,11 +23,11 @@ def prepare(
 
     Args:
         scores: `[chunks, groups, L_j, L_i]`.
-        rho, kappa: `[blocks, nheads, BLOCK]`, from the block's start in local time. In float32 they come in two parts, high and
-            low, `[blocks, nheads, 2, BLOCK]`, as differences of rounded sums lose digits.
-        total, before: `[chunks, nheads]`, the sum of a chunk, and of what comes before it in its block, in local time.
-        center: `[chunks, nheads]`, what all ρ and κ of a chunk, from its own start, are within SPAN of; 1e30 if nothing is.
-        block_total: `[blocks, nheads]`.
+        rho, kappa: `[chunks, nheads, L]`, from the chunk's start in local time. In float32 they come in two parts, high and low,
+            `[chunks, nheads, 2, L]`, as differences of rounded sums lose digits.
+        total: `[chunks, nheads]`, the sum of a chunk.
+        center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is.
+        block_rho, block_kappa, block_total: the same from the start of each block, `[blocks, nheads, BLOCK]`; written if BLOCKS.
     """
     slot, part = tl.program_id(0), tl.program_id(1)
     if part < groups:
@@ -53,19 +53,19 @@ def prepare(
             chunk0 = first_slot(start, row, seqlen, L, PACKED) + (first - start) // L
             b, t = first // seqlen, first % seqlen
             _sum_logs(
-                log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, before, center, block_total,
-                slot.to(tl.int64), chunk0, (stop - first).to(tl.int32), (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
-                L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, EXACT, SPAN,
+                log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, center,
+                block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32), (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
+                L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, EXACT, BLOCKS, SPAN,
             )  # fmt: skip
 
 
 @triton.jit
 def _sum_logs(
-    log_a, log_cols, rho, kappa, total, before, center, block_total,
+    log_a, log_cols, rho, kappa, total, center, block_rho, block_kappa, block_total,
     block, chunk0, length, h0, nheads, a_t, a_h, z_t, z_h,
     L: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
     COL_INCLUSIVE: tl.constexpr, DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
-    SPAN: tl.constexpr,
+    BLOCKS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = BLOCK // L
     i, h = tl.arange(0, BLOCK), h0 + tl.arange(0, HEADS)
@@ -80,30 +80,36 @@ def _sum_logs(
     if LOG_COLS:
         z = tl.load(log_cols + i[:, None] * z_t + h[None, :] * z_h, mask=real, other=0.0)
         c -= z.to(wide) * 1.4426950408889634
-    width: tl.constexpr = 2 * BLOCK if EXACT else BLOCK
-    place = (block * nheads + h)[None, :] * width + i[:, None]
     inside = (h < nheads)[None, :] & (i < BLOCK)[:, None]
-    _store_sums(rho, place, r, inside, BLOCK, EXACT)
-    if APART:
-        _store_sums(kappa, place, c, inside, BLOCK, EXACT)
-    tl.store(block_total + block * nheads + h, tl.sum(d, 0).to(tl.float32), mask=h < nheads)
+    if BLOCKS:
+        width: tl.constexpr = 2 * BLOCK if EXACT else BLOCK
+        place = (block * nheads + h)[None, :] * width + i[:, None]
+        _store_sums(block_rho, place, r, inside, BLOCK, EXACT)
+        if APART:
+            _store_sums(block_kappa, place, c, inside, BLOCK, EXACT)
+        tl.store(block_total + block * nheads + h, tl.sum(d, 0).to(tl.float32), mask=h < nheads)
     m = tl.arange(0, chunks)
     ends = tl.sum(tl.reshape(d, [chunks, L, HEADS]), 1)
     past = tl.cumsum(ends, 0, reverse=not CAUSAL) - ends
     r = tl.reshape(r, [chunks, L, HEADS]) - past[:, None, :]
     c = tl.reshape(c, [chunks, L, HEADS]) - past[:, None, :]
+    width_chunk: tl.constexpr = 2 * L if EXACT else L
+    place = ((chunk0 + i // L)[:, None] * nheads + h[None, :]) * width_chunk + (i % L)[:, None]
+    inside = ((i // L) * L < length)[:, None] & (h < nheads)[None, :]
+    _store_sums(rho, place, tl.reshape(r, [BLOCK, HEADS]), inside, L, EXACT)
+    if APART:
+        _store_sums(kappa, place, tl.reshape(c, [BLOCK, HEADS]), inside, L, EXACT)
     high = tl.maximum(tl.max(r, 1), tl.max(c, 1)).to(tl.float32)
     low = tl.minimum(tl.min(r, 1), tl.min(c, 1)).to(tl.float32)
     place = (chunk0 + m)[:, None] * nheads + h[None, :]
     inside = (m * L < length)[:, None] & (h < nheads)[None, :]
     tl.store(total + place, ends.to(tl.float32), mask=inside)
-    tl.store(before + place, past.to(tl.float32), mask=inside)
     tl.store(center + place, tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30), mask=inside)
 
 
 @triton.jit
-def _store_sums(to, place, x, mask, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+def _store_sums(to, place, x, mask, SIZE: tl.constexpr, EXACT: tl.constexpr):
     high = x.to(tl.float32)
     tl.store(to + place, high, mask=mask)
     if EXACT:
-        tl.store(to + place + BLOCK, (x - high.to(tl.float64)).to(tl.float32), mask=mask)
+        tl.store(to + place + SIZE, (x - high.to(tl.float64)).to(tl.float32), mask=mask)

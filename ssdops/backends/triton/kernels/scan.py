@@ -18,7 +18,7 @@ from .rows import bounds, first_slot
 
 @triton.jit
 def scan(
-    q, k, v, y, u, w, cu, scores, rho, kappa, total, before, center, entering, leaving, blocks, parts, part_totals,
+    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals,
     seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale_out, scale_in, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
@@ -78,21 +78,21 @@ def scan(
     if FACTORED and DECAY:
         if _any_wide(center, slot0, lo, hi, chunks, h, nheads64, FORWARD):
             s, s2, passed = _chunks(
-                q, k, v, y, u, w, scores, rho, kappa, total, before, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
+                q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
                 h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
                 L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, False,
                 NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
         else:
             s, s2, passed = _chunks(
-                q, k, v, y, u, w, scores, rho, kappa, total, before, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
+                q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
                 h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
                 L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, True,
                 NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
     else:
         s, s2, passed = _chunks(
-            q, k, v, y, u, w, scores, rho, kappa, total, before, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
+            q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
             h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
             L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, False,
             NORMALIZE, DOT, PRECISION, STAGES,
@@ -124,7 +124,7 @@ def _any_wide(center, slot0, lo, hi, chunks, h, nheads64, FORWARD: tl.constexpr)
 
 @triton.jit
 def _chunks(
-    q, k, v, y, u, w, scores, rho, kappa, total, before, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
+    q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
     h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
     FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
@@ -164,13 +164,11 @@ def _chunks(
         kap, r_low, kap_low = r, r, r
         if DECAY:
             e = tl.load(total + base)
-            past = tl.load(before + base)
-            width: tl.constexpr = 2 * BLOCK if EXACT else BLOCK
-            place = ((block0 + c // per_block) * nheads64 + h) * width + (c % per_block) * L + i
-            r = tl.load(rho + place) - past
-            kap = tl.load(kappa + place) - past if APART else r
-            r_low = tl.load(rho + place + BLOCK) if EXACT else r
-            kap_low = (tl.load(kappa + place + BLOCK) if APART else r_low) if EXACT else r
+            place = base * (2 * L if EXACT else L) + i
+            r = tl.load(rho + place)
+            kap = tl.load(kappa + place) if APART else r
+            r_low = tl.load(rho + place + L) if EXACT else r
+            kap_low = (tl.load(kappa + place + L) if APART else r_low) if EXACT else r
             read, add = (e - kap, r) if TRANSPOSED else (r, e - kap)
             if EXACT:
                 read, add = (read - kap_low, add + r_low) if TRANSPOSED else (read + r_low, add - kap_low)
