@@ -1,0 +1,149 @@
+"""The Triton backend on a GPU: every law in every dtype, and what no interpreter can show.
+
+Without a GPU these are skipped; `test_conformance_triton.py` holds the same kernels to the same laws in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssdops import masks, ssd
+from ssdops.masks import Mask
+from ssdops.testing import Conformance
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; the same laws run in Triton's interpreter"),
+]
+HALVES = (torch.bfloat16, torch.float16)
+RELATIVE = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 2e-6}
+"""Greatest ‖error‖ / ‖result‖ allowed: twice what rounding the operands of products to the dtype gives at these sizes."""
+
+
+class TestTriton(Conformance):
+    backend = "triton"
+    kind = "scalar"
+    device = "cuda"
+    dtypes = (torch.float32, *HALVES)
+
+
+def call(sizes: tuple[int, ...], dtype: torch.dtype, strength: float = 0.1) -> list[Tensor]:
+    """q, k, v, log_a as leaves; log_a uniform in (−strength, 0)."""
+    batch, seqlen, nheads, headdim, ngroups, dstate = sizes
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k = (torch.randn(batch, seqlen, ngroups, dstate, device="cuda", generator=generator).to(dtype) for _ in range(2))
+    v = torch.randn(batch, seqlen, nheads, headdim, device="cuda", generator=generator).to(dtype)
+    log_a = -strength * torch.rand(batch, seqlen, nheads, device="cuda", generator=generator)
+    return [x.requires_grad_() for x in (q, k, v, log_a)]
+
+
+def results(inputs: list[Tensor], make: Callable[[Tensor], Mask], backend: str) -> list[Tensor]:
+    """Y and the gradients of q, k, v and log_a, in float64 where the backend is the reference."""
+    if backend == "naive":
+        inputs = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v, log_a = inputs
+    y = ssd(q, k, v, make(log_a), backend=backend)
+    dy = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    return [y, *torch.autograd.grad(y, inputs, dy.to(inputs[2].dtype).to(y.dtype))]
+
+
+def assert_near(inputs: list[Tensor], make: Callable[[Tensor], Mask]) -> None:
+    found, wanted = results(inputs, make, "triton"), results(inputs, make, "naive")
+    for name, x, y in zip(("y", "dq", "dk", "dv", "dlog_a"), found, wanted, strict=True):
+        error = ((x.double() - y).norm() / y.norm()).item()
+        assert error < RELATIVE[inputs[0].dtype], f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("seqlen", [1, 15, 63, 64, 65, 129, 1025])
+def test_lengths(seqlen: int, dtype: torch.dtype) -> None:
+    assert_near(call((2, seqlen, 4, 64, 1, 128), dtype), masks.decay)
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (16, 16), (33, 7), (80, 96), (128, 128), (64, 256), (256, 64), (130, 200)])
+def test_dims(dims: tuple[int, int]) -> None:
+    """headdim and dstate, powers of two or not."""
+    assert_near(call((1, 200, 4, dims[0], 2, dims[1]), torch.bfloat16), masks.decay)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-4, 1.0, 5.0, 50.0])
+def test_strong_and_slow_decays(strength: float) -> None:
+    """Chunks whose decays span more than exponents do take another way; both are right."""
+    inputs = call((1, 700, 4, 64, 1, 128), torch.bfloat16, strength)
+    found, wanted = results(inputs, masks.decay, "triton"), results(inputs, masks.decay, "naive")
+    for name, x, y in zip(("y", "dq", "dk", "dv", "dlog_a"), found, wanted, strict=True):
+        assert torch.isfinite(x).all(), name
+        assert (x.double() - y).norm() <= 5e-3 * y.norm(), name
+
+
+def test_long_slow_sequence_in_segments() -> None:
+    """One head of a long row is split into segments, and says the same as one pass."""
+    inputs = call((1, 4097, 2, 64, 1, 64), torch.bfloat16, 1e-3)
+    assert_near(inputs, masks.decay)
+
+
+def test_packed_documents_with_empty_ones() -> None:
+    cu = torch.tensor([0, 0, 5, 133, 133, 700, 1000], device="cuda")
+    assert_near(call((1, 1000, 4, 64, 1, 128), torch.bfloat16), lambda log_a: masks.decay(log_a) * masks.documents(cu))
+
+
+def test_same_bits() -> None:
+    """Twice the same bits, forward and backward, and a row's bits whatever else is in the batch."""
+    inputs = call((3, 513, 8, 64, 1, 128), torch.bfloat16)
+    first, second = results(inputs, masks.decay, "triton"), results(inputs, masks.decay, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_graph_capture() -> None:
+    """A captured graph replays on new values."""
+    q, k, v, log_a = (x.detach() for x in call((2, 257, 4, 64, 1, 128), torch.bfloat16))
+    mask = masks.decay(log_a)
+    ssd(q, k, v, mask, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ssd(q, k, v, mask, backend="triton")
+    v.copy_(torch.randn_like(v))
+    graph.replay()
+    assert torch.equal(y, ssd(q, k, v, mask, backend="triton"))
+
+
+def test_two_streams() -> None:
+    inputs = [[x.detach() for x in call((2, 600, 8, 64, 1, 128), torch.bfloat16, s)] for s in (0.1, 0.5)]
+    alone = [ssd(*x[:3], masks.decay(x[3]), backend="triton") for x in inputs]
+    torch.cuda.synchronize()
+    together, streams = [], [torch.cuda.Stream() for _ in inputs]
+    for stream, x in zip(streams, inputs, strict=True):
+        with torch.cuda.stream(stream):
+            together.append(ssd(*x[:3], masks.decay(x[3]), backend="triton"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_compiles() -> None:
+    inputs = call((2, 300, 4, 64, 1, 128), torch.bfloat16)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
+        return ssd(q, k, v, masks.decay(log_a), backend="triton").float().square().mean()
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_past_two_to_the_31_elements() -> None:
+    """Offsets are 64 bits wide where batch and sequence multiply a stride."""
+    batch, seqlen, nheads, headdim = 9, 65536, 64, 64  # 2.4e9 elements of v
+    q = k = torch.randn(batch, seqlen, 1, 16, device="cuda", dtype=torch.bfloat16)
+    v = torch.randn(batch, seqlen, nheads, headdim, device="cuda", dtype=torch.bfloat16)
+    log_a = torch.full((nheads,), -0.1, device="cuda")
+    y = ssd(q, k, v, masks.decay(log_a), backend="triton")
+    last = slice(batch - 1, batch), slice(seqlen - 500, seqlen)
+    tail = ssd(q[last], k[last], v[last], masks.decay(log_a), backend="naive")
+    torch.testing.assert_close(y[last][:, 250:].float(), tail[:, 250:].float(), rtol=2e-2, atol=5e-2)
