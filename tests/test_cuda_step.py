@@ -182,7 +182,7 @@ def test_a_graph_replays_steps():
     for i in range(3):
         for x in (ours, theirs):
             x.v.add_(i)
-            x.slots.copy_(torch.tensor([i, -1, 2], device="cuda"))
+            x.slots.copy_(torch.tensor([i, -1, 3], device="cuda"))
         graph.replay()
         assert_same(y, theirs.step(), f"y of replay {i}")
         assert_same(ours.pool, theirs.pool, f"the pool after replay {i}")

@@ -83,7 +83,7 @@ class Scan:
         """The compile-time switches that every kernel shares."""
         return {
             "N": self.problem.dstate,
-            "DECAY": self.decays, "APART": self.apart, "EXACT": self.dot == torch.float32,
+            "DECAY": self.decays, "APART": self.apart,
             "PACKED": self.cu is not None, "DOT": DOTS[self.dot], "PRECISION": "tf32x3",
         }  # fmt: skip
 
@@ -103,11 +103,11 @@ class Scan:
         p, t, z, slots, blocks = self.problem, self.term, self.sizes, self.slots, self._slots(self.sizes.block)
         scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot)
         if self.decays:
-            parts = 2 if self.dot == torch.float32 else 1
-            rho, block_rho = self.empty(slots, p.nheads, parts * z.chunk), self.empty(self.keep * blocks, p.nheads, parts * z.block)
+            wide, kept = torch.float64 if self.dot == torch.float32 else torch.float32, self.keep * blocks
+            rho, block_rho = (self.empty(n, p.nheads, size, dtype=wide) for n, size in ((slots, z.chunk), (kept, z.block)))
             kappa, block_kappa = (torch.empty_like(x) if self.apart else x for x in (rho, block_rho))
-            total, center = self.empty(2, slots, p.nheads).unbind(0)
-            out = Chunks(scores, rho, kappa, total, center, block_rho, block_kappa, self.empty(self.keep * blocks, p.nheads))
+            total, block_total = (self.empty(n, p.nheads, dtype=wide) for n in (slots, kept))
+            out = Chunks(scores, rho, kappa, total, self.empty(slots, p.nheads), block_rho, block_kappa, block_total)
         else:
             out = Chunks(scores, *(self.q,) * 7)
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")

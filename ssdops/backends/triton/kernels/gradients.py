@@ -30,7 +30,7 @@ def contract(
     a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h, z_b, z_t, z_h, u_b, u_t, u_h, w_b, w_t, w_h,
     BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
-    EXACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, SCALES: tl.constexpr, SKIP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, SCALES: tl.constexpr, SKIP: tl.constexpr,
     NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ (READS) or dK of a block. Grid: (blocks, groups · tiles of N, splits of a group's heads).
@@ -86,14 +86,11 @@ def contract(
         h = g * share + hh
         unmoved = tl.minimum(hh, 0)  # 0, as no compiler knows: hoisted comparisons of tiles would take every register
         by_state = tl.full([BLOCK], 1.0, tl.float32) * row_scale
-        r, r_low = by_state, by_state
+        r = by_state
         if DECAY:
-            r, r_low = log_sums(rho if READS else kappa, base + h, i, here, BLOCK, EXACT)
-            end = tl.load(block_total + base + h)
-            through = r if READS else end - r
-            if EXACT:
-                through = through + r_low if READS else through - r_low
-            by_state *= tl.exp2(through)
+            r = tl.load((rho if READS else kappa) + (base + h) * BLOCK + i, mask=here, other=0.0)
+            through = r if READS else tl.load(block_total + base + h) - r
+            by_state *= tl.exp2(through).to(tl.float32)
         own = tl.full([BLOCK], 1.0, tl.float32)
         if READS and ROWS:
             own = tl.load(u + i * u_t + h * u_h, mask=here, other=0.0).to(tl.float32)
@@ -125,8 +122,8 @@ def contract(
                 j = part * (BLOCK // 2) + half
                 pairs = tl.dot(xt, tl.trans(z_second if part else z_first), input_precision=PRECISION)
                 pairs *= _column_weights(
-                    kappa if READS else rho, u, w, base, h, first, stop, i + unmoved, j, r, r_low,
-                    u_t, u_h, w_t, w_h, BLOCK, READS, CAUSAL, STRICT, DECAY, EXACT, ROWS, COLS,
+                    kappa if READS else rho, u, w, base, h, first, stop, i + unmoved, j, r,
+                    u_t, u_h, w_t, w_h, BLOCK, READS, CAUSAL, STRICT, DECAY, ROWS, COLS,
                 )  # fmt: skip
                 given = pairs * own[:, None] if ROWS or COLS else pairs
                 if part:
@@ -160,46 +157,26 @@ def contract(
 
 @triton.jit
 def _column_weights(
-    sums, u, w, base, h, first, stop, i, j, r, r_low, u_t, u_h, w_t, w_h,
+    sums, u, w, base, h, first, stop, i, j, r, u_t, u_h, w_t, w_h,
     BLOCK: tl.constexpr, READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
-    DECAY: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DECAY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """W of rows i, whose own scale is left out, and of columns j, whose sums and scales are read."""
-    c, c_low, there = r, r, j < stop - first
+    there = j < stop - first
+    if READS == CAUSAL:
+        sees = i[:, None] > j[None, :] if STRICT else i[:, None] >= j[None, :]
+    else:
+        sees = i[:, None] < j[None, :] if STRICT else i[:, None] <= j[None, :]
     if DECAY:
-        c, c_low = log_sums(sums, base + h, j, there, BLOCK, EXACT)
-    weight = weights(i, j, r, r_low, c, c_low, READS, CAUSAL, STRICT, DECAY, EXACT)
+        c = tl.load(sums + (base + h) * BLOCK + j, mask=there, other=0.0)
+        gap = r[:, None] - c[None, :]
+        gap = tl.where(sees, gap if READS else -gap, float("-inf"))  # elsewhere it may be positive and overflow
+        weight = tl.exp2(gap).to(tl.float32)
+    else:
+        weight = tl.where(sees, 1.0, 0.0)
     if ROWS and not READS:
         weight *= tl.load(u + j * u_t + h * u_h, mask=there, other=0.0).to(tl.float32)[None, :]
     if COLS and READS:
         weight *= tl.load(w + j * w_t + h * w_h, mask=there, other=0.0).to(tl.float32)[None, :]
     return weight
 
-
-@triton.jit
-def weights(
-    i, j, r, r_low, c, c_low,
-    READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """exp(ρ − κ) of rows i and columns j, zero where rows see nothing; r is ρ or κ of the rows, c the other of the columns."""
-    if READS == CAUSAL:
-        sees = i[:, None] > j[None, :] if STRICT else i[:, None] >= j[None, :]
-    else:
-        sees = i[:, None] < j[None, :] if STRICT else i[:, None] <= j[None, :]
-    if DECAY:
-        gap = r[:, None] - c[None, :]
-        if EXACT:
-            gap += r_low[:, None] - c_low[None, :]
-        weight = tl.exp2(tl.where(sees, gap if READS else -gap, float("-inf")))  # elsewhere gap may overflow
-    else:
-        weight = tl.where(sees, 1.0, 0.0)
-    return weight
-
-
-@triton.jit
-def log_sums(x, head, i, mask, BLOCK: tl.constexpr, EXACT: tl.constexpr):
-    """ρ or κ of tokens i of a block, high and low part; `head` counts heads through all blocks."""
-    place = head * (2 * BLOCK if EXACT else BLOCK) + i
-    high = tl.load(x + place, mask=mask, other=0.0)
-    low = tl.load(x + place + BLOCK, mask=mask, other=0.0) if EXACT else high
-    return high, low

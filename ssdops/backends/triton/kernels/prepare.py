@@ -13,7 +13,7 @@ def prepare(
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h,
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
-    DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
+    DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
     PACKED: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores K Qᵀ of chunks under the mask's triangle; sums of log decays of blocks, in units of log 2.
@@ -23,8 +23,8 @@ def prepare(
 
     Args:
         scores: `[chunks, groups, L_j, L_i]`.
-        rho, kappa: `[chunks, nheads, L]`, from the chunk's start in local time. In float32 they come in two parts, high and low,
-            `[chunks, nheads, 2, L]`, as differences of rounded sums lose digits.
+        rho, kappa: `[chunks, nheads, L]`, from the chunk's start in local time; float64 where products are of float32, as
+            differences of rounded sums lose digits.
         total: `[chunks, nheads]`, the sum of a chunk.
         center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is.
         block_rho, block_kappa, block_total: the same from the start of each block, `[blocks, nheads, BLOCK]`; written if BLOCKS.
@@ -55,7 +55,7 @@ def prepare(
             _sum_logs(
                 log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, center,
                 block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32), (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
-                L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, EXACT, BLOCKS, SPAN,
+                L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, BLOCKS, SPAN,
             )  # fmt: skip
 
 
@@ -64,13 +64,13 @@ def _sum_logs(
     log_a, log_cols, rho, kappa, total, center, block_rho, block_kappa, block_total,
     block, chunk0, length, h0, nheads, a_t, a_h, z_t, z_h,
     L: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
-    COL_INCLUSIVE: tl.constexpr, DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
+    COL_INCLUSIVE: tl.constexpr, DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
     BLOCKS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = BLOCK // L
     i, h = tl.arange(0, BLOCK), h0 + tl.arange(0, HEADS)
     real = (i < length)[:, None] & (h < nheads)[None, :]
-    wide = tl.float64 if EXACT else tl.float32
+    wide = rho.dtype.element_ty
     d = tl.zeros([BLOCK, HEADS], wide)
     if DECAY:
         d = tl.load(log_a + i[:, None] * a_t + h[None, :] * a_h, mask=real, other=0.0).to(wide) * 1.4426950408889634
@@ -82,34 +82,25 @@ def _sum_logs(
         c -= z.to(wide) * 1.4426950408889634
     inside = (h < nheads)[None, :] & (i < BLOCK)[:, None]
     if BLOCKS:
-        width: tl.constexpr = 2 * BLOCK if EXACT else BLOCK
-        place = (block * nheads + h)[None, :] * width + i[:, None]
-        _store_sums(block_rho, place, r, inside, BLOCK, EXACT)
+        place = (block * nheads + h)[None, :] * BLOCK + i[:, None]
+        tl.store(block_rho + place, r, mask=inside)
         if APART:
-            _store_sums(block_kappa, place, c, inside, BLOCK, EXACT)
-        tl.store(block_total + block * nheads + h, tl.sum(d, 0).to(tl.float32), mask=h < nheads)
+            tl.store(block_kappa + place, c, mask=inside)
+        tl.store(block_total + block * nheads + h, tl.sum(d, 0), mask=h < nheads)
     m = tl.arange(0, chunks)
     ends = tl.sum(tl.reshape(d, [chunks, L, HEADS]), 1)
     past = tl.cumsum(ends, 0, reverse=not CAUSAL) - ends
     r = tl.reshape(r, [chunks, L, HEADS]) - past[:, None, :]
     c = tl.reshape(c, [chunks, L, HEADS]) - past[:, None, :]
-    width_chunk: tl.constexpr = 2 * L if EXACT else L
-    place = ((chunk0 + i // L)[:, None] * nheads + h[None, :]) * width_chunk + (i % L)[:, None]
+    place = ((chunk0 + i // L)[:, None] * nheads + h[None, :]) * L + (i % L)[:, None]
     inside = ((i // L) * L < length)[:, None] & (h < nheads)[None, :]
-    _store_sums(rho, place, tl.reshape(r, [BLOCK, HEADS]), inside, L, EXACT)
+    tl.store(rho + place, tl.reshape(r, [BLOCK, HEADS]), mask=inside)
     if APART:
-        _store_sums(kappa, place, tl.reshape(c, [BLOCK, HEADS]), inside, L, EXACT)
+        tl.store(kappa + place, tl.reshape(c, [BLOCK, HEADS]), mask=inside)
     high = tl.maximum(tl.max(r, 1), tl.max(c, 1)).to(tl.float32)
     low = tl.minimum(tl.min(r, 1), tl.min(c, 1)).to(tl.float32)
     place = (chunk0 + m)[:, None] * nheads + h[None, :]
     inside = (m * L < length)[:, None] & (h < nheads)[None, :]
-    tl.store(total + place, ends.to(tl.float32), mask=inside)
+    tl.store(total + place, ends, mask=inside)
     tl.store(center + place, tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30), mask=inside)
 
-
-@triton.jit
-def _store_sums(to, place, x, mask, SIZE: tl.constexpr, EXACT: tl.constexpr):
-    high = x.to(tl.float32)
-    tl.store(to + place, high, mask=mask)
-    if EXACT:
-        tl.store(to + place + SIZE, (x - high.to(tl.float64)).to(tl.float32), mask=mask)

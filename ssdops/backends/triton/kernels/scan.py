@@ -22,7 +22,7 @@ def scan(
     seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale_out, scale_in, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
+    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, OUTPUT: tl.constexpr, ENTERING: tl.constexpr,
     LEAVING: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -80,21 +80,21 @@ def scan(
             s, s2, passed = _chunks(
                 q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
                 h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
-                L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, False,
+                L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, ROWS, COLS, OUTPUT, BLOCKS, False,
                 NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
         else:
             s, s2, passed = _chunks(
                 q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
                 h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
-                L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, True,
+                L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, ROWS, COLS, OUTPUT, BLOCKS, True,
                 NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
     else:
         s, s2, passed = _chunks(
             q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
             h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
-            L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, EXACT, ROWS, COLS, OUTPUT, BLOCKS, False,
+            L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, ROWS, COLS, OUTPUT, BLOCKS, False,
             NORMALIZE, DOT, PRECISION, STAGES,
         )  # fmt: skip
     if PARTS:
@@ -127,7 +127,7 @@ def _chunks(
     q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
     h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr,
+    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUT: tl.constexpr, BLOCKS: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -161,17 +161,12 @@ def _chunks(
         base = (slot0 + c) * nheads64 + h
         into, out = tl.full([L], 1.0, tl.float32) * scale_in, tl.full([L], 1.0, tl.float32) * scale_out
         r, ut, wt = into, out, into
-        kap, r_low, kap_low = r, r, r
+        kap = r
         if DECAY:
             e = tl.load(total + base)
-            place = base * (2 * L if EXACT else L) + i
-            r = tl.load(rho + place)
-            kap = tl.load(kappa + place) if APART else r
-            r_low = tl.load(rho + place + L) if EXACT else r
-            kap_low = (tl.load(kappa + place + L) if APART else r_low) if EXACT else r
+            r = tl.load(rho + base * L + i)
+            kap = tl.load(kappa + base * L + i) if APART else r
             read, add = (e - kap, r) if TRANSPOSED else (r, e - kap)
-            if EXACT:
-                read, add = (read - kap_low, add + r_low) if TRANSPOSED else (read + r_low, add - kap_low)
             if FACTORED:
                 middle = tl.load(center + base)
                 first = e - middle if TRANSPOSED else middle
@@ -180,8 +175,8 @@ def _chunks(
                 if BN2:
                     s2 *= tl.exp2(pending + first)
                 read, add, pending = read - first, add - second, second
-            into *= tl.exp2(add)
-            out *= tl.exp2(read)
+            into *= tl.exp2(add).to(tl.float32)
+            out *= tl.exp2(read).to(tl.float32)
         if COLS:
             wt = tl.load(w + c0 * w_t + i * w_t, mask=inside, other=0.0).to(tl.float32)
             into *= wt
@@ -207,16 +202,16 @@ def _chunks(
             if FACTORED:
                 yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]
             else:
-                weighted = _weighted(pairs, r, kap, r_low, kap_low, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, EXACT, ROWS, COLS)
+                weighted = _weighted(pairs, r, kap, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, ROWS, COLS)
                 yt = tl.dot(vt, weighted.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
             place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
             tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
         if DECAY:
-            passed += e
+            passed += e.to(tl.float32)
             if not FACTORED:
-                s *= tl.exp2(e)
+                s *= tl.exp2(e).to(tl.float32)
                 if BN2:
-                    s2 *= tl.exp2(e)
+                    s2 *= tl.exp2(e).to(tl.float32)
         s = tl.dot(added, kt, acc=s, input_precision=PRECISION)
         if BN2:
             s2 = tl.dot(added, kt2, acc=s2, input_precision=PRECISION)
@@ -229,23 +224,16 @@ def _chunks(
 
 @triton.jit
 def _weighted(
-    pairs, r, kap, r_low, kap_low, ut, wt, scale, i,
-    L: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
+    pairs, r, kap, ut, wt, scale, i,
+    L: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """scores ∘ exp(ρ_i − κ_j) u_i w_j · scale, [L_j, L_i], or [L_i, L_j] if transposed."""
     weight = tl.full([L, L], 1.0, tl.float32) * scale
     if DECAY:
-        if TRANSPOSED:
-            gap = r[:, None] - kap[None, :]
-            if EXACT:
-                gap += r_low[:, None] - kap_low[None, :]
-        else:
-            gap = r[None, :] - kap[:, None]
-            if EXACT:
-                gap += r_low[None, :] - kap_low[:, None]
+        gap = r[:, None] - kap[None, :] if TRANSPOSED else r[None, :] - kap[:, None]
         late = (i[None, :] >= i[:, None]) if FORWARD else (i[None, :] <= i[:, None])
-        weight *= tl.exp2(tl.where(late, gap, 0.0))  # elsewhere gap may be positive and overflow
+        weight *= tl.exp2(tl.where(late, gap, 0.0)).to(tl.float32)  # elsewhere gap may be positive and overflow
     if ROWS:
         weight *= ut[None, :]
     if COLS:

@@ -32,7 +32,7 @@ def passing(
             place, inside = head * P * N + p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
             s = tl.load(states + place, mask=inside, other=0.0).to(tl.float32)
             both += s * tl.load(dstates + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(through + head, tl.sum(both) * tl.exp2(tl.load(block_total + head)))
+    tl.store(through + head, tl.sum(both) * tl.exp2(tl.load(block_total + head)).to(tl.float32))
 
 
 @triton.jit
