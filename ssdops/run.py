@@ -183,15 +183,15 @@ def backward(call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[
     q, k, v = call.q, call.k, call.v
     if total is None:
         total = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-    of_operands = [_of_operand(x, doperands.get(name)) for name, x in named.items()]
+    of_operands = [_of_operand(x, doperands.get(name), q) for name, x in named.items()]
     of_inputs = [total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype)]
     return [x.contiguous() for x in (*of_inputs, *of_operands, *dinitial)]  # as tracing has been told
 
 
-def _of_operand(x: Tensor, grad: Tensor | None) -> Tensor:
+def _of_operand(x: Tensor, grad: Tensor | None, q: Tensor) -> Tensor:
     """The gradient of an operand: empty for integers, zero where no term reads it."""
     if not x.is_floating_point():
-        return x.new_empty(0)
+        return q.new_empty(0)
     return torch.zeros_like(x) if grad is None else grad.to(x.dtype)
 
 

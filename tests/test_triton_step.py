@@ -226,7 +226,7 @@ def test_what_it_refuses_says_why_and_what_does_it(monkeypatch):
     }.items():
         assert words in reason(case) and "recurrent" in reason(case)
     monkeypatch.setattr(config, "triton_interpreted", lambda: False)
-    assert "'triton' runs on CUDA devices, and q is on cpu" in reason(made.case(m.causal()))
+    assert "'triton' runs on CUDA GPUs, and the tensors are on cpu" in reason(made.case(m.causal()))
 
 
 def test_auto_never_interprets():

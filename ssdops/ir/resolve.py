@@ -130,14 +130,19 @@ class Span:
 def document_boundaries(documents: n.Documents, tensors: Mapping[str, Tensor], batch: int, seqlen: int) -> Tensor:
     """Where documents begin and end, in tokens of the whole batch: the boundaries of one packed row, or of all rows in order.
 
-    Reads nothing on the host. Ids must come with `n_segments`.
+    Reads nothing on the host: without `n_segments` there are as many documents as tokens, most of them empty.
     """
     if documents.cu_seqlens is not None:
         return resolve(documents.cu_seqlens, tensors, n.BOUNDARIES, seqlen)
     ids = segment_ids(documents, tensors, seqlen).expand(batch, -1).contiguous()
-    assert documents.n_segments is not None  # a backend that needs boundaries refuses ids without a count
-    numbers = torch.arange(documents.n_segments, device=ids.device, dtype=ids.dtype).expand(batch, -1).contiguous()
-    starts = torch.searchsorted(ids, numbers) + torch.arange(batch, device=ids.device)[:, None] * seqlen
+    if documents.n_segments is None:
+        tokens = torch.arange(seqlen, device=ids.device).expand(batch, -1)
+        same = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0), value=False)[:, :seqlen]
+        starts = torch.where(same, seqlen, tokens).sort(1).values
+    else:
+        numbers = torch.arange(documents.n_segments, device=ids.device, dtype=ids.dtype).expand(batch, -1).contiguous()
+        starts = torch.searchsorted(ids, numbers)
+    starts = starts + torch.arange(batch, device=ids.device)[:, None] * seqlen
     return torch.nn.functional.pad(starts.flatten(), (0, 1), value=batch * seqlen)
 
 

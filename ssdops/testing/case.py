@@ -29,6 +29,7 @@ class Case:
     Attributes:
         q, k, v, mask, scale: as for `ssd`.
         initial: a state per linear term; empty is none.
+        operands: the dtype that operands of products are rounded to by the backend that it is for; None is none of them.
     """
 
     q: Tensor
@@ -37,6 +38,7 @@ class Case:
     mask: Mask
     scale: float = 1.0
     initial: tuple[Tensor, ...] = ()
+    operands: torch.dtype | None = None
 
     def __repr__(self) -> str:
         def shape(x: Tensor) -> str:

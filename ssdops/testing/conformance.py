@@ -13,6 +13,7 @@ A mask of one's own is held to the same laws by giving `make_mask`, a function t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +55,7 @@ class Conformance:
         chunk_sizes: sizes that must all give the same; empty for a backend without chunks.
         row_bits: whether a row's bits are claimed not to depend on the rest of the batch.
         dtypes: of the inputs.
+        rounds_operands: whether products are of operands in the inputs' dtype, weighted with decays and rounded (tensor cores).
         device: where calls run.
     """
 
@@ -64,6 +66,7 @@ class Conformance:
     chunk_sizes: Sequence[int] = ()
     row_bits: bool = True
     dtypes: Sequence[torch.dtype] = FLOATS
+    rounds_operands: bool = False
     device: str = "cpu"
 
     def runner(self, data: st.DataObject) -> Runner:
@@ -87,6 +90,7 @@ class Conformance:
             assume(False)
         if case.problem.dtype == torch.float16:
             assume(all(size < 1e4 for size in magnitudes(case, bool(case.carried)).values()))
+        case = replace(case, operands=case.problem.dtype) if self.rounds_operands else case
         return case.map(lambda _, x: x.to(self.device))
 
     # --- against the oracle -------------------------------------------------------------------------------------------
@@ -138,7 +142,8 @@ class Conformance:
     @law
     def test_linear_in_v(self, data: st.DataObject) -> None:
         """Linear in v, exactly enough."""
-        laws.linear_in_v(self.runner(data), self.draw(data, dtypes=(torch.float64,)))
+        widest = (torch.float64,) if torch.float64 in self.dtypes else (torch.float32,)
+        laws.linear_in_v(self.runner(data), self.draw(data, dtypes=widest))
 
     @law
     def test_causal(self, data: st.DataObject) -> None:

@@ -222,7 +222,7 @@ def state_equals_prefix(run: Runner, case: Case, count: int = 3) -> None:
     state = torch.einsum("bthp,bthn->bhpn", *heads)
     pairs = ((q0, case.q), (k0, case.k), (v0, case.v))
     q, k, v = (torch.cat([new, x] if left else [x, new], 1) for new, x in pairs)
-    longer = Case(q, k, v, mask, case.scale)
+    longer = Case(q, k, v, mask, case.scale, operands=case.operands)
     carried = run(replace(case, initial=(state,) * len(case.carried)))
     whole = run(longer)
     whole["y"] = whole["y"][:, count:] if left else whole["y"][:, : p.seqlen]

@@ -86,7 +86,9 @@ def _allowed(case: Case, name: str, big: Tensor, dtype: torch.dtype, uncancelled
     p = case.problem
     products = p.batch * p.nheads * p.seqlen * p.headdim * p.dstate * (1 if "state" in name else p.seqlen)
     magnitude = float(big.detach().abs().max())
-    return tolerance(dtype, p.accumulate, products / big.numel(), magnitude, _span(case) * magnitude + uncancelled)
+    return tolerance(
+        dtype, p.accumulate, products / big.numel(), magnitude, _span(case) * magnitude + uncancelled, case.operands
+    )
 
 
 def _span(case: Case) -> float:

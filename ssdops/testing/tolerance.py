@@ -2,7 +2,8 @@
 
 A reduction of n terms that accumulates in one dtype errs by about eps · √n times the sum of the terms' absolute values.
 A result that is then rounded to a coarser dtype errs by one rounding more, a reduction of length 1 in that dtype; the
-coarser of the two counts. The magnitude is what the oracle gives for absolute values (`ssdops.testing.oracle`), at its
+coarser of the two counts. So it is where operands of products are rounded, weighted with decays, to the dtype that tensor cores
+multiply: that too is one rounding of every term. The magnitude is what the oracle gives for absolute values (`ssdops.testing.oracle`), at its
 greatest over the tensor: where terms cancel, it is what they were, and not what is left of them.
 """
 
@@ -17,8 +18,11 @@ C = 2.0
 """The constant; there is one, for every backend, dtype and test."""
 
 
-def tolerance(output: torch.dtype, compute: torch.dtype, length: float, magnitude: float, oracle: float = 0.0) -> float:
-    """c · max(eps(compute) · √length, eps(output)) · magnitude, and never less than what the dtypes can tell from zero.
+def tolerance(
+    output: torch.dtype, compute: torch.dtype, length: float, magnitude: float, oracle: float = 0.0,
+    operands: torch.dtype | None = None,
+) -> float:  # fmt: skip
+    """c · max(eps(compute) · √length, eps(output), eps(operands)) · magnitude, and no less than what the dtypes tell from zero.
 
     Args:
         output: the dtype of the result.
@@ -26,10 +30,12 @@ def tolerance(output: torch.dtype, compute: torch.dtype, length: float, magnitud
         length: how many products meet in one element.
         magnitude: the greatest element that absolute values give.
         oracle: what the oracle itself may be off by, in units of eps(float64); it matters where compute is float64 too.
+        operands: the dtype that weighted operands of products are rounded to; None is compute.
     """
     out, acc = torch.finfo(output), torch.finfo(compute)
     floor = max(out.smallest_normal * (out.eps if output is torch.float16 else 1.0), acc.smallest_normal)
-    error = max(acc.eps * sqrt(max(length, 1.0)), out.eps) * magnitude
+    rounding = max(out.eps, torch.finfo(operands or compute).eps)
+    error = max(acc.eps * sqrt(max(length, 1.0)), rounding) * magnitude
     return C * max(error + torch.finfo(torch.float64).eps * oracle, floor)
 
 

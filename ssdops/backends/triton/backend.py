@@ -39,8 +39,6 @@ class Triton:
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):
             if size > MAX_DIM or size < 1:
                 return Support.no(f"'triton' takes {name} from 1 to {MAX_DIM}, got {size}; 'chunked' has no such limit")
-        if term.documents is not None and term.documents.cu_seqlens is None and term.documents.n_segments is None:
-            return Support.no("'triton' does not read how many documents there are: give n_segments, or use 'chunked'")
         return Support.yes()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:

@@ -88,7 +88,7 @@ def contract(
         by_state = tl.full([BLOCK], 1.0, tl.float32) * row_scale
         r = by_state
         if DECAY:
-            r = tl.load((rho if READS else kappa) + (base + h) * BLOCK + i, mask=here, other=0.0)
+            r = tl.load((rho if READS else kappa) + (base + h) * BLOCK + i)  # past the row's end they stay what they were
             through = r if READS else tl.load(block_total + base + h) - r
             by_state *= tl.exp2(through).to(tl.float32)
         own = tl.full([BLOCK], 1.0, tl.float32)
@@ -168,7 +168,7 @@ def _column_weights(
     else:
         sees = i[:, None] < j[None, :] if STRICT else i[:, None] <= j[None, :]
     if DECAY:
-        c = tl.load(sums + (base + h) * BLOCK + j, mask=there, other=0.0)
+        c = tl.load(sums + (base + h) * BLOCK + j)
         gap = r[:, None] - c[None, :]
         gap = tl.where(sees, gap if READS else -gap, float("-inf"))  # elsewhere it may be positive and overflow
         weight = tl.exp2(gap).to(tl.float32)
