@@ -2,9 +2,9 @@
 
 A reduction of n terms that accumulates in one dtype errs by about eps · √n times the sum of the terms' absolute values.
 A result that is then rounded to a coarser dtype errs by one rounding more, a reduction of length 1 in that dtype; the
-coarser of the two counts. So it is where operands of products are rounded, weighted with decays, to the dtype that tensor cores
-multiply: that too is one rounding of every term. The magnitude is what the oracle gives for absolute values (`ssdops.testing.oracle`), at its
-greatest over the tensor: where terms cancel, it is what they were, and not what is left of them.
+coarser of the two counts. So do tensor cores: their operands, weighted with decays, are rounded to the dtype that they
+multiply, one rounding of every term. The magnitude is what the oracle gives for absolute values
+(`ssdops.testing.oracle`), at its greatest over the tensor: where terms cancel, it is what they were, and not what is left.
 """
 
 from __future__ import annotations

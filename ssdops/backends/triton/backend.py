@@ -86,9 +86,11 @@ class Triton:
             return Output(diagonal_forward(term, x))
         if isinstance(term, Quadratic):
             return tiles.forward(term, x)
-        from .launch import Scan  # importing Triton takes time, and planning does not need it
+        from .calls import explained  # importing Triton takes time, and planning does not need it
+        from .launch import Scan
 
-        return Scan(term, x, config).forward()
+        with explained(x.problem):
+            return Scan(term, x, config).forward()
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """States forward, cotangents of states backward, and what is left by blocks."""
@@ -96,9 +98,11 @@ class Triton:
             return diagonal_backward(term, x, cotangents.y)
         if isinstance(term, Quadratic):
             return tiles.backward(term, x, cotangents)
+        from .calls import explained
         from .launch import Scan
 
-        return Scan(term, x, config, keep=True).backward(cotangents)
+        with explained(x.problem):
+            return Scan(term, x, config, keep=True).backward(cotangents)
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""

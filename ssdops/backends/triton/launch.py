@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -15,12 +14,14 @@ from ...config import triton_interpreted
 from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value, share_heads
+from .calls import Kernel
 from .kernels.gradients import contract
 from .kernels.prepare import prepare
 from .kernels.scan import scan
 from .kernels.tokens import passing, token_gradients
 from .sizes import padded, sizes
 
+PREPARE, SCAN, CONTRACT, PASSING, TOKENS = (Kernel(fn) for fn in (prepare, scan, contract, passing, token_gradients))
 SPAN = 60.0
 """How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -70,13 +71,15 @@ class Scan:
         self.rows = p.batch if self.cu is None else self.cu.numel() - 1
         self.tokens = p.batch * p.seqlen
         self.slots = self._slots(self.sizes.chunk)
+        self.packing = (self.rows, max(p.seqlen, 1), self.tokens, p.nheads)
         self.decays = term.log_a is not None or term.log_cols is not None
         self.apart = term.row_inclusive != term.col_inclusive or term.log_cols is not None
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
         self.dot = torch.float32 if p.dtype == torch.bfloat16 and triton_interpreted() else p.dtype
+
     def _slots(self, size: int) -> int:
         p = self.problem
-        return p.batch * triton.cdiv(p.seqlen, size) if self.cu is None else self.tokens // size + self.rows
+        return p.batch * ceil_div(p.seqlen, size) if self.cu is None else self.tokens // size + self.rows
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -111,16 +114,21 @@ class Scan:
         else:
             out = Chunks(scores, *(self.q,) * 7)
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
-        heads = min(16, triton.next_power_of_2(p.nheads))
+        heads = min(16, padded(p.nheads))
         if slots:
-            prepare[slots, self.groups + (triton.cdiv(p.nheads, heads) if self.decays else 0)](
-                self.q, self.k, _or(log_a, self.q), _or(log_cols, self.q), _or(self.cu, self.q),
-                out.scores, out.rho, out.kappa, out.total, out.center, out.block_rho, out.block_kappa, out.block_total,
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups, blocks,
-                self.groups // p.q_heads, self.groups // p.k_heads,
-                *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
-                L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
-                LOG_COLS=log_cols is not None, BLOCKS=self.keep, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
+            PREPARE(
+                (slots, self.groups + (ceil_div(p.nheads, heads) if self.decays else 0), 1),
+                (
+                    self.q, self.k, _or(log_a, self.q), _or(log_cols, self.q), _or(self.cu, self.q), out.scores,
+                    out.rho, out.kappa, out.total, out.center, out.block_rho, out.block_kappa, out.block_total,
+                ),
+                (
+                    *self.packing, self.groups, blocks, self.groups // p.q_heads, self.groups // p.k_heads,
+                    *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
+                ),
+                L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
+                ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None,
+                BLOCKS=self.keep, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return out
 
@@ -141,19 +149,24 @@ class Scan:
         q_share, k_share = p.nheads // p.q_heads, p.nheads // p.k_heads
         if walk.transposed:
             q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
-        scan[p.nheads * triton.cdiv(p.headdim, z.rows), self.rows, segments](
-            q, k, v, _or(y, nothing), _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-            c.scores, c.rho, c.kappa, c.total, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
-            _or(walk.blocks, nothing), *(parts or (nothing, nothing)),
-            max(p.seqlen, 1), self.tokens, p.nheads, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
-            triton.cdiv(triton.cdiv(p.seqlen, self.sizes.chunk), segments),
-            *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
+        SCAN(
+            (p.nheads * ceil_div(p.headdim, z.rows) * self.rows, 1, segments),
+            (
+                q, k, v, _or(y, nothing), _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
+                c.scores, c.rho, c.kappa, c.total, c.center, _or(walk.entering, nothing), _or(walk.leaving, nothing),
+                _or(walk.blocks, nothing), *(parts or (nothing, nothing)),
+            ),
+            (
+                *self.packing, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
+                ceil_div(ceil_div(p.seqlen, z.chunk), segments),
+                *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
+            ),
             L=z.chunk, BLOCK=z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
             FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
             OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
-            BLOCKS=walk.blocks is not None, PARTS=first,
-            SEGMENTS=parts is not None and not first, FACTORED=y is not None and self.dot == torch.bfloat16,
-            NORMALIZE=self.dot == torch.float16, STAGES=z.stages, **self.common, num_warps=z.warps_back if walk.blocks is not None else 4,
+            BLOCKS=walk.blocks is not None, PARTS=first, SEGMENTS=parts is not None and not first,
+            FACTORED=y is not None and self.dot == torch.bfloat16, NORMALIZE=self.dot == torch.float16, STAGES=z.stages,
+            **self.common, num_warps=z.warps_back if walk.blocks is not None else 4,
             maxnreg=z.registers if y is not None and not walk.transposed else None,
         )  # fmt: skip
 
@@ -186,26 +199,31 @@ class Scan:
         return Gradients(dq, dk, dv, initial=dinitial, values=values)
 
     def _contract(self, dy: Tensor, states: Tensor, reads: bool) -> tuple[Tensor, Tensor]:
-        """dQ (reads) or dK by groups of heads that share both, and what their tokens exchange, for the gradients of operands."""
+        """dQ (reads) or dK by groups of heads that share both, and what tokens exchange, for the gradients of operands."""
         p, t, c, z, nothing, slots = self.problem, self.term, self.chunks, self.sizes, self.q, len(states)
-        tiles, wanted, u, w = triton.cdiv(p.dstate, z.state_back), bool(self.x.values), self.slot("rows"), self.slot("cols")
+        tiles, wanted, u, w = ceil_div(p.dstate, z.state_back), bool(self.x.values), self.slot("rows"), self.slot("cols")
         splits = self._splits(slots * tiles)
         direct = splits == 1 and (p.q_heads if reads else p.k_heads) == self.groups
         out = self.empty(splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=self.x.out if direct else torch.float32)
         sums = self.empty(tiles if wanted else 0, 3, slots, p.nheads, z.block)
         a, b, x, y = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
         if self.tokens and slots:
-            contract[slots, self.groups * tiles, splits](
-                a, b, x, y, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
-                c.block_rho, c.block_kappa, c.block_total, states, out, sums,
-                self.rows, max(p.seqlen, 1), self.tokens, p.nheads, self.groups,
-                *(p.nheads // tensor.shape[2] for tensor in (a, b, x, y)), self.scale, self.scale if reads else 1.0,
-                triton.cdiv(p.nheads // self.groups, splits),
-                *strides(a), *strides(b), *strides(x), *strides(y), *strides(u), *strides(w),
+            CONTRACT(
+                (slots, self.groups * tiles, splits),
+                (
+                    a, b, x, y, _or(u, nothing), _or(w, nothing), _or(self.cu, nothing),
+                    c.block_rho, c.block_kappa, c.block_total, states, out, sums,
+                ),
+                (
+                    *self.packing, self.groups, *(p.nheads // tensor.shape[2] for tensor in (a, b, x, y)),
+                    self.scale, self.scale if reads else 1.0, ceil_div(p.nheads, self.groups * splits),
+                    *strides(a), *strides(b), *strides(x), *strides(y), *strides(u), *strides(w),
+                ),
                 BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=z.state_back, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
                 ROWS=u is not None, COLS=w is not None, SUMS=wanted,
-                SCALES=not {"rows", "cols", "log_cols"}.isdisjoint(self.x.values), SKIP=int(t.col_inclusive and not t.row_inclusive),
-                NORMALIZE=self.dot == torch.float16, STAGES=z.stages_back, **self.common, num_warps=8,
+                SCALES=not {"rows", "cols", "log_cols"}.isdisjoint(self.x.values),
+                SKIP=int(t.col_inclusive and not t.row_inclusive), NORMALIZE=self.dot == torch.float16,
+                STAGES=z.stages_back, **self.common, num_warps=8,
             )  # fmt: skip
         return (out[0] if splits == 1 else out.sum(0)), sums
 
@@ -216,20 +234,24 @@ class Scan:
         log_a = self.empty(*shape) if "log_a" in x.values else None
         rows = self.empty(*shape) if "rows" in x.values else None
         cols = self.empty(*shape) if w is not None or "log_cols" in x.values else None
-        packing = (self.rows, max(p.seqlen, 1), self.tokens, p.nheads)
         through = self.empty(slots, p.nheads)
         if self.tokens and slots:
             if log_a is not None:
-                passing[p.nheads, slots](
-                    states, dstates, _or(self.cu, nothing), self.chunks.block_total, through, *packing, BLOCK=z.block,
-                    P=p.headdim, BP=z.rows_back, N=p.dstate, BN=z.state_back, PACKED=self.cu is not None, num_warps=4,
+                PASSING(
+                    (slots, p.nheads, 1),
+                    (states, dstates, _or(self.cu, nothing), self.chunks.block_total, through), self.packing,
+                    BLOCK=z.block, P=p.headdim, BP=z.rows_back, N=p.dstate, BN=z.state_back, PACKED=self.cu is not None,
+                    num_warps=4,
                 )  # fmt: skip
             heads = min(32, padded(p.nheads))
-            token_gradients[slots, triton.cdiv(p.nheads, heads)](
-                reads, adds, through, _or(self.cu, nothing), _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
-                *packing, len(reads), BLOCK=z.block, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive,
-                COL_INCLUSIVE=t.col_inclusive, DLOG_A=log_a is not None, DU=rows is not None, DW=cols is not None,
-                PACKED=self.cu is not None, num_warps=4,
+            TOKENS(
+                (slots, ceil_div(p.nheads, heads), 1),
+                (
+                    reads, adds, through, _or(self.cu, nothing), _or(log_a, nothing), _or(rows, nothing), _or(cols, nothing),
+                ),
+                (*self.packing, len(reads)),
+                BLOCK=z.block, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
+                DLOG_A=log_a is not None, DU=rows is not None, DW=cols is not None, PACKED=self.cu is not None, num_warps=4,
             )  # fmt: skip
         out = {"log_a": log_a, "rows": rows, "cols": cols if w is not None else None}
         if "log_cols" in x.values:
@@ -241,6 +263,11 @@ class Scan:
         """Into how many parts the heads of a group are taken, so that blocks fill the device."""
         programs, share = programs * self.groups, self.problem.nheads // self.groups
         return min(max(self.problem.target.multiprocessors // max(programs, 1), 1), share)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """How many b it takes to cover a."""
+    return -(-a // b)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -261,5 +288,3 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
     """A kernel takes a pointer for what it does not read, too."""
     return other if x is None else x
-
-

@@ -27,7 +27,6 @@ class Sizes:
         state_back: columns of dstate that the backward pass takes at once.
         stages, stages_back: how many chunks, or heads, are in flight.
         warps_back: of a program of the backward pass's scans.
-        stages_exchange: heads in flight in `exchange`.
         registers: the most that a thread of the forward scan may take; None is no limit.
     """
 
@@ -40,7 +39,6 @@ class Sizes:
     stages: int
     stages_back: int
     warps_back: int
-    stages_exchange: int
     registers: int | None
 
 
@@ -49,9 +47,15 @@ def sizes(problem: Problem, chunk: int | None) -> Sizes:
     p, n = padded(problem.headdim), padded(problem.dstate)
     if problem.dtype == torch.float32:
         chunk = chunk or (32 if n <= 128 else 16)
-        return Sizes(chunk, max(64, chunk), 16, min(p, 32), min(n, 128), min(n, 32), 2, 1, 4, 1, None)
-    wide = 4 if n <= 128 else 8
-    return Sizes(chunk or CHUNKS[0], 128, min(p, 64), min(p, 64), min(n, 128), min(n, 128), 3, 2, wide, 2 if p <= 64 and n <= 128 else 1, 168 if n <= 128 else None)
+        return Sizes(
+            chunk=chunk, block=max(64, chunk), rows=16, rows_back=min(p, 32), state=min(n, 128),
+            state_back=min(n, 32), stages=2, stages_back=1, warps_back=4, registers=None,
+        )  # fmt: skip
+    small = n <= 128
+    return Sizes(
+        chunk=chunk or CHUNKS[0], block=128, rows=min(p, 64), rows_back=min(p, 64), state=min(n, 128),
+        state_back=min(n, 128), stages=3, stages_back=2, warps_back=4 if small else 8, registers=168 if small else None,
+    )  # fmt: skip
 
 
 def padded(dim: int) -> int:

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from .rows import slot_bounds
 
-
 SUM_KINDS = tl.constexpr(3)
 KEPT, CROSSED, EVERYTHING = (tl.constexpr(index) for index in range(3))
 """The kinds of sums over a row: what it exchanges within its block, by pairs that decay; what it exchanges with the state; and
@@ -50,13 +49,13 @@ def contract(
     slot, split = tl.program_id(0), tl.program_id(2)
     g, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
     n = tile * BN + tl.arange(0, BN)
-    row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
     if first >= stop:
         return
     batch, t = first // seqlen, first % seqlen
     base = slot.to(tl.int64) * nheads
     i, half = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
-    here, there = i < stop - first, BLOCK // 2 + half < stop - first  # `there` is of the second half
+    here, in_first, in_second = i < stop - first, half < stop - first, BLOCK // 2 + half < stop - first
     share = nheads // groups
     a += batch * a_b + t * a_t + (g * share // a_share) * a_h
     b += batch * b_b + t * b_t + (g * share // b_share) * b_h
@@ -76,9 +75,11 @@ def contract(
             m = n0 + tl.arange(0, BN)
             inside_m = (m < N)[None, :]
             at = tl.load(a + i[:, None] * a_t + m[None, :], mask=here[:, None] & inside_m, other=0.0).to(DOT)
-            bt = tl.load(b + half[:, None] * b_t + m[None, :], mask=(half < stop - first)[:, None] & inside_m, other=0.0).to(DOT)
+            bt = tl.load(b + half[:, None] * b_t + m[None, :], mask=in_first[:, None] & inside_m, other=0.0).to(DOT)
             near = tl.dot(at, tl.trans(bt), acc=near, input_precision=PRECISION)
-            bt = tl.load(b + (BLOCK // 2 + half)[:, None] * b_t + m[None, :], mask=there[:, None] & inside_m, other=0.0).to(DOT)
+            bt = tl.load(b + (BLOCK // 2 + half)[:, None] * b_t + m[None, :], mask=in_second[:, None] & inside_m, other=0.0).to(
+                DOT
+            )
             far = tl.dot(at, tl.trans(bt), acc=far, input_precision=PRECISION)
     near, far = (near * scale).to(DOT), (far * scale).to(DOT)
     area = tl.num_programs(0).to(tl.int64) * nheads * BLOCK
@@ -103,8 +104,10 @@ def contract(
             inside_p = (p < P)[None, :]
             xh, zh = x + (h // x_share) * x_h, z + (h // z_share) * z_h
             xt = tl.load(xh + i[:, None] * x_t + p[None, :], mask=here[:, None] & inside_p, other=0.0).to(DOT)
-            z_first = tl.load(zh + half[:, None] * z_t + p[None, :], mask=(half < stop - first)[:, None] & inside_p, other=0.0).to(DOT)
-            z_second = tl.load(zh + (BLOCK // 2 + half)[:, None] * z_t + p[None, :], mask=there[:, None] & inside_p, other=0.0).to(DOT)
+            z_first = tl.load(zh + half[:, None] * z_t + p[None, :], mask=in_first[:, None] & inside_p, other=0.0).to(DOT)
+            z_second = tl.load(
+                zh + (BLOCK // 2 + half)[:, None] * z_t + p[None, :], mask=in_second[:, None] & inside_p, other=0.0
+            ).to(DOT)
             place = (base + h) * P * N + p[:, None] * N + n[None, :]
             st = tl.load(states + place, mask=(p < P)[:, None] & inside_n, other=0.0)
             if NORMALIZE:  # float16 holds nothing above 65504
@@ -147,9 +150,9 @@ def contract(
             tl.store(place + CROSSED * area, crossed * own)
             if SCALES:
                 tl.store(place + EVERYTHING * area, tl.where(tile == 0, everything, 0.0) + crossed)
-    bt = tl.load(b + half[:, None] * b_t + n[None, :], mask=(half < stop - first)[:, None] & inside_n, other=0.0).to(DOT)
+    bt = tl.load(b + half[:, None] * b_t + n[None, :], mask=in_first[:, None] & inside_n, other=0.0).to(DOT)
     total_out = tl.dot((first_half * scale).to(DOT), bt, acc=total_out, input_precision=PRECISION)
-    bt = tl.load(b + (BLOCK // 2 + half)[:, None] * b_t + n[None, :], mask=there[:, None] & inside_n, other=0.0).to(DOT)
+    bt = tl.load(b + (BLOCK // 2 + half)[:, None] * b_t + n[None, :], mask=in_second[:, None] & inside_n, other=0.0).to(DOT)
     total_out = tl.dot((second_half * scale).to(DOT), bt, acc=total_out, input_precision=PRECISION)
     place = ((split * tokens + first + i) * groups + g) * N
     tl.store(out + place[:, None] + n[None, :], total_out.to(out.dtype.element_ty), mask=here[:, None] & inside_n)
@@ -179,4 +182,3 @@ def _column_weights(
     if COLS and READS:
         weight *= tl.load(w + j * w_t + h * w_h, mask=there, other=0.0).to(tl.float32)[None, :]
     return weight
-

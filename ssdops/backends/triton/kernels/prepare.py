@@ -18,8 +18,8 @@ def prepare(
 ):  # fmt: skip
     """Scores K Qᵀ of chunks under the mask's triangle; sums of log decays of blocks, in units of log 2.
 
-    Grid: (chunks, groups + parts of HEADS heads): a program has the scores of a chunk and a group, or the sums of a block (there
-    are fewer of those) and a part.
+    Grid: (chunks, groups + parts of HEADS heads): a program has the scores of a chunk and a group, or the sums of a block
+    (there are fewer of those) and a part.
 
     Args:
         scores: `[chunks, groups, L_j, L_i]`.
@@ -27,7 +27,7 @@ def prepare(
             differences of rounded sums lose digits.
         total: `[chunks, nheads]`, the sum of a chunk.
         center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is.
-        block_rho, block_kappa, block_total: the same from the start of each block, `[blocks, nheads, BLOCK]`; written if BLOCKS.
+        block_rho, block_kappa, block_total: the same from the start of each block, `[blocks, nheads, BLOCK]`, if BLOCKS.
     """
     slot, part = tl.program_id(0), tl.program_id(1)
     if part < groups:
@@ -54,7 +54,8 @@ def prepare(
             b, t = first // seqlen, first % seqlen
             _sum_logs(
                 log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, center,
-                block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32), (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
+                block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32),
+                (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
                 L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, BLOCKS, SPAN,
             )  # fmt: skip
 
@@ -103,4 +104,3 @@ def _sum_logs(
     inside = (m * L < length)[:, None] & (h < nheads)[None, :]
     tl.store(total + place, ends, mask=inside)
     tl.store(center + place, tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30), mask=inside)
-

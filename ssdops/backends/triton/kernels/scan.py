@@ -19,15 +19,15 @@ from .rows import bounds, first_slot
 @triton.jit
 def scan(
     q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals,
-    seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale_out, scale_in, per_segment,
+    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale_out, scale_in, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
-    L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
+    L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    BN2: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, OUTPUT: tl.constexpr, ENTERING: tl.constexpr,
     LEAVING: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (heads · tiles of P, rows, segments).
+    """Grid: (rows · heads · tiles of P, 1, segments).
 
     Args:
         scale_out, scale_in: factors of Y, and of what is added to S.
@@ -37,14 +37,15 @@ def scan(
         BLOCKS: write the state that enters each block of BLOCK tokens.
     """
     tiles: tl.constexpr = (P + BP - 1) // BP
-    h, row, segment = tl.program_id(0) // tiles, tl.program_id(1), tl.program_id(2)
+    row, h = tl.program_id(0) // (nheads * tiles), tl.program_id(0) // tiles % nheads
+    segment = tl.program_id(2)
     start, stop = bounds(cu, row, seqlen, tokens, PACKED)
     b, t0, length = start // seqlen, start % seqlen, (stop - start).to(tl.int32)
     chunks = (length + L - 1) // L
     slot0 = first_slot(start, row, seqlen, L, PACKED)
     block0 = first_slot(start, row, seqlen, BLOCK, PACKED)
     row, nheads64 = row.to(tl.int64), nheads.to(tl.int64)
-    i, n = tl.arange(0, L), tl.arange(0, BN)
+    n = tl.arange(0, BN)
     p = (tl.program_id(0) % tiles) * BP + tl.arange(0, BP)
     n2 = BN + tl.arange(0, BN2 if BN2 else BN)
     g = h // (nheads // groups)
@@ -66,7 +67,6 @@ def scan(
         if BN2:
             s2 += tl.load(entering + state + n2[None, :], mask=inside_p & inside_n2, other=0.0).to(tl.float32)
     if SEGMENTS:
-        n_rows = tl.num_programs(1).to(tl.int64)
         for earlier in range(0, segment):
             part = (earlier * n_rows + row) * nheads64 + h
             decay = tl.exp2(tl.load(part_totals + part))
@@ -98,7 +98,7 @@ def scan(
             NORMALIZE, DOT, PRECISION, STAGES,
         )  # fmt: skip
     if PARTS:
-        part = (segment * tl.num_programs(1).to(tl.int64) + row) * nheads64 + h
+        part = (segment * n_rows + row) * nheads64 + h
         place = parts + part * P * N + p[:, None] * N
         tl.store(place + n[None, :], s, mask=inside_p & inside_n)
         if BN2:
@@ -126,8 +126,8 @@ def _any_wide(center, slot0, lo, hi, chunks, h, nheads64, FORWARD: tl.constexpr)
 def _chunks(
     q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
     h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
-    L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BN2: tl.constexpr,
-    FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
+    L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    BN2: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUT: tl.constexpr, BLOCKS: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,9 @@ def _chunks(
                 out *= size
             yt = tl.dot((s / size if NORMALIZE else s).to(DOT), tl.trans(qt), input_precision=PRECISION)
             if BN2:
-                qt2 = tl.load(q + c0 * q_t + i[:, None] * q_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
+                qt2 = tl.load(q + c0 * q_t + i[:, None] * q_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(
+                    DOT
+                )
                 yt = tl.dot((s2 / size if NORMALIZE else s2).to(DOT), tl.trans(qt2), acc=yt, input_precision=PRECISION)
             if FACTORED:
                 yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]

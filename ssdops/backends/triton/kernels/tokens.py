@@ -1,8 +1,8 @@
 """Gradients of log decays and of scales, from what the tokens of a block exchange with one another and with the states.
 
-With R = (dY Vᵀ) ∘ W ∘ G, row i gathers Σ_j R_ij within its block and r_i from the state before it; token j gives Σ_i R_ij and s_j
-to the state after it; ⟨dS, exp(E) S⟩ passes the block. log_a[t] weighs on what rows i ≥ t gather (i > t if ρ is exclusive), on
-what tokens j < t (j ≤ t if κ is) give to the state, and on what passes. Within the block gathering and giving cancel where
+With R = (dY Vᵀ) ∘ W ∘ G row i gathers Σ_j R_ij within its block and r_i from the state before it; token j gives Σ_i R_ij, and
+s_j to the state after it; ⟨dS, exp(E) S⟩ passes the block. log_a[t] weighs on what rows i ≥ t gather (i > t if ρ is exclusive),
+on what tokens j < t (j ≤ t if κ is) give to the state, and on what passes. Within the block gathering and giving cancel where
 decay is slow, so they are subtracted before they are summed. A pair of tokens with no decay between them is left out: strong
 decays would drown the rest in it.
 """
@@ -19,9 +19,9 @@ def passing(
     states, dstates, cu, block_total, through, n_rows, seqlen, tokens, nheads,
     BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """⟨dS, exp(E) S⟩ of each block and head, `[blocks, nheads]`. Grid: (nheads, blocks)."""
-    h, slot = tl.program_id(0), tl.program_id(1)
-    row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    """⟨dS, exp(E) S⟩ of each block and head, `[blocks, nheads]`. Grid: (blocks, nheads)."""
+    slot, h = tl.program_id(0), tl.program_id(1)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
     if first >= stop:
         return
     head = slot.to(tl.int64) * nheads + h
@@ -44,7 +44,7 @@ def token_gradients(
 ):  # fmt: skip
     """Gradients of log_a, u and w, `[tokens, nheads]`, from the sums of both sides. Grid: (blocks, nheads / HEADS)."""
     slot = tl.program_id(0)
-    row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
     if first >= stop:
         return
     i = tl.arange(0, BLOCK)
