@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if __name__ == "__main__":  # pytest imports this file too, to look for doctests
+    os.environ["TRITON_INTERPRET"] = "0"
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
