@@ -181,8 +181,8 @@ def try_backend(name: str, call: Call, plan: Plan, expected: Tensor) -> Result:
     why = _why(name, plan)
     try:
         y = forward()
-    except UnsupportedError as refusal:
-        return Result(name, str(refusal))
+    except UnsupportedError:
+        return Result(name, why)
     error = (y.cpu().double() - expected).abs().max().item()
     return Result(name, why, milliseconds(forward, call.q.device), peak_mib(forward, call.q.device), error)
 
