@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ssdops import masks
+from ssdops import config, masks
 from ssdops.cli import app
 from ssdops.ir import nodes as n
 from ssdops.ir.terms import Diagonal, Linear, Quadratic
@@ -52,8 +52,9 @@ def test_the_table_tells_what_masks_become(text: str, runs_as: str) -> None:
     assert counts == expected[runs_as]
 
 
-def test_explain_output_is_real() -> None:
+def test_explain_output_is_real(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every line of the README's output is printed; figures may differ, and further backends may have come."""
+    monkeypatch.setattr(config, "triton_interpreted", lambda: False)  # as it is outside these tests
     command, shown = re.findall(r"^\$ ssdops (explain .*)\n((?:.*\n)*?)```$", README, re.MULTILINE)[0]
     result = CliRunner().invoke(app, shlex.split(command), env={"COLUMNS": "104"})
     assert result.exit_code == 0, result.output
