@@ -3,10 +3,22 @@
 `test_cuda_triton.py` holds what compilers make of them to the same laws.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from ssdops import masks, ssd
+from ssdops.backends.base import Config, Cotangents, bind
+from ssdops.backends.triton import launch
+from ssdops.errors import UnsupportedError
+from ssdops.ir.terms import Linear
+from ssdops.plan import terms_of
 from ssdops.testing import Conformance
+from ssdops.testing.laws import twice
+from ssdops.testing.oracle import gradient_bounds, output_bounds
+from ssdops.testing.structures import Make
+from ssdops.testing.tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_triton.py has these laws")
 
@@ -17,3 +29,32 @@ class TestTriton(Conformance):
     rounds_operands = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     chunk_sizes = (32, 16, 64)
+
+
+def test_uncounted_documents_are_refused_where_they_could_be_too_many() -> None:
+    """Ids without a count make room for a document per token, so long rows of them ask for the count."""
+    x, ids = torch.zeros(1, 2049, 1, 4), torch.zeros(1, 2049, dtype=torch.int64)
+    with pytest.raises(UnsupportedError, match="give n_segments"):
+        ssd(x, x, x, masks.documents(segment_ids=ids), backend="triton")
+
+
+def test_segments_say_what_one_pass_says() -> None:
+    """Parts of the sequence scanned side by side, forward and backward, with a state that enters and one that leaves."""
+    case = Make(seqlen=200, dtype=torch.float32, device="cpu")
+    made = case.case(masks.decay(case.log()).scale(rows=case.log()))
+    term = terms_of(made.mask.tree)[0]
+    assert isinstance(term, Linear)
+    p = made.problem
+    states = torch.randn(2, p.batch, p.nheads, p.headdim, p.dstate, generator=torch.Generator().manual_seed(0))
+    x = bind(term, p, made.q, made.k, made.v, made.mask.operands, states[0], 0.7)
+    dy = torch.randn(p.batch, p.seqlen, p.nheads, p.headdim, generator=torch.Generator().manual_seed(1))
+    one, many = (launch.Scan(term, x, Config(16, segments), keep=True) for segments in (1, 5))
+    made = replace(made, scale=0.7, initial=(states[0],))
+    allowed = twice({**output_bounds(made, True), **gradient_bounds(made, [dy, states[1]])})
+    assert_close(many.forward().y, one.forward().y.double(), allowed["y"], "y")
+    assert_close(many.forward().state, one.forward().state.double(), allowed["state[0]"], "state")
+    found, wanted = (scan.backward(Cotangents(dy, states[1])) for scan in (many, one))
+    for slot, name in {"q": "q", "k": "k", "v": "v", "initial": "initial_state[0]"}.items():
+        assert_close(getattr(found, slot), getattr(wanted, slot).double(), allowed[name], name)
+    for name, grad in found.values.items():
+        assert_close(grad, wanted.values[name].double(), allowed[name], name)

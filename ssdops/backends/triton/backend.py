@@ -14,6 +14,8 @@ from ..scan import diagonal_backward, diagonal_forward
 from . import tiles
 from .sizes import CHUNKS, MAX_DIM, sizes
 
+MAX_UNCOUNTED = 2048
+"""Tokens up to which every token may be a document of its own, as far as anyone knows without reading them."""
 RESIDENT = 3
 """Programs of the scan that a multiprocessor holds at once."""
 
@@ -39,6 +41,13 @@ class Triton:
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):
             if size > MAX_DIM or size < 1:
                 return Support.no(f"'triton' takes {name} from 1 to {MAX_DIM}, got {size}; 'chunked' has no such limit")
+        documents = term.documents
+        uncounted = documents is not None and documents.cu_seqlens is None and documents.n_segments is None
+        if uncounted and p.batch * p.seqlen > MAX_UNCOUNTED:
+            return Support.no(
+                "'triton' does not read how many documents there are, and makes room for one per token, up to "
+                f"{MAX_UNCOUNTED} tokens; give n_segments, or let 'chunked' count them"
+            )
         return Support.yes()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
