@@ -14,8 +14,8 @@ from ssdops.backends.triton import launch
 from ssdops.errors import UnsupportedError
 from ssdops.ir.terms import Linear
 from ssdops.plan import terms_of
-from ssdops.testing import Conformance
-from ssdops.testing.laws import twice
+from ssdops.testing import Conformance, laws
+from ssdops.testing.laws import Runner, twice
 from ssdops.testing.oracle import gradient_bounds, output_bounds
 from ssdops.testing.structures import Make
 from ssdops.testing.tolerance import assert_close
@@ -58,3 +58,12 @@ def test_segments_say_what_one_pass_says() -> None:
         assert_close(getattr(found, slot), getattr(wanted, slot).double(), allowed[name], name)
     for name, grad in found.values.items():
         assert_close(grad, wanted.values[name].double(), allowed[name], name)
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0, 10.0, 100.0])
+def test_decays_in_factors_and_by_pairs(strength: float) -> None:
+    """In bfloat16 decays are taken apart into factors, unless those of a chunk span too much: both keep to the oracle."""
+    made = Make(seqlen=130, nheads=4, dtype=torch.bfloat16)
+    case = replace(made.case(masks.decay(strength * made.log())), operands=torch.bfloat16)
+    laws.equals_oracle(Runner("triton"), case)
+    laws.gradients_equal_oracle(Runner("triton"), case)

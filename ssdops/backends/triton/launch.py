@@ -106,7 +106,7 @@ class Scan:
         p, t, z, slots, blocks = self.problem, self.term, self.sizes, self.slots, self._slots(self.sizes.block)
         scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot)
         if self.decays:
-            wide, kept = torch.float64 if self.dot == torch.float32 else torch.float32, self.keep * blocks
+            wide, kept = torch.float64 if p.dtype == torch.float32 else torch.float32, self.keep * blocks
             rho, block_rho = (self.empty(n, p.nheads, size, dtype=wide) for n, size in ((slots, z.chunk), (kept, z.block)))
             kappa, block_kappa = (torch.empty_like(x) if self.apart else x for x in (rho, block_rho))
             total, block_total = (self.empty(n, p.nheads, dtype=wide) for n in (slots, kept))
@@ -165,7 +165,8 @@ class Scan:
             FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
             OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
             BLOCKS=walk.blocks is not None, PARTS=first, SEGMENTS=parts is not None and not first,
-            FACTORED=y is not None and self.dot == torch.bfloat16, NORMALIZE=self.dot == torch.float16, STAGES=z.stages,
+            FACTORED=y is not None and self.decays and p.dtype == torch.bfloat16, NORMALIZE=self.dot == torch.float16,
+            STAGES=z.stages,
             **self.common, num_warps=z.warps_back if walk.blocks is not None else 4,
             maxnreg=z.registers if y is not None and not walk.transposed else None,
         )  # fmt: skip

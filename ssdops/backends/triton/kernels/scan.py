@@ -75,7 +75,7 @@ def scan(
             if BN2:
                 s2 = s2 * decay + tl.load(place + n2[None, :], mask=inside_p & inside_n2, other=0.0)
     lo, hi = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
-    if FACTORED and DECAY:
+    if FACTORED:
         if _any_wide(center, slot0, lo, hi, chunks, h, nheads64, FORWARD):
             s, s2, passed = _chunks(
                 q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
