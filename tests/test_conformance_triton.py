@@ -10,7 +10,7 @@ import torch
 
 from ssdops import masks, ssd
 from ssdops.backends.base import Config, Cotangents, bind
-from ssdops.backends.triton import launch
+from ssdops.backends.triton.backward import Backward
 from ssdops.errors import UnsupportedError
 from ssdops.ir.terms import Linear
 from ssdops.plan import terms_of
@@ -48,7 +48,7 @@ def test_segments_say_what_one_pass_says() -> None:
     states = torch.randn(2, p.batch, p.nheads, p.headdim, p.dstate, generator=torch.Generator().manual_seed(0))
     x = bind(term, p, made.q, made.k, made.v, made.mask.operands, states[0], 0.7)
     dy = torch.randn(p.batch, p.seqlen, p.nheads, p.headdim, generator=torch.Generator().manual_seed(1))
-    one, many = (launch.Scan(term, x, Config(16, segments), keep=True) for segments in (1, 5))
+    one, many = (Backward(term, x, Config(16, segments)) for segments in (1, 5))
     made = replace(made, scale=0.7, initial=(states[0],))
     allowed = twice({**output_bounds(made, True), **gradient_bounds(made, [dy, states[1]])})
     assert_close(many.forward().y, one.forward().y.double(), allowed["y"], "y")

@@ -107,11 +107,11 @@ class Triton:
             return diagonal_backward(term, x, cotangents.y)
         if isinstance(term, Quadratic):
             return tiles.backward(term, x, cotangents)
+        from .backward import Backward
         from .calls import explained
-        from .launch import Scan
 
         with explained(x.problem):
-            return Scan(term, x, config, keep=True).backward(cotangents)
+            return Backward(term, x, config).backward(cotangents)
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""
