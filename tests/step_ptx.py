@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiled import ALIGNED, Compiled, build
 
 from ssdops.backends.triton.kernels.step import step_kernel
 from ssdops.backends.triton.step import Strided, tile_of
 
 NAMES = step_kernel.arg_names
-ALIGNED = [["tt.divisibility", 16]]
 
 
-def compiled(capability: int, state: str, tokens: int) -> tuple[Any, int]:
+def compiled(capability: int, state: str, tokens: int) -> tuple[Compiled, int]:
     """A step of 64 rows of 80 heads, headdim 64, dstate 128, from a pool; and the tile's bytes."""
     itemsize = 4 if state == "fp32" else 2
     tile = tile_of(64 * 80, 64, 128, itemsize, 132)
@@ -52,31 +46,17 @@ def compiled(capability: int, state: str, tokens: int) -> tuple[Any, int]:
     for name, kind in (("n_slots", "i32"), ("scale", "fp32"), *((("tokens", "i32"),) if tokens > 1 else ())):
         signature[name] = kind
         del constants[(NAMES.index(name),)]
-    source = ASTSource(step_kernel, signature, constants, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tile.warps})
+    kernel = build(step_kernel, signature, constants, attributes, capability, {"num_warps": tile.warps})
     return kernel, tile.block_p * tile.block_n * itemsize
-
-
-def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilt bytes per thread."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = [int(x) for x in re.findall(r"(?:REG|STACK|LOCAL):(\d+)", text)]
-    return found[0], sum(found[1:])
 
 
 if __name__ == "__main__":
     for capability, state, tokens in ((90, "fp32", 1), (90, "bf16", 1), (90, "fp32", 4), (80, "fp32", 1)):
         kernel, size = compiled(capability, state, tokens)
-        ptx = kernel.asm["ptx"]
-        registers, spilt = usage(kernel.asm["cubin"])
-        loads, stores = (len(re.findall(rf"{way}\.global\.v4", ptx)) for way in ("ld", "st"))
+        loads, stores = (len(re.findall(rf"{way}\.global\.v4", kernel.ptx)) for way in ("ld", "st"))
         fact = {
-            "sm": capability, "state": state, "registers": registers, "spilt": spilt, "shared": kernel.metadata.shared,
-            "threads": kernel.metadata.num_warps * 32, "state bytes": size, "wide loads": loads,
+            "sm": capability, "state": state, "registers": kernel.registers, "spilt": kernel.stack, "shared": kernel.shared,
+            "threads": kernel.kernel.metadata.num_warps * 32, "state bytes": size, "wide loads": loads,
             "wide stores": stores if tokens == 1 else stores // 2,  # each state after each token too
         }  # fmt: skip
         print(json.dumps(fact))

@@ -12,7 +12,7 @@ from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
 from . import tiles
-from .sizes import CHUNKS, MAX_DIM, sizes
+from .sizes import CHUNKS, MAX_DIM, chunks, sizes
 
 MAX_UNCOUNTED = 2048
 """Tokens up to which every token may be a document of its own, as far as anyone knows without reading them."""
@@ -54,9 +54,10 @@ class Triton:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
         if isinstance(term, Diagonal | Quadratic):
             return (Config(),)
-        if chunk_size is not None and chunk_size not in CHUNKS:
-            known = ", ".join(map(str, sorted(CHUNKS)))
-            return Support.no(f"'triton' has chunks of {known} tokens, and chunk_size={chunk_size} was asked for")
+        if chunk_size is not None and chunk_size not in chunks(problem):
+            known = ", ".join(map(str, sorted(chunks(problem))))
+            where = f" on {problem.target.name or problem.target.device}" if chunk_size in CHUNKS else ""
+            return Support.no(f"'triton' has chunks of {known} tokens{where}, and chunk_size={chunk_size} was asked for")
         return self._splits(problem, sizes(problem, chunk_size).chunk)
 
     def _splits(self, problem: Problem, size: int) -> Iterator[Config]:

@@ -1,0 +1,177 @@
+"""Compile the launches of scans for GPUs that are not here, and say what they take: a script, run by a test.
+
+`python tests/compile_scan.py > tests/triton_resources.txt` writes the table of them all; with architectures (`80 90`), their
+rows. Launches are recorded instead of run, so that tiles, switches and types are the library's own; the tensors are on the
+meta device and hold nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # pytest imports this file too, to look for doctests
+    os.environ["TRITON_INTERPRET"] = "0"
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import triton
+from compiled import TENSOR_CORES, Compiled, compiled
+from torch import Tensor
+
+from ssdops import masks as m
+from ssdops.backends.base import Config, Cotangents, bind
+from ssdops.backends.triton.calls import Kernel
+from ssdops.backends.triton.launch import Scan
+from ssdops.ir.problem import Target
+from ssdops.plan import terms_of
+from ssdops.testing.structures import Make
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shapes(Make):
+    """Makes operands that hold nothing."""
+
+    def normal(self, *shape: int) -> Tensor:
+        """Of a shape."""
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def state(self) -> Tensor:
+        """A state of each document."""
+        return torch.empty(3, self.nheads, self.headdim, self.dstate, device="meta")
+
+
+def plain(s: Make) -> m.Mask:
+    """A decay."""
+    return m.decay(s.log())
+
+
+def everything(s: Make) -> m.Mask:
+    """All that a scan can have."""
+    return m.decay(s.log()).shift(1).scale(s.factor(), s.factor(), s.log()) * s.cu
+
+
+MASKS = {"decay": plain, "everything": everything}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is run: `chunk` None is the backend's choice, and `only` the one launch to look at, if not all."""
+
+    dtype: str
+    headdim: int
+    dstate: int
+    chunk: int | None = None
+    mask: str = "decay"
+    passes: tuple[str, ...] = ("forward", "backward")
+    only: str | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it is called with; `what` tells it from the others of its setup."""
+
+    what: str
+    fn: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def compiled(self, arch: int, **constants: Any) -> Compiled:
+        """For sm_{arch}, with other constants if any are given."""
+        return compiled(self.fn, self.arguments, {**self.constants, **constants}, arch)
+
+
+CONTRACT: dict[str, Any] = {"passes": ("backward",), "only": "contract:2"}
+SETUPS = (
+    Setup("bf16", 64, 128, passes=("forward", "segments", "backward")),
+    Setup("bf16", 64, 256, passes=("forward",)),
+    Setup("bf16", 64, 128, 16, passes=("forward",)),
+    Setup("bf16", 64, 128, 64, passes=("forward",)),
+    Setup("bf16", 64, 128, mask="everything"),
+    Setup("bf16", 64, 16, **CONTRACT),
+    Setup("bf16", 128, 128, **CONTRACT),
+    Setup("bf16", 256, 256, **CONTRACT),
+    Setup("fp16", 64, 128, passes=("forward",)),
+    Setup("fp16", 64, 16, **CONTRACT),
+    Setup("fp16", 128, 128, **CONTRACT),
+    Setup("fp16", 256, 256, **CONTRACT),
+    Setup("fp32", 64, 128, passes=("forward",)),
+    Setup("fp32", 64, 128, 64, passes=("forward",)),
+    Setup("fp32", 128, 128, **CONTRACT),
+)
+
+
+def launches(setup: Setup, arch: int) -> Iterator[Launch]:
+    """All that the library launches for a setup."""
+    made: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, grid: Any, tensors: Sequence[Tensor], numbers: Sequence[float], **constants: Any) -> None:
+        made.append((kernel._fn, (*tensors, *numbers), constants))
+
+    Kernel.__call__ = record
+    full = setup.mask == "everything"
+    make = Shapes(4096, 24, setup.dstate, setup.headdim, DTYPES[setup.dtype], "meta")
+    case = make.case(MASKS[setup.mask](make))
+    problem = replace(case.problem, target=Target("cuda", "", (arch // 10, arch % 10)))
+    (term,) = terms_of(case.mask.tree)
+    initial = make.state() if full else None
+    x = bind(term, problem, case.q, case.k, case.v, case.mask.operands, initial, 1.0, problem.dtype, full)
+    for name in setup.passes:
+        if name == "backward":
+            Scan(term, x, Config(setup.chunk), keep=True).backward(Cotangents(case.v, initial))
+        else:
+            Scan(term, x, Config(setup.chunk, 4 if name == "segments" else 1)).forward()
+        of = Counter[str]()
+        for fn, arguments, constants in made:
+            of[fn.__name__] += 1
+            what = f"{fn.__name__}:{of[fn.__name__]}"
+            if setup.only in (None, what):
+                yield Launch(f"{name}:{what}", fn, arguments, constants)
+        made.clear()
+
+
+HEADER = f"""\
+# What the kernels of scans take on GPUs. Written by: python tests/compile_scan.py > tests/triton_resources.txt
+# launch: pass, kernel, which of that kernel's launches; free: compiled with no limit on registers. tokens: of a chunk, or of
+# a block. shared, tensor: a program's bytes of shared memory and columns of tensor memory. stack: a thread's bytes of memory
+# for registers that it does not have. instructions: those of tensor cores. Numbers are one compiler's:
+# triton {triton.__version__}
+"""
+COLUMNS = ("sm", "dtype", "headdim", "dstate", "tokens", "mask", "launch", "shared", "tensor", "stack", "instructions")
+
+
+def rows(arch: int) -> Iterator[tuple[object, ...]]:
+    """Those of an architecture: launches that differ, each once."""
+    seen = set()
+    for setup in SETUPS:
+        for launch in launches(setup, arch):
+            limited = launch.constants.get("maxnreg") is not None and launch.what.startswith("forward")
+            for suffix, changed in (("", {}), (":free", {"maxnreg": None}))[: 2 if limited else 1]:
+                kernel = launch.compiled(arch, **changed)
+                if kernel.kernel.hash in seen:
+                    continue
+                seen.add(kernel.kernel.hash)
+                yield (
+                    arch, setup.dtype, setup.headdim, setup.dstate, launch.constants.get("L", launch.constants["BLOCK"]),
+                    setup.mask, launch.what + suffix, kernel.shared, kernel.tensor_memory, kernel.stack, kernel.tensor_cores,
+                )  # fmt: skip
+
+
+def main() -> None:
+    """Print the table, or the rows of some architectures."""
+    if len(sys.argv) == 1:
+        print(HEADER + "  ".join(COLUMNS))
+    for arch in map(int, sys.argv[1:] or TENSOR_CORES):
+        for row in rows(arch):
+            print(*row, sep="  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The kernels of scans, compiled for every architecture that they ship for, with no GPU: do they fit, and as committed?
+
+`triton_resources.txt` has what they take. Some configurations keep registers in memory (its column `stack`): those numbers are
+known, and a change of any of them is a change of that file. Another version of triton than the table's has other numbers, and
+only has to fit.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+import triton
+
+from ssdops.backends.triton.sizes import chunks, sizes
+from ssdops.backends.triton.tile_mask import shared_memory
+from ssdops.ir.problem import Target
+from ssdops.testing.structures import STRUCTURES, Make
+
+TABLE = Path(__file__).with_name("triton_resources.txt")
+ARCHITECTURES = (80, 90, 100)
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TENSOR_MEMORY = 512
+"""Columns that a multiprocessor of sm_100 has."""
+SPILLING = {("80", "64", "decay"), ("80", "32", "everything"), ("100", "32", "everything")}
+"""Forward scans of 16 bits that keep registers in memory even with all there are: architecture, chunk, mask."""
+
+
+def parsed(lines: list[str]) -> list[dict[str, str]]:
+    """Rows by column."""
+    names = next(line for line in TABLE.read_text().splitlines() if line.startswith("sm")).split()
+    return [dict(zip(names, line.split(), strict=True)) for line in lines]
+
+
+def compiled() -> list[str]:
+    """The table's lines anew: in other processes, as this one interprets, an architecture each."""
+    script = Path(__file__).with_name("compile_scan.py")
+    commands = [[sys.executable, str(script), str(arch)] for arch in ARCHITECTURES]
+    running = [subprocess.Popen(x, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for x in commands]
+    done = [(*process.communicate(), process.returncode) for process in running]
+    assert not any(code for *_, code in done), done
+    return [line for out, _, _ in done for line in out.splitlines()]
+
+
+@pytest.mark.slow
+def test_kernels_fit_and_take_what_the_table_says() -> None:
+    """Memory suffices, products run on tensor cores, the forward scan spills nothing of itself; and nothing has changed."""
+    lines = compiled()
+    for row in parsed(lines):
+        arch = int(row["sm"])
+        assert int(row["shared"]) <= shared_memory((arch // 10, arch % 10)), row
+        assert int(row["tensor"]) <= TENSOR_MEMORY, row
+        if row["launch"].split(":")[1] in ("scan", "contract"):
+            assert row["instructions"] != "-" and (row["dtype"] == "fp32" or row["instructions"] == TENSOR_CORES[arch]), row
+        if row["launch"].endswith(":free") and (row["sm"], row["tokens"], row["mask"]) not in SPILLING:
+            assert row["stack"] == "0", row
+    text = TABLE.read_text()
+    (version,) = re.findall(r"^# triton (\S+)$", text, re.MULTILINE)
+    if version == triton.__version__:
+        committed = [line for line in text.splitlines() if line[0].isdigit()]
+        assert lines == committed, "the table's header says how to renew it"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("capability", (None, (8, 0), (9, 0), (10, 0)))
+@pytest.mark.parametrize("dim", (16, 64, 65, 256))
+def test_blocks_hold_whole_chunks(dtype: torch.dtype, capability: tuple[int, int] | None, dim: int) -> None:
+    make = Make(dtype=dtype, headdim=dim, dstate=dim)
+    problem = make.case(STRUCTURES["decay"](make)).problem
+    problem = replace(problem, target=Target("cuda", "", capability))
+    for chunk in (None, *chunks(problem)):
+        found = sizes(problem, chunk)
+        assert found.block % found.chunk == 0 and (chunk is None or found.chunk == chunk)
