@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ssdops import masks as m
 from ssdops.backends.base import Config, Cotangents, bind
+from ssdops.backends.triton.backward import Backward
 from ssdops.backends.triton.calls import Kernel
 from ssdops.backends.triton.launch import Scan
 from ssdops.ir.problem import Target
@@ -125,7 +126,7 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
     x = bind(term, problem, case.q, case.k, case.v, case.mask.operands, initial, 1.0, problem.dtype, full)
     for name in setup.passes:
         if name == "backward":
-            Scan(term, x, Config(setup.chunk), keep=True).backward(Cotangents(case.v, initial))
+            Backward(term, x, Config(setup.chunk)).backward(Cotangents(case.v, initial))
         else:
             Scan(term, x, Config(setup.chunk, 4 if name == "segments" else 1)).forward()
         of = Counter[str]()
