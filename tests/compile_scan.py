@@ -154,6 +154,7 @@ def rows(arch: int) -> Iterator[tuple[object, ...]]:
     for setup in SETUPS:
         for launch in launches(setup, arch):
             limited = launch.constants.get("maxnreg") is not None and launch.what.startswith("forward")
+            limited = limited and setup.mask == "decay"
             for suffix, changed in (("", {}), (":free", {"maxnreg": None}))[: 2 if limited else 1]:
                 kernel = launch.compiled(arch, **changed)
                 if kernel.kernel.hash in seen:
