@@ -114,7 +114,7 @@ def check(contraction: Contraction, problem: Problem) -> None:
     _check_chunk_size(contraction)
     for term in terms_of(contraction.mask):
         names = registry.names() if contraction.backend == "auto" else (contraction.backend,)
-        if all(isinstance(next(_configs(term, name, contraction, problem)), Rejection) for name in names):
+        if all(_rejection(term, name, contraction, problem) is not None for name in names):
             _refuse(term, contraction, problem)
 
 
@@ -125,8 +125,8 @@ def _check_chunk_size(contraction: Contraction) -> None:
 
 def _refuse(term: Term, contraction: Contraction, problem: Problem) -> NoReturn:
     """Say why nothing that the user allowed runs the term, and what does."""
-    found = {name: next(_configs(term, name, contraction, problem)) for name in registry.names()}
-    reasons = {name: x.reason for name, x in found.items() if isinstance(x, Rejection)}
+    found = {name: _rejection(term, name, contraction, problem) for name in registry.names()}
+    reasons = {name: x.reason for name, x in found.items() if x is not None}
     if contraction.backend == "auto":
         listed = "; ".join(reasons.values())
         raise UnsupportedError(f"no backend can run {term.node()}: {listed}")
@@ -180,13 +180,25 @@ def _candidates(term: Term, name: str, contraction: Contraction, problem: Proble
 
 def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:
     """Every configuration of one backend that fits what the user fixed, the default first; or a rejection."""
+    if (rejection := _rejection(term, name, contraction, problem)) is not None:
+        yield rejection
+        return
+    configs = registry.get(name).configs(term, problem, _chunk_size(term, contraction))
+    assert not isinstance(configs, Support)  # that would have been a rejection
+    yield from configs
+
+
+def _rejection(term: Term, name: str, contraction: Contraction, problem: Problem) -> Rejection | None:
+    """Why a backend cannot do what the user asked; None if it can. No configuration is made, as sizes may be symbolic."""
     backend = registry.get(name)
     support = backend.supports(term, problem)
     if not support.ok:
-        yield Rejection(name, support.reason)
-        return
-    configs = backend.configs(term, problem, contraction.chunk_size if isinstance(term, Linear) else None)
-    if isinstance(configs, Support):
-        yield Rejection(name, configs.reason)
-    else:
-        yield from configs
+        return Rejection(name, support.reason)
+    size = _chunk_size(term, contraction)
+    configs = backend.configs(term, problem, size) if size is not None else ()
+    return Rejection(name, configs.reason) if isinstance(configs, Support) else None
+
+
+def _chunk_size(term: Term, contraction: Contraction) -> int | None:
+    """The chunk size that the user fixed, for a term that has chunks."""
+    return contraction.chunk_size if isinstance(term, Linear) else None

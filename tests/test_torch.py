@@ -110,6 +110,23 @@ def test_dynamic_shapes_are_found_without_being_asked_for():
     assert counter.frame_count <= 2  # once static, once dynamic
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked", "triton"])
+def test_every_size_may_be_symbolic(backend: str):
+    """Tracing compares no size, headdim and dstate included, whatever backends have limits."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        return ssd(q, k, v, masks.decay(a), backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen, headdim, dstate in ((20, 8, 12), (33, 9, 16)):
+        q, k, v = (torch.randn(2, seqlen, heads, dim) for heads, dim in ((2, dstate), (2, dstate), (4, headdim)))
+        a = -torch.rand(2, seqlen, 4)
+        for x in (q, k, v):
+            torch._dynamo.mark_dynamic(x, 3)
+        torch.testing.assert_close(compiled(q, k, v, a), attend(q, k, v, a))
+
+
 def test_states_and_options_compile():
     def split(x: dict[str, Tensor], s: Tensor) -> tuple[Tensor, Tensor]:
         y, state = ssd(

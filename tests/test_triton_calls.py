@@ -9,7 +9,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from ssdops import masks, ssd
-from ssdops.backends.triton import launch
+from ssdops.backends.triton import backend, launch
 from ssdops.backends.triton.calls import Kernel
 from ssdops.errors import UnsupportedError
 
@@ -57,6 +57,13 @@ def test_what_triton_specialises_on_is_compiled_anew(change: str) -> None:
     x = {"dtype": x.double(), "alignment": x[1:]}.get(change, x)
     kernel(GRID, (x, y), (1 if change == "number" else 16, 0.5), A=change != "constant", B=2)
     assert len(fake.compiled) == 2 and not fake.ran
+
+
+def test_without_triton_installed_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    q = torch.zeros(1, 7, 1, 3)
+    with pytest.raises(UnsupportedError, match="'triton' is not installed here.*able: chunked"):
+        ssd(q, q, q, masks.causal(), backend="triton")
 
 
 @pytest.mark.parametrize(

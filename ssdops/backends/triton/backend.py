@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 
 import torch
 
@@ -39,11 +40,12 @@ class Triton:
         if p.accumulate == torch.float64:
             return Support.no("'triton' computes in float32 and an input is float64; 'chunked' computes in float64")
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):
-            if size > MAX_DIM or size < 1:
+            if isinstance(size, int) and not 1 <= size <= MAX_DIM:  # while tracing sizes may be symbolic, and are not compared
                 return Support.no(f"'triton' takes {name} from 1 to {MAX_DIM}, got {size}; 'chunked' has no such limit")
         documents = term.documents
         uncounted = documents is not None and documents.cu_seqlens is None and documents.n_segments is None
-        if uncounted and p.batch * p.seqlen > MAX_UNCOUNTED:
+        tokens = p.batch * p.seqlen
+        if uncounted and isinstance(tokens, int) and tokens > MAX_UNCOUNTED:
             return Support.no(
                 "'triton' does not read how many documents there are, and makes room for one per token, up to "
                 f"{MAX_UNCOUNTED} tokens; give n_segments, or let 'chunked' count them"
@@ -58,9 +60,10 @@ class Triton:
             known = ", ".join(map(str, sorted(chunks(problem))))
             where = f" on {problem.target.name or problem.target.device}" if chunk_size in CHUNKS else ""
             return Support.no(f"'triton' has chunks of {known} tokens{where}, and chunk_size={chunk_size} was asked for")
-        return self._splits(problem, sizes(problem, chunk_size).chunk)
+        return self._splits(problem, chunk_size)
 
-    def _splits(self, problem: Problem, size: int) -> Iterator[Config]:
+    def _splits(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:
+        size = sizes(problem, chunk_size).chunk
         yield Config(size)
         segments, chunks = 2, -(-problem.seqlen // size)
         while segments * 4 <= chunks and self._programs(problem) * segments <= 2 * RESIDENT * problem.target.multiprocessors:
@@ -120,7 +123,7 @@ class Triton:
             return absent
         if problem.accumulate != torch.float32:
             return Support.no("'triton' steps in float32, and an input is float64; convert it, or step with 'recurrent'")
-        if problem.dstate > MAX_DIM:
+        if isinstance(problem.dstate, int) and problem.dstate > MAX_DIM:
             return Support.no(f"dstate={problem.dstate} exceeds {MAX_DIM}; 'recurrent' has no such limit")
         scans = [term for term in terms if isinstance(term, Linear) and term.causal and term.documents is None]
         diagonals = [term for term in terms if isinstance(term, Diagonal)]
@@ -138,6 +141,8 @@ class Triton:
 def _no_device(problem: Problem) -> Support | None:
     """Why there is nothing to run kernels on; None if there is."""
     device = problem.target.device
+    if find_spec("triton") is None:
+        return Support.no("'triton' is not installed here (it comes for Linux); the torch backends run without it")
     if device == "cuda" or (device == "cpu" and environment.triton_interpreted()):
         return None
     return Support.no(f"'triton' runs on CUDA GPUs, and the tensors are on {device}; the torch backends run anywhere")
