@@ -62,7 +62,7 @@ def test_what_triton_specialises_on_is_compiled_anew(change: str) -> None:
 def test_without_triton_installed_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
     q = torch.zeros(1, 7, 1, 3)
-    with pytest.raises(UnsupportedError, match="'triton' is not installed here.*able: chunked"):
+    with pytest.raises(UnsupportedError, match=r"'triton' is not installed here.*able: chunked"):
         ssd(q, q, q, masks.causal(), backend="triton")
 
 
