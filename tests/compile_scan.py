@@ -59,12 +59,15 @@ def everything(s: Make) -> m.Mask:
     return m.decay(s.log()).shift(1).scale(s.factor(), s.factor(), s.log()) * s.cu
 
 
-MASKS = {"decay": plain, "everything": everything}
+MASKS = {"decay": plain, "everything": everything, "one": everything}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: `chunk` None is the backend's choice, and `only` the one launch to look at, if not all."""
+    """What is run: `chunk` None is the backend's choice, and `only` the one launch to look at, if not all.
+
+    With `seqlen` and `nheads` of 1, integers are constants of the kernel, as its compiler has it.
+    """
 
     dtype: str
     headdim: int
@@ -72,6 +75,8 @@ class Setup:
     chunk: int | None = None
     mask: str = "decay"
     passes: tuple[str, ...] = ("forward", "backward")
+    seqlen: int = 4096
+    nheads: int = 24
     only: str | None = None
 
 
@@ -96,6 +101,7 @@ SETUPS = (
     Setup("bf16", 64, 128, 16, passes=("forward",)),
     Setup("bf16", 64, 128, 64, passes=("forward",)),
     Setup("bf16", 64, 128, mask="everything"),
+    Setup("bf16", 16, 16, mask="one", seqlen=1, nheads=1),
     Setup("bf16", 64, 16, **CONTRACT),
     Setup("bf16", 128, 128, **CONTRACT),
     Setup("bf16", 256, 256, **CONTRACT),
@@ -117,8 +123,8 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
         made.append((kernel._fn, (*tensors, *numbers), constants))
 
     Kernel.__call__ = record
-    full = setup.mask == "everything"
-    make = Shapes(4096, 24, setup.dstate, setup.headdim, DTYPES[setup.dtype], "meta")
+    full = MASKS[setup.mask] is everything
+    make = Shapes(setup.seqlen, setup.nheads, setup.dstate, setup.headdim, DTYPES[setup.dtype], "meta")
     case = make.case(MASKS[setup.mask](make))
     problem = replace(case.problem, target=Target("cuda", "", (arch // 10, arch % 10)))
     (term,) = terms_of(case.mask.tree)

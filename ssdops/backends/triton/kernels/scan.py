@@ -44,7 +44,7 @@ def scan(
     chunks = (length + L - 1) // L
     slot0 = first_slot(start, row, seqlen, L, PACKED)
     block0 = first_slot(start, row, seqlen, BLOCK, PACKED)
-    row, nheads64 = row.to(tl.int64), nheads.to(tl.int64)
+    row, nheads64 = row.to(tl.int64), tl.cast(nheads, tl.int64)
     n = tl.arange(0, BN)
     p = (tl.program_id(0) % tiles) * BP + tl.arange(0, BP)
     n2 = BN + tl.arange(0, BN2 if BN2 else BN)
