@@ -37,6 +37,8 @@ def differentiable_backward(run: Runner, call: Call, cotangents: list[Tensor]) -
     Args:
         run: `ssdops::forward`, differentiable.
     """
+    if call.contraction.state_every is not None:  # the states between take no gradient
+        call = replace(call, program=str(replace(call.contraction, state_every=None)))
     terms = terms_of(call.contraction.mask)
     if len(terms) == 1 and isinstance(terms[0], Linear) and _is_bare(terms[0]):
         return _Bare(run, call, terms[0]).gradients(cotangents)

@@ -31,6 +31,30 @@ State: TypeAlias = "Tensor | tuple[Tensor, ...]"
 (S, previous k, previous v)."""
 
 
+@overload
+def ssd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, scale: float = ..., initial_state: State | None = ...,
+    return_state: Literal[False] = ..., state_every: None = ..., state_dtype: torch.dtype | None = ..., backend: str = ...,
+    chunk_size: int | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ssd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, scale: float = ..., initial_state: State | None = ...,
+    return_state: Literal[True], state_every: None = ..., state_dtype: torch.dtype | None = ..., backend: str = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, State]: ...  # fmt: skip
+@overload
+def ssd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, scale: float = ..., initial_state: State | None = ...,
+    return_state: bool = ..., state_every: int, state_dtype: torch.dtype | None = ..., backend: str = ...,
+    chunk_size: int | None = ...,
+) -> tuple[Tensor, State, State]: ...  # fmt: skip
+@overload
+def ssd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, scale: float = ..., initial_state: State | None = ...,
+    return_state: bool = ..., state_every: int | None = ..., state_dtype: torch.dtype | None = ..., backend: str = ...,
+    chunk_size: int | None = ...,
+) -> Tensor | tuple[Tensor, State] | tuple[Tensor, State, State]: ...  # fmt: skip
 def ssd(
     q: Tensor,
     k: Tensor,
@@ -40,10 +64,11 @@ def ssd(
     scale: float = 1.0,
     initial_state: State | None = None,
     return_state: bool = False,
+    state_every: int | None = None,
     state_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
-) -> Tensor | tuple[Tensor, State]:
+) -> Tensor | tuple[Tensor, State] | tuple[Tensor, State, State]:
     """Structured masked attention, `Y = scale · (L ∘ Q Kᵀ) V`.
 
         y[b,i,h,:] = scale · Σ_j  L[b,h,i,j] · ⟨q[b,i,hq,:], k[b,j,hk,:]⟩ · v[b,j,hv,:]
@@ -64,12 +89,17 @@ def ssd(
             right end and leaves at the left. Of `trapezoidal`, alone or with diagonals: (S, k, v) with the k
             `(batch, heads, dstate)` and v `(batch, heads, headdim)` of the token before.
         return_state: also return the final states, shaped likewise.
-        state_dtype: of final states; None is float32 (float64 if any input is).
+        state_every: also return the final states, and those after every n = state_every tokens, S_{n−1}, S_{2n−1}, …: what
+            prefixes leave, for a cache of them. Of causal scans and diagonals, without documents. They take no gradient.
+        state_dtype: of the states returned; None is float32 (float64 if any input is).
         backend: "auto", or a name from `ssdops.backends`.
         chunk_size: the chunk length of a chunked backend; None lets the planner choose.
 
     Returns:
-        Y `(batch, seqlen, nheads, headdim)` in the promoted dtype of q, k and v; with `return_state`, (Y, state).
+        Y `(batch, seqlen, nheads, headdim)` in the promoted dtype of q, k and v; with `return_state`, (Y, state). With
+        `state_every`, (Y, state, states): the states after every n tokens, their tensors with an axis of these after batch,
+        `(batch, seqlen // n, nheads, headdim, dstate)`. What follows the last whole n tokens is in `state` alone; where
+        nothing does, the last of the states is `state`.
 
     Raises:
         ShapeError, DtypeError, DeviceError, ValueRangeError: an argument that does not fit; the message names it.
@@ -82,17 +112,29 @@ def ssd(
     >>> q, k, v = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 1)
     >>> ssd(q, k, v, masks.decay(torch.full((1, 3, 1), 0.5).log())).flatten()
     tensor([2.0000, 3.0000, 3.5000])
+
+    A prompt that begins with the same two tokens as an earlier one goes on from the state after them:
+
+    >>> half = masks.retention(torch.tensor([0.5]).log())
+    >>> _, state, states = ssd(q, k, v, half, state_every=2)
+    >>> states.shape
+    torch.Size([1, 1, 1, 1, 2])
+    >>> ssd(q[:, 2:], k[:, 2:], v[:, 2:], half, initial_state=states[:, 0]).item()
+    3.5
     """
     mask = masks.causal() if mask is None else mask
     _check_types(q, k, v, mask)
-    _check_options(scale, return_state, state_dtype, backend, chunk_size)
+    _check_options(scale, return_state, state_dtype, backend)
+    if chunk_size is not None or state_every is not None:
+        _check_counts(chunk_size, state_every)
+        return_state = return_state or state_every is not None
     q, k, v = _autocast(q, k, v)
     given = states = _states(initial_state, "initial_state")
     trapezoid = carry.trapezoid_of(mask.tree) if return_state or initial_state is not None else None
     if trapezoid is not None:
         states = carry.enter(trapezoid, mask.operands, given, k, v)
     name = None if state_dtype is None else str(state_dtype).removeprefix("torch.")
-    program, names = _text(mask.tree, return_state, name, backend, chunk_size)
+    program, names = _text(mask.tree, return_state, name, backend, chunk_size, state_every)
     call = Call(q, k, v, [mask.operands[x] for x in names], states, program, float(scale))
     if torch.compiler.is_compiling():
         out = ops.traced(call)
@@ -104,7 +146,10 @@ def ssd(
         return out[0]
     if trapezoid is not None:
         return out[0], carry.leave(out[1:], given, k, v)
-    return out[0], _bare(out[1:])
+    if state_every is None:
+        return out[0], _bare(out[1:])
+    count = (len(out) - 1) // 2
+    return out[0], _bare(out[1 : 1 + count]), _bare(out[1 + count :])
 
 
 @overload
@@ -180,7 +225,7 @@ def ssd_step(
     1.5
     """
     _check_types(q, k, v, mask)
-    _check_options(scale, return_intermediate_states, None, backend, None, "return_intermediate_states")
+    _check_options(scale, return_intermediate_states, None, backend, "return_intermediate_states")
     single = not q.ndim == k.ndim == v.ndim == 4
     if single:
         decode.check_token(q, k, v)
@@ -197,7 +242,7 @@ def ssd_step(
         decode.check_pools(states, state_indices, q)
     if state is not None and not states and (count := len(state_terms(mask.tree))):
         raise ShapeError(f"state has 0 states; this mask carries {count}, one per linear term (None: zero)")
-    program, names = _text(mask.tree, True, None, backend, None)
+    program, names = _text(mask.tree, True, None, backend, None, None)
     call = Call(q, k, v, [mask.operands[x] for x in names], states, program, float(scale))
     try:
         if trapezoid is None:
@@ -266,6 +311,7 @@ def explain(
     *,
     backend: str = "auto",
     chunk_size: int | None = None,
+    state_every: int | None = None,
     target: Target | None = None,
 ) -> Explanation:
     """What `ssd` would do with the same arguments: the mask after each pass, the plan, and why not the other backends.
@@ -273,7 +319,7 @@ def explain(
     Nothing is run and no value is read, so tensors on the meta device will do.
 
     Args:
-        q, k, v, mask, backend, chunk_size: as for `ssd`.
+        q, k, v, mask, backend, chunk_size, state_every: as for `ssd`.
         target: plan for this target instead of q's device.
 
     Raises:
@@ -288,7 +334,8 @@ def explain(
     """
     mask = masks.causal() if mask is None else mask
     _check_types(q, k, v, mask)
-    problem = problem_of(mask.tree, q, k, v, mask.operands)
+    _check_counts(chunk_size, state_every)
+    problem = problem_of(mask.tree, q, k, v, mask.operands, state_every=state_every)
     problem = problem if target is None else replace(problem, target=target)
     passes: list[tuple[str, str]] = []
     terms = normalize(mask.tree, lambda name, tree: passes.append((name, str(tree))))
@@ -296,7 +343,7 @@ def explain(
         mask=str(mask),
         passes=tuple(passes),
         terms=tuple(str(term.node()) for term in terms),
-        plan=plan(Contraction(mask.tree, backend=backend, chunk_size=chunk_size), problem),
+        plan=plan(Contraction(mask.tree, backend=backend, chunk_size=chunk_size, state_every=state_every), problem),
         problem=problem,
     )
 
@@ -316,7 +363,6 @@ def _check_options(
     flag: bool,
     state_dtype: torch.dtype | None,
     backend: str,
-    chunk_size: int | None,
     flag_name: str = "return_state",
 ) -> None:
     if not isinstance(scale, int | float):
@@ -329,8 +375,12 @@ def _check_options(
         raise DtypeError(f"state_dtype must be a torch.dtype or None, got {type(state_dtype).__name__}: {state_dtype!r}")
     if not isinstance(backend, str):
         raise UnknownBackendError(f"backend must be a name or 'auto', got {type(backend).__name__}: {backend!r}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool)):
-        raise DtypeError(f"chunk_size must be an int or None, got {type(chunk_size).__name__}: {chunk_size!r}")
+
+
+def _check_counts(chunk_size: int | None, state_every: int | None) -> None:
+    for name, count in (("chunk_size", chunk_size), ("state_every", state_every)):
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool)):
+            raise DtypeError(f"{name} must be an int or None, got {type(count).__name__}: {count!r}")
 
 
 @lru_cache(maxsize=4096)
@@ -353,19 +403,19 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _text(
-    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None
+    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None, state_every: int | None
 ) -> tuple[str, tuple[str, ...]]:
     """The contraction as text, and the names of its operands, in order."""
     if torch.compiler.is_compiling():  # it cannot trace the cache
-        return str(Contraction(tree, return_state, state_dtype, backend, chunk_size)), n.names_of(tree)
-    return _program(tree, return_state, state_dtype, backend, chunk_size)
+        return str(Contraction(tree, return_state, state_dtype, backend, chunk_size, state_every)), n.names_of(tree)
+    return _program(tree, return_state, state_dtype, backend, chunk_size, state_every)
 
 
 @lru_cache(maxsize=4096)
 def _program(
-    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None
+    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None, state_every: int | None
 ) -> tuple[str, tuple[str, ...]]:
-    return str(Contraction(tree, return_state, state_dtype, backend, chunk_size)), n.operand_names(tree)
+    return str(Contraction(tree, return_state, state_dtype, backend, chunk_size, state_every)), n.operand_names(tree)
 
 
 def _states(state: State | None, name: str) -> list[Tensor]:

@@ -83,6 +83,9 @@ def _forward_fake(*args: Any) -> list[Tensor]:
             assert p.n_states is not None  # check_states() has refused a mask that does not say
             shape = (p.n_states, p.nheads, p.headdim, p.dstate)
             out += [c.q.new_empty(shape, dtype=p.state_dtype) for _ in range(count)]
+    if p.state_every is not None:
+        every = (p.batch, p.seqlen // p.state_every, p.nheads, p.headdim, p.dstate)
+        out += [c.q.new_empty(every, dtype=p.state_dtype) for _ in state_terms(contraction.mask)]
     return out
 
 
@@ -183,10 +186,10 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         program, scale, n_operands, _, *tensors = inputs
         ctx.program, ctx.scale, ctx.n_operands, ctx.n_inputs = program, scale, n_operands, len(tensors)
-        public = _public_outputs(program)
-        ctx.outputs = [(x.shape, x.dtype) for x in output[:public]]
+        learnt, public = _count_outputs(program)
+        ctx.outputs = [(x.shape, x.dtype) for x in output[:learnt]]
         ctx.save_for_backward(*tensors, *output[public:])
-        ctx.mark_non_differentiable(*output[public:])
+        ctx.mark_non_differentiable(*output[learnt:])
         ctx.set_materialize_grads(False)  # zeros for every keepsake would cost as much as a pass
 
     @staticmethod
@@ -227,7 +230,7 @@ def _differentiably(c: Call, eager: bool) -> list[Tensor]:
         outputs = _Differentiable.apply(  # type: ignore[no-untyped-call]  # as torch has it
             c.program, c.scale, len(c.operands), eager and _worth_saving(c.q), *tensors
         )
-        return list(outputs[: _public_outputs(c.program)])
+        return list(outputs[: _count_outputs(c.program)[1]])
     if _is_plain(tensors):
         return run.forward(c)
     with torch._C._AutoDispatchBelowAutograd():
@@ -260,10 +263,12 @@ def _worth_saving(q: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _public_outputs(program: str) -> int:
-    """How many outputs of a program are not keepsakes: Y, and the final states."""
+def _count_outputs(program: str) -> tuple[int, int]:
+    """How many outputs of a program have gradients (Y, and the final states), and how many are not keepsakes."""
     contraction = parse_contraction(program)
-    return 1 + (len(state_terms(contraction.mask)) if contraction.return_state else 0)
+    final, between = contraction.return_state, contraction.state_every is not None
+    count = len(state_terms(contraction.mask)) if final or between else 0
+    return 1 + count * final, 1 + count * (final + between)
 
 
 # --- vmap -----------------------------------------------------------------------------------------------------------

@@ -87,9 +87,9 @@ def plan(contraction: Contraction, problem: Problem) -> Plan:
     Raises:
         UnsupportedError: the backend named by the user cannot run a term; the message says why, and which can.
         UnknownBackendError: no backend has that name.
-        ShapeError: chunk_size is below 1.
+        ShapeError: chunk_size or state_every is below 1.
     """
-    _check_chunk_size(contraction)
+    _check_options(contraction)
     return Plan(tuple(_step(term, contraction, problem) for term in terms_of(contraction.mask)))
 
 
@@ -111,16 +111,40 @@ def stepper(contraction: Contraction, problem: Problem) -> Stepper | None:
 
 def check(contraction: Contraction, problem: Problem) -> None:
     """Raise what `plan` would raise, without predicting anything: sizes may be symbolic, and are not compared."""
-    _check_chunk_size(contraction)
+    _check_options(contraction)
     for term in terms_of(contraction.mask):
         names = registry.names() if contraction.backend == "auto" else (contraction.backend,)
         if all(_rejection(term, name, contraction, problem) is not None for name in names):
             _refuse(term, contraction, problem)
 
 
-def _check_chunk_size(contraction: Contraction) -> None:
-    if contraction.chunk_size is not None and contraction.chunk_size < 1:
-        raise ShapeError(f"chunk_size must be at least 1, got {contraction.chunk_size}")
+def _check_options(contraction: Contraction) -> None:
+    for name, count in (("chunk_size", contraction.chunk_size), ("state_every", contraction.state_every)):
+        if count is not None and count < 1:
+            raise ShapeError(f"{name} must be at least 1, got {count}")
+    if contraction.state_every is not None:
+        _check_prefixes(contraction.mask)
+
+
+def _check_prefixes(mask: n.Node) -> None:
+    """Raise UnsupportedError unless what the scans of a mask hold after a token is the state of the prefix that it ends."""
+    for node in n.walk(mask):
+        if isinstance(node, n.Documents):
+            raise UnsupportedError(
+                "state_every counts the tokens of a batch row, and documents() packs several sequences into one; give each "
+                "its own row, padded at its end, and drop documents()"
+            )
+        if isinstance(node, n.Trapezoidal):
+            raise UnsupportedError(
+                "the scans of trapezoidal() run a token ahead, so that what they hold is not its state; leave state_every out, "
+                "and call ssd on one stretch of tokens after another, each from the state of the last"
+            )
+    for term in state_terms(mask):
+        if not term.causal:
+            raise UnsupportedError(
+                f"state_every gives the states of prefixes, and {term.node()} reads later tokens, so that a prefix has none; "
+                "leave it out, or take the causal part alone"
+            )
 
 
 def _refuse(term: Term, contraction: Contraction, problem: Problem) -> NoReturn:

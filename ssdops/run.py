@@ -57,7 +57,7 @@ class Call:
             ShapeError, DtypeError, DeviceError.
         """
         c = self.contraction
-        return problem_of(c.mask, self.q, self.k, self.v, self.named, self.states, c.state_dtype)
+        return problem_of(c.mask, self.q, self.k, self.v, self.named, self.states, c.state_dtype, c.state_every)
 
     def signature(self) -> tuple[Any, ...]:
         """Everything that a plan depends on."""
@@ -113,10 +113,11 @@ def _prepare(call: Call) -> Prepared:
 
 
 def forward(call: Call, save: bool = False) -> list[Tensor]:
-    """Y and, if wanted, the final states; with `save`, then what the backward pass may use."""
+    """Y and, if wanted, the final states, then those between; with `save`, then what the backward pass may use."""
     prepared = prepare(call)
     p, total = prepared.problem, None
     finals: list[Tensor] = []
+    every: list[Tensor] = []
     saved: list[tuple[Tensor, ...]] = []
     for _, step, x in _bound(prepared, call):
         out = registry.get(step.backend).forward(step.term, x, step.config, save)
@@ -125,9 +126,12 @@ def forward(call: Call, save: bool = False) -> list[Tensor]:
         if isinstance(step.term, Linear) and prepared.contraction.return_state:
             assert out.state is not None  # every backend returns the state of a linear term
             finals.append(out.state.to(p.state_dtype).contiguous())
+        if isinstance(step.term, Linear) and p.state_every is not None:
+            assert out.every is not None  # likewise
+            every.append(out.every.to(p.state_dtype).contiguous())
     if total is None:
         total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=call.q.device)
-    public = [total.to(p.dtype).contiguous(), *finals]  # as tracing has been told
+    public = [total.to(p.dtype).contiguous(), *finals, *every]  # as tracing has been told
     return [*public, *_packed(saved)] if save else public
 
 
@@ -147,7 +151,7 @@ def _unpacked(saved: list[Tensor], steps: int) -> list[list[Tensor]]:
 def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
     """Each step with its tensors, and the index of its state among the linear terms (−1 if it has none)."""
     named, out, seen = dict(zip(prepared.names, call.operands, strict=True)), [], 0
-    p, wants_state = prepared.problem, prepared.contraction.return_state
+    p, wants_state = prepared.problem, prepared.contraction.return_state or prepared.problem.state_every is not None
     dtype = p.dtype if len(prepared.plan.steps) == 1 else p.accumulate  # several terms are summed before they are rounded
     for step in prepared.plan.steps:
         linear = isinstance(step.term, Linear)

@@ -131,11 +131,13 @@ class Output:
         y: `(batch, seqlen, nheads, headdim)` in `Inputs.out` or wider.
         state: the final states of a linear term.
         saved: what the backend wants to see again in its backward pass, if it was asked to save.
+        every: the states of a linear term after every `Problem.state_every` tokens, `(batch, count, …)`, if that is set.
     """
 
     y: Tensor
     state: Tensor | None = None
     saved: tuple[Tensor, ...] = ()
+    every: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The documents of a linear term run one by one, so that values never meet across 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..ir.problem import Problem, common_heads
 from ..ir.resolve import Span, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
 from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, bind, exponent_dtype, without_chunks
-from .scan import diagonal_backward, diagonal_forward, exponents
+from .scan import Every, diagonal_backward, diagonal_forward, exponents
 
 ROWS = 256
 """Rows of L per block."""
@@ -47,7 +48,8 @@ class Naive:
         """By entries."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
-        return Output(*contract_by_entries(term, x))
+        y, state = contract_by_entries(term, x)
+        return Output(y, state, every=_of_prefixes(term, x) if isinstance(term, Linear) else None)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """By differentiating the forward pass, which is plain torch."""
@@ -156,6 +158,17 @@ def _with_states(term: Linear, x: Inputs, y: Tensor, spans: list[Span]) -> tuple
         finals.append(final)
     shape = (0, p.nheads, p.headdim, p.dstate)
     return (y if x.initial is None else y + entered), torch.cat(finals) if finals else y.new_zeros(shape)
+
+
+def _of_prefixes(term: Linear, x: Inputs) -> Tensor | None:
+    """The states after every so many tokens, each from all the tokens before it."""
+    p, every = x.problem, Every(x)
+    for t in (t for t in range(1, p.seqlen + 1) if every.wants(t)):
+        values = {slot: value[:, :t] for slot, value in x.values.items()}
+        prefix = replace(x, problem=replace(p, seqlen=t), q=x.q[:, :t], k=x.k[:, :t], v=x.v[:, :t], values=values)
+        spans = [Span(row, 0, t, row) for row in range(p.batch)]
+        every.put(t, _with_states(term, prefix, prefix.empty_output(), spans)[1])
+    return every.states
 
 
 def _log_decays(x: Inputs, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
 from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reduce_value, reject_scan, without_chunks
 from .rows import Rows
-from .scan import diagonal_backward, diagonal_forward
+from .scan import Every, diagonal_backward, diagonal_forward
 
 
 class Recurrent:
@@ -50,12 +50,14 @@ class Recurrent:
             return Output(diagonal_forward(term, x))
         assert isinstance(term, Linear)  # supports() refuses the rest
         scan = Scan(term, x)
-        y = x.empty_output()
+        y, every = x.empty_output(), Every(x)
         state = scan.initial()
         for t in range(scan.rows.length):
             step = scan.step(t)
             scan.rows.write(y, step.advance(state, scan.order)[:, None], t, t + 1)
-        return Output(y, scan.rows.leave(state, scan.n_states))
+            if every.wants(t + 1):
+                every.put(t + 1, state)
+        return Output(y, scan.rows.leave(state, scan.n_states), every=every.states)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """Forward again with a state kept every √T steps, then back, each stretch from its kept state."""

@@ -13,6 +13,31 @@ from ..ir.terms import Diagonal, Linear
 from .base import Gradients, Inputs, reduce_value, share_heads
 
 
+class Every:
+    """The states after every `state_every` tokens of a term, as a walk along its rows comes by them; none if not wanted.
+
+    Attributes:
+        states: `(batch, seqlen // state_every, nheads, headdim, dstate)`, or None.
+    """
+
+    def __init__(self, x: Inputs) -> None:
+        p = x.problem
+        self.tokens = p.state_every
+        self.states: Tensor | None = None
+        if self.tokens is not None:
+            shape = (p.batch, p.seqlen // self.tokens, p.nheads, p.headdim, p.dstate)
+            self.states = torch.empty(shape, dtype=p.state_dtype, device=x.q.device)
+
+    def wants(self, t: int) -> bool:
+        """Whether the state after t tokens is one of them."""
+        return self.tokens is not None and t > 0 and t % self.tokens == 0
+
+    def put(self, t: int, state: Tensor) -> None:
+        """Keep the state after t tokens, `(batch, nheads, headdim, dstate)`."""
+        assert self.states is not None and self.tokens is not None  # wants() says so
+        self.states[:, t // self.tokens - 1] = state
+
+
 def exponents(term: Linear, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ρ, κ and E of `ir/terms.py` for log decays d [rows, t, …] in local time: E is [rows, …]."""
     inclusive = d.cumsum(1)

@@ -26,6 +26,7 @@ class Contraction:
         state_dtype: the dtype of final states by name, or None for float32 (float64 if any input is).
         backend: a backend's name, or "auto".
         chunk_size: the chunk length if the user fixed it.
+        state_every: tokens after which the states between are wanted, or None for none of them.
     """
 
     mask: n.Node
@@ -33,6 +34,7 @@ class Contraction:
     state_dtype: str | None = None
     backend: str = "auto"
     chunk_size: int | None = None
+    state_every: int | None = None
 
     def __str__(self) -> str:
         options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:] if getattr(self, f.name) != f.default]

@@ -48,6 +48,7 @@ class Problem:
         n_states: states per linear term: batch rows, or documents; None where the mask does not say how many.
         has_state: whether initial states are given.
         strides: of q, k and v.
+        state_every: tokens after which the states between are wanted, or None for none of them.
     """
 
     batch: int
@@ -65,6 +66,7 @@ class Problem:
     has_state: bool
     strides: tuple[tuple[int, ...], ...]
     target: Target
+    state_every: int | None = None
 
 
 def problem_of(
@@ -75,6 +77,7 @@ def problem_of(
     operands: Mapping[str, Tensor],
     states: Sequence[Tensor] = (),
     state_dtype: str | None = None,
+    state_every: int | None = None,
 ) -> Problem:
     """Check everything that shapes, dtypes and devices tell, and gather it.
 
@@ -103,6 +106,7 @@ def problem_of(
         batch, seqlen, nheads, v.shape[3], dstate, q.shape[2], k.shape[2], v.shape[2], dtype, accumulate,
         accumulate if state_dtype is None else dtype_named(state_dtype),
         count_states(mask, operands, batch), bool(states), (q.stride(), k.stride(), v.stride()), Target.of(q.device),
+        state_every,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from math import ceil
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
-from ..scan import diagonal_backward, diagonal_forward
+from ..scan import Every, diagonal_backward, diagonal_forward
 from .backward import Backward
 from .forward import SIZES, SPAN, Kept, Scan
 
@@ -53,7 +53,7 @@ class Chunked:
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
         assert isinstance(term, Linear)  # supports() refuses the rest
-        scan, y = Scan(term, x, config), x.empty_output()
+        scan, y, every = Scan(term, x, config), x.empty_output(), Every(x)
         state = scan.initial()
         kept: list[Kept] = []
         for span in scan.spans:
@@ -61,7 +61,10 @@ class Chunked:
             if save:
                 kept.append(scan.room_to_keep(tile, state))
             scan.write_output(tile, scan.across(tile, state, kept[-1] if save else None), y)
-        return Output(y, scan.leave(state), tuple(x for k in kept for x in (k.starts, k.across)))
+            if every.wants(tile.t1):
+                every.put(tile.t1, scan.leave(state))
+        saved = tuple(x for k in kept for x in (k.starts, k.across))
+        return Output(y, scan.leave(state), saved, every.states)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """Forward again for the states at chunk starts, then back over the chunks with the state's cotangent in hand."""

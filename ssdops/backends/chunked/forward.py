@@ -77,14 +77,23 @@ class Scan:
         self._room: dict[str, Tensor] = {}
 
     def _spans(self) -> list[tuple[int, int]]:
-        """(start, chunks) of each span in local time; a last chunk that is short is a span of its own."""
-        length, out, t0 = self.rows.length, [], 0
-        while t0 < length:
+        """(start, chunks) of each span in local time; a last chunk that is short is a span of its own.
+
+        Spans end where a state is wanted, and chunks start anew there.
+        """
+        out, t0 = [], 0
+        while t0 < self.rows.length:
             chunks = max(SPAN // (self.size * max(self.rows.alive(t0), 1)), 1)
-            chunks = max(min(chunks, (length - t0) // self.size), 1)
+            stop = self._stop(t0)
+            chunks = max(min(chunks, (stop - t0) // self.size), 1)
             out.append((t0, chunks))
-            t0 += chunks * self.size
+            t0 = min(t0 + chunks * self.size, stop)
         return out
+
+    def _stop(self, t0: int) -> int:
+        """Where the tokens from t0 on stop: at the next state that is wanted, or with the rows."""
+        every, length = self.x.problem.state_every, self.rows.length
+        return length if every is None else min((t0 // every + 1) * every, length)
 
     def room(self, name: str, *shape: int) -> Tensor:
         """A buffer to write into, the same memory at every call of that name."""
@@ -120,7 +129,7 @@ class Scan:
 
     def tile(self, t0: int, chunks: int) -> Tile:
         """A span of chunks."""
-        t1 = min(t0 + chunks * self.size, self.rows.length)
+        t1 = min(t0 + chunks * self.size, self._stop(t0))
         p = self.x.problem
 
         def read(x: Tensor, dtype: torch.dtype = self.acc) -> Tensor:  # [R, T, …] → [M, R, C, …]

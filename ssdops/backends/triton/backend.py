@@ -37,6 +37,8 @@ class Triton:
             return tiles.supports(term, p)
         if term.channel is not None:
             return Support.no("'triton' runs decays of one number per token and head; 'recurrent' runs per-channel decay")
+        if p.state_every is not None and p.state_every % min(CHUNKS):
+            return _between_chunks(p.state_every, min(CHUNKS))
         if p.accumulate == torch.float64:
             return Support.no("'triton' computes in float32 and an input is float64; 'chunked' computes in float64")
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):
@@ -60,15 +62,22 @@ class Triton:
             known = ", ".join(map(str, sorted(chunks(problem))))
             where = f" on {problem.target.name or problem.target.device}" if chunk_size in CHUNKS else ""
             return Support.no(f"'triton' has chunks of {known} tokens{where}, and chunk_size={chunk_size} was asked for")
+        if chunk_size is not None and problem.state_every is not None and problem.state_every % chunk_size:
+            return _between_chunks(problem.state_every, chunk_size)
         return self._splits(problem, chunk_size)
 
     def _splits(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:
-        size = sizes(problem, chunk_size).chunk
+        size = self._chunk(problem, chunk_size)
         yield Config(size)
         segments, chunks = 2, -(-problem.seqlen // size)
         while segments * 4 <= chunks and self._programs(problem) * segments <= 2 * RESIDENT * problem.target.multiprocessors:
             yield Config(size, segments)
             segments *= 2
+
+    def _chunk(self, problem: Problem, chunk_size: int | None) -> int:
+        """The chunk size asked for, or the first that ends wherever a state is wanted."""
+        size, every = sizes(problem, chunk_size).chunk, problem.state_every
+        return size if every is None or every % size == 0 else next(size for size in chunks(problem) if every % size == 0)
 
     def _programs(self, problem: Problem) -> int:
         """Of one segment. Packed documents count as one row: how many there are does not say how long they are."""
@@ -136,6 +145,15 @@ class Triton:
         from .step import run  # imports triton, which need not be there
 
         run(terms, problem, x)
+
+
+def _between_chunks(every: int, size: int) -> Support:
+    """States are wanted where no chunk of that size ends."""
+    nearest = " and ".join(str(n) for n in (every // size * size, -(-every // size) * size) if n)
+    return Support.no(
+        f"'triton' has states where its chunks of {size} tokens end, and state_every={every} is between them: take a multiple "
+        f"({nearest} are nearest); 'chunked' has no such limit"
+    )
 
 
 def _no_device(problem: Problem) -> Support | None:

@@ -47,12 +47,14 @@ class Walk:
         transposed: the scan of Lᵀ over dY instead of that of L over V.
         entering, leaving: states before the first and after the last chunk.
         blocks: the state that enters each block of tokens, [blocks, nheads, P, N].
+        block: tokens of a block; None is a block of the backward pass.
     """
 
     transposed: bool = False
     entering: Tensor | None = None
     leaving: Tensor | None = None
     blocks: Tensor | None = None
+    block: int | None = None
 
 
 class Scan:
@@ -151,7 +153,7 @@ class Scan:
     def _launch(self, v: Tensor, y: Tensor | None, walk: Walk, parts: tuple[Tensor, Tensor] | None, first: bool) -> None:
         p, t, c, z, nothing, segments = self.problem, self.term, self.chunks, self.sizes, self.q, self.config.segments
         q, k, u, w, scales = self.q, self.k, self.slot("rows"), self.slot("cols"), (self.scale, 1.0)
-        q_share, k_share = p.nheads // p.q_heads, p.nheads // p.k_heads
+        q_share, k_share, forward = p.nheads // p.q_heads, p.nheads // p.k_heads, y is not None and not walk.transposed
         if walk.transposed:
             q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
         SCAN(
@@ -166,26 +168,45 @@ class Scan:
                 ceil_div(ceil_div(p.seqlen, z.chunk), segments),
                 *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
             ),
-            L=z.chunk, BLOCK=z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
+            L=z.chunk, BLOCK=walk.block or z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
             FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
             OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
             BLOCKS=walk.blocks is not None, PARTS=first, SEGMENTS=parts is not None and not first,
             FACTORED=y is not None and self.decays and p.dtype == torch.bfloat16, NORMALIZE=self.dot == torch.float16,
             STAGES=z.stages,
-            **self.common, num_warps=z.warps_back if walk.blocks is not None else 4,
-            maxnreg=z.registers if y is not None and not walk.transposed else None,
+            **self.common, num_warps=z.warps_back if walk.blocks is not None and not forward else 4,
+            maxnreg=z.registers if forward else None,
         )  # fmt: skip
 
     # --- passes ---------------------------------------------------------------------------------------------------------
 
     def forward(self) -> Output:
-        """Y and the final states."""
+        """Y, the final states, and those between."""
         p, x = self.problem, self.x
         y = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=x.out)
         state = self.empty(self.rows, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype) if x.wants_state else None
+        blocks = None if p.state_every is None else self._blocks(p.state_every)
         if self.rows and (self.tokens or state is not None):
-            self.walk(self.v, y, Walk(entering=contiguous(x.initial), leaving=state))
-        return Output(y, state)
+            self.walk(self.v, y, Walk(entering=contiguous(x.initial), leaving=state, blocks=blocks, block=p.state_every))
+        return Output(y, state, every=None if blocks is None else self._every(blocks, state))
+
+    def _blocks(self, size: int) -> Tensor:
+        """Room for the state that enters each block of that many tokens, and for one more: [blocks + 1, nheads, P, N]."""
+        p, count = self.problem, self.slots_of(size) + 1
+        numel = p.nheads * p.headdim * p.dstate
+        spare = -numel % 16  # so that the second, from where on they leave here, is aligned as memory of its own is
+        room = self.empty(spare + count * numel, dtype=p.state_dtype)
+        return room[spare:].view(count, p.nheads, p.headdim, p.dstate)
+
+    def _every(self, blocks: Tensor, final: Tensor | None) -> Tensor:
+        """The states that leave whole blocks: of a row's, each enters the next one, but for the last."""
+        p, size = self.problem, self.problem.state_every
+        assert size is not None and final is not None  # blocks were made for them
+        shape = (p.batch, ceil_div(p.seqlen, size), *blocks.shape[1:])
+        every = blocks[1:].view(shape)[:, : p.seqlen // size]
+        if p.seqlen and p.seqlen % size == 0:
+            every[:, -1] = final  # nothing comes after it
+        return every
 
 
 def ceil_div(a: int, b: int) -> int:
