@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ssdops import masks, ssd
+from ssdops import explain, masks, ssd
 from ssdops.backends.base import Config, Cotangents, bind
 from ssdops.backends.triton.backward import Backward
+from ssdops.backends.triton.launch import Scan
 from ssdops.errors import UnsupportedError
 from ssdops.ir.terms import Linear
 from ssdops.plan import terms_of
 from ssdops.testing import Conformance, laws
 from ssdops.testing.laws import Runner, twice
-from ssdops.testing.oracle import gradient_bounds, output_bounds
+from ssdops.testing.oracle import gradient_bounds, output_bounds, outputs
 from ssdops.testing.structures import Make
 from ssdops.testing.tolerance import assert_close
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here
 class TestTriton(Conformance):
     backend = "triton"
     kind = "scalar"
+    every_multiple = 16
     rounds_operands = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     chunk_sizes = (32, 16, 64)
@@ -58,6 +60,39 @@ def test_segments_say_what_one_pass_says() -> None:
         assert_close(getattr(found, slot), getattr(wanted, slot).double(), allowed[name], name)
     for name, grad in found.values.items():
         assert_close(grad, wanted.values[name].double(), allowed[name], name)
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize(("seqlen", "every"), [(96, 16), (100, 48), (96, 96), (40, 64)])
+def test_states_between_are_those_of_prefixes_in_segments_too(seqlen: int, every: int, segments: int) -> None:
+    """Of both rows of a batch, from initial states, and rounded where they leave."""
+    made = Make(seqlen=seqlen, dtype=torch.bfloat16)
+    case = replace(made.case(masks.decay(made.log())), operands=torch.bfloat16)
+    double = case.map(lambda _, x: torch.cat([x, x.flip(1)]))
+    initial = torch.randn(2, made.nheads, made.headdim, made.dstate, generator=torch.Generator().manual_seed(0))
+    double = replace(double, initial=(initial,))
+    (term,) = terms_of(double.mask.tree)
+    assert isinstance(term, Linear)
+    p = replace(double.problem, state_every=every, state_dtype=torch.bfloat16)
+    x = bind(term, p, double.q, double.k, double.v, double.mask.operands, initial, double.scale)
+    out = Scan(term, x, Config(16, segments)).forward()
+    assert out.every is not None and out.every.shape[1] == seqlen // every and out.every.dtype == torch.bfloat16
+    for index in range(seqlen // every):
+        left = laws.part(double, 0, (index + 1) * every)
+        wanted, allowed = outputs(left, True)["state[0]"], output_bounds(left, True)["state[0]"]
+        rounding = torch.finfo(torch.bfloat16).eps * wanted.abs().max().item()
+        assert_close(out.every[:, index].float(), wanted, allowed + rounding, f"the state after {(index + 1) * every} tokens")
+
+
+def test_a_chunk_that_ends_where_states_are_wanted_is_chosen() -> None:
+    """The default chunk of 32 tokens unless it would run past one; one that the user fixed is not replaced."""
+    x = torch.zeros(1, 100, 1, 4)
+    steps = [explain(x, x, x, backend="triton", state_every=every).plan.steps[0] for every in (96, 48)]
+    assert [step.config.chunk_size for step in steps] == [32, 16]
+    with pytest.raises(UnsupportedError, match="chunks of 32 tokens end, and state_every=48.*32 and 64 are nearest"):
+        ssd(x, x, x, backend="triton", state_every=48, chunk_size=32)
+    with pytest.raises(UnsupportedError, match=r"state_every=100 .*96 and 112 are nearest.*'chunked'"):
+        ssd(x, x, x, backend="triton", state_every=100)
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 10.0, 100.0])

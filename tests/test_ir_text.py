@@ -27,6 +27,7 @@ CONTRACTIONS = st.builds(
     st.sampled_from([None, "float32", "bfloat16"]),
     st.sampled_from(["auto", "chunked", "naive"]),
     st.sampled_from([None, 1, 64, -3]),
+    st.sampled_from([None, 1, 256]),
 )
 
 
@@ -261,6 +262,7 @@ def _options() -> Iterator[Contraction]:
     yield replace(plain, return_state=True)
     yield replace(plain, state_dtype="bfloat16")
     yield replace(plain, backend="naive", chunk_size=32)
+    yield replace(plain, return_state=True, state_every=256)
 
 
 def test_a_contraction_means_the_same_in_another_process():

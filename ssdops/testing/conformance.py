@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import lcm
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from .. import masks
+from ..ir import nodes as n
 from ..ir.problem import FLOATS
 from ..masks import Mask
 from . import isolation, laws, strategies
@@ -53,6 +55,7 @@ class Conformance:
         make_mask: a mask to test instead of that kind.
         has_states: whether make_mask's mask carries states.
         chunk_sizes: sizes that must all give the same; empty for a backend without chunks.
+        every_multiple: what `state_every` is to be a multiple of; more than 1, of the chunk size too.
         row_bits: whether a row's bits are claimed not to depend on the rest of the batch.
         dtypes: of the inputs.
         rounds_operands: whether products are of operands in the inputs' dtype, weighted with decays and rounded (tensor cores).
@@ -64,6 +67,7 @@ class Conformance:
     make_mask: Callable[[Source], Mask] | None = None
     has_states: bool = True
     chunk_sizes: Sequence[int] = ()
+    every_multiple: int = 1
     row_bits: bool = True
     dtypes: Sequence[torch.dtype] = FLOATS
     rounds_operands: bool = False
@@ -161,6 +165,25 @@ class Conformance:
         cut = data.draw(st.integers(0, case.q.shape[1]))
         try:
             laws.split_and_carry(self.runner(data), case, cut)
+        except Unsliceable:
+            assume(False)
+
+    @law
+    def test_states_every_equal_prefixes(self, data: st.DataObject) -> None:
+        """States between are those that prefixes leave."""
+        if not self.has_states:
+            return
+        run, step = self.runner(data), self.every_multiple
+        step = step if step == 1 else lcm(step, run.chunk_size or 1)
+        sizes = problems(max_seqlen=max(24, 2 * step + 9), max_dim=5, max_batch=2)
+        case = self.draw(data, make=_causal(self.kind), states=True, sizes=sizes)
+        packed = any(isinstance(node, n.Documents | n.Trapezoidal) for node in n.walk(case.mask.tree))
+        assume(not packed and all(term.causal for term in case.carried or ()))
+        seqlen = case.q.shape[1]
+        every = step * data.draw(st.integers(1, max(seqlen // step, 1)))
+        try:
+            case = laws.part(case, 0, seqlen // every * every) if data.draw(st.booleans()) else case
+            laws.states_every_equal_prefixes(run, case, every)
         except Unsliceable:
             assume(False)
 

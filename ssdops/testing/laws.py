@@ -23,17 +23,20 @@ class Runner:
     backend: str
     chunk_size: int | None = None
 
-    def __call__(self, case: Case, states: bool | None = None) -> dict[str, Tensor]:
-        """Y, and the final states where the mask has them (or as `states` says)."""
+    def __call__(self, case: Case, states: bool | None = None, every: int | None = None) -> dict[str, Tensor]:
+        """Y, the final states where the mask has them (or as `states` says), and those after every so many tokens."""
         wanted = bool(case.carried) if states is None else states
         out = ssd(
             case.q, case.k, case.v, case.mask, scale=case.scale, initial_state=case.initial or None,
-            return_state=wanted, backend=self.backend, chunk_size=self.chunk_size,
+            return_state=wanted, state_every=every, backend=self.backend, chunk_size=self.chunk_size,
         )  # fmt: skip
         if isinstance(out, Tensor):
             return {"y": out}
-        finals = out[1] if isinstance(out[1], tuple) else (out[1],)
-        return {"y": out[0], **{f"state[{i}]": state for i, state in enumerate(finals)}}
+        found = {"y": out[0]}
+        for name, states_of in zip(("state", "every"), out[1:], strict=False):
+            each = states_of if isinstance(states_of, tuple) else (states_of,)
+            found |= {f"{name}[{i}]": state for i, state in enumerate(each)}
+        return found
 
 
 def noise(like: Tensor, seed: int) -> Tensor:
@@ -208,6 +211,27 @@ def part(case: Case, start: int, stop: int) -> Case:
     """
     q, k, v = (x[:, start:stop] for x in (case.q, case.k, case.v))
     return replace(case, q=q, k=k, v=v, mask=restrict(case.mask, start, stop, case.q.shape[1]))
+
+
+def states_every_equal_prefixes(run: Runner, case: Case, every: int) -> None:
+    """The states after every so many tokens are those that prefixes leave, and going on from any of them gives the rest."""
+    assert case.carried is not None
+    p, whole, allowed = case.problem, run(case, every=every), twice(oracle.output_bounds(case, True))
+    kept = [whole.pop(f"every[{i}]") for i in range(len(case.carried))]
+    compare(whole, run(case), allowed)
+    count = p.seqlen // every
+    for i, states in enumerate(kept):
+        assert states.shape == (p.batch, count, p.nheads, p.headdim, p.dstate), f"every[{i}] is {tuple(states.shape)}"
+        assert states.dtype == p.state_dtype, f"every[{i}] is {states.dtype}"
+        if count and p.seqlen % every == 0:
+            assert_same(states[:, -1], whole[f"state[{i}]"], f"every[{i}], the last")
+    for index in sorted({0, count - 1}) if count else ():
+        cut, states = (index + 1) * every, tuple(x[:, index] for x in kept)
+        prefix = part(case, 0, cut)
+        bounds, left = twice(oracle.output_bounds(prefix, True)), run(prefix)
+        for i, state in enumerate(states):
+            assert_close(state, left[f"state[{i}]"], bounds[f"state[{i}]"], f"every[{i}] after {cut} tokens")
+        compare(run(replace(part(case, cut, p.seqlen), initial=states)), {**whole, "y": whole["y"][:, cut:]}, allowed)
 
 
 def state_equals_prefix(run: Runner, case: Case, count: int = 3) -> None:
