@@ -89,7 +89,7 @@ def test_a_chunk_that_ends_where_states_are_wanted_is_chosen() -> None:
     x = torch.zeros(1, 100, 1, 4)
     steps = [explain(x, x, x, backend="triton", state_every=every).plan.steps[0] for every in (96, 48)]
     assert [step.config.chunk_size for step in steps] == [32, 16]
-    with pytest.raises(UnsupportedError, match="chunks of 32 tokens end, and state_every=48.*32 and 64 are nearest"):
+    with pytest.raises(UnsupportedError, match=r"chunks of 32 tokens end, and state_every=48.*32 and 64 are nearest"):
         ssd(x, x, x, backend="triton", state_every=48, chunk_size=32)
     with pytest.raises(UnsupportedError, match=r"state_every=100 .*96 and 112 are nearest.*'chunked'"):
         ssd(x, x, x, backend="triton", state_every=100)

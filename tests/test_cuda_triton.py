@@ -88,6 +88,24 @@ def test_long_slow_sequence_in_segments() -> None:
     assert_near(inputs, masks.decay)
 
 
+@pytest.mark.parametrize(
+    "sizes", [(2, 1024, 8, 64, 1, 128), (3, 700, 4, 64, 2, 256), (1, 4097, 2, 64, 1, 64), (2, 100, 3, 5, 1, 3)]
+)
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("every", [16, 256])
+def test_states_between(sizes: tuple[int, ...], dtype: torch.dtype, every: int) -> None:
+    """In one pass, in segments (a long row of two heads), in two parts of dstate, and of sizes that align with nothing."""
+    q, k, v, log_a = (x.detach() for x in call(sizes, dtype, 0.02))
+    y, final, states = ssd(q, k, v, masks.decay(log_a), state_every=every, backend="triton")
+    plain = ssd(q, k, v, masks.decay(log_a), return_state=True, backend="triton", chunk_size=16 if every == 16 else None)
+    assert torch.equal(y, plain[0]) and torch.equal(final, plain[1])
+    exact = (x.double() for x in (q, k, v))
+    wanted = ssd(*exact, masks.decay(log_a), state_every=every, backend="chunked")[2]
+    assert states.shape == wanted.shape == (sizes[0], sizes[1] // every, *final.shape[1:])
+    assert (states.double() - wanted).norm() <= RELATIVE[dtype] * wanted.norm()
+    assert every > sizes[1] or sizes[1] % every or torch.equal(states[:, -1], final)
+
+
 def test_packed_documents_with_empty_ones() -> None:
     cu = torch.tensor([0, 0, 5, 133, 133, 700, 1000], device="cuda")
     assert_near(call((1, 1000, 4, 64, 1, 128), torch.bfloat16), lambda log_a: masks.decay(log_a) * masks.documents(cu))
@@ -136,6 +154,16 @@ def test_compiles() -> None:
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-6)
+
+
+def test_states_between_compile() -> None:
+    """What follows them is compiled too, sizes that align with nothing included."""
+    inputs = [x.detach() for x in call((2, 300, 3, 5, 1, 3), torch.bfloat16)]
+
+    def prefixes(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
+        return ssd(q, k, v, masks.decay(log_a), state_every=64, backend="triton")[2] * 2
+
+    torch.testing.assert_close(torch.compile(prefixes, fullgraph=True)(*inputs), prefixes(*inputs))
 
 
 @pytest.mark.slow

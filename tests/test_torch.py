@@ -142,6 +142,24 @@ def test_states_and_options_compile():
     torch.testing.assert_close(got, want)
 
 
+def test_states_between_compile():
+    """With the rest, for any seqlen and batch, and without gradients of their own there too."""
+
+    def prefixes(x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return ssd(x["q"], x["k"], x["v"], masks.decay(x["a"]), state_every=4)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(prefixes, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen, batch, stance in ((12, 7, "default"), (15, 8, "fail_on_recompile"), (9, 6, "fail_on_recompile")):
+        x = inputs(seqlen, batch)
+        x["v"].requires_grad_()
+        with torch.compiler.set_stance(stance):
+            got, want = compiled(x), prefixes(x)
+        torch.testing.assert_close(got, want)
+        assert not got[2].requires_grad
+        torch.testing.assert_close(*(torch.autograd.grad(out[0].sum() + out[1].sum(), x["v"]) for out in (got, want)))
+
+
 def test_a_step_compiles():
     def one(q: Tensor, k: Tensor, v: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         return ssd_step(q, k, v, masks.decay(a), s)  # type: ignore[return-value]
@@ -193,6 +211,12 @@ def arguments(name: str, return_state: bool = False, learnt: bool = True) -> tup
 )  # fmt: skip
 def test_opcheck_forward(name, state):
     torch.library.opcheck(torch.ops.ssdops.forward.default, arguments(name, state))
+
+
+def test_opcheck_states_between():
+    *tensors, _, scale = arguments("scaled")
+    program = str(Contraction(MASKS["scaled"](inputs(batch=1)).tree, return_state=True, state_every=2))
+    torch.library.opcheck(torch.ops.ssdops.forward.default, (*tensors, program, scale))
 
 
 @pytest.mark.parametrize(("name", "state"), [("decay", True), ("quasiseparable", False), ("packed", False)])
@@ -380,6 +404,17 @@ def test_vmap_of_states_is_the_loop():
         got = torch.func.vmap(run, in_dims=(others, dim))(x, states)
         want = [run(_picked(x, set(x), m), s[m] if dim == 0 else s[0]) for m in range(M)]
         torch.testing.assert_close(got, tuple(torch.stack(part) for part in zip(*want, strict=True)))
+
+
+def test_vmap_of_states_between_is_the_loop():
+    x = _stacked(2)
+
+    def run(one: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return ssd(one["q"], one["k"], one["v"], masks.decay(one["a"]), state_every=4)
+
+    got = torch.func.vmap(run, in_dims=({name: _axis(t) for name, t in x.items()},))(x)
+    want = [run(_picked(x, set(x), m)) for m in range(M)]
+    torch.testing.assert_close(got, tuple(torch.stack(part) for part in zip(*want, strict=True)))
 
 
 def test_jacrev_is_the_gradient_of_each_output():

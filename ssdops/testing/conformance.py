@@ -175,12 +175,12 @@ class Conformance:
             return
         run, step = self.runner(data), self.every_multiple
         step = step if step == 1 else lcm(step, run.chunk_size or 1)
-        sizes = problems(max_seqlen=max(24, 2 * step + 9), max_dim=5, max_batch=2)
+        sizes = problems(max_seqlen=24, max_dim=5, max_batch=2).map(lambda z: replace(z, seqlen=z.seqlen + step))
         case = self.draw(data, make=_causal(self.kind), states=True, sizes=sizes)
         packed = any(isinstance(node, n.Documents | n.Trapezoidal) for node in n.walk(case.mask.tree))
         assume(not packed and all(term.causal for term in case.carried or ()))
         seqlen = case.q.shape[1]
-        every = step * data.draw(st.integers(1, max(seqlen // step, 1)))
+        every = step * data.draw(st.integers(1, seqlen // step + 1))
         try:
             case = laws.part(case, 0, seqlen // every * every) if data.draw(st.booleans()) else case
             laws.states_every_equal_prefixes(run, case, every)
