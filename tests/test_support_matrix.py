@@ -6,6 +6,7 @@ refusing, as a cell that changes from yes to no is a change of that file.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from ssdops.testing.structures import STRUCTURES, Make
 TABLE = Path(__file__).with_name("support_matrix.txt")
 TARGETS = {"naive": "cpu", "recurrent": "cpu", "chunked": "cpu", "triton": "cpu"}
 """Backend → the device type that its columns are about; Triton's kernels are interpreted there (`conftest.py`)."""
-DIRECTIONS = ("forward", "backward", "step", "states")
+DIRECTIONS = ("forward", "backward", "step", "states", "every")
 DTYPES = {"d": torch.float64, "s": torch.float32, "b": torch.bfloat16, "h": torch.float16}
 HEADER = """\
 # What each backend runs. Written by: python tests/test_support_matrix.py > tests/support_matrix.txt
 # A cell lists dtypes of q, k, v and the operands: d float64, s float32, b bfloat16, h float16; - is none.
 # forward: Y. backward: gradients of q, k, v, operands. step: ssd_step. states: initial and final ones, and gradients.
+# every: the states after every 16 tokens.
 """
 
 
@@ -40,23 +42,24 @@ def case_of(structure: str, dtype: str, device: str, seqlen: int = 6) -> Case:
 
 def says(structure: str, backend: str, direction: str, dtype: str) -> bool:
     """What the backend's `supports` and the mask's own structure say, without running anything."""
-    step = direction == "step"
+    step, every = direction == "step", direction == "every"
     case = case_of(structure, dtype, TARGETS[backend], 1 if step else 6)
-    runs = all(registry.get(backend).supports(term, case.problem).ok for term in terms_of(case.mask.tree))
+    problem = replace(case.problem, state_every=16) if every else case.problem
+    runs = all(registry.get(backend).supports(term, problem).ok for term in terms_of(case.mask.tree))
     if direction in ("forward", "backward"):
         return runs
     if isinstance(case.mask.tree, n.Trapezoidal):
-        return runs
+        return runs and not every
     if case.carried is None:
         return False
     documents = any(isinstance(node, n.Documents) for node in n.walk(case.mask.tree))
-    return runs and not (step and (documents or not all(term.causal for term in case.carried)))
+    return runs and not ((step or every) and (documents or not all(term.causal for term in case.carried)))
 
 
 def attempt(structure: str, backend: str, direction: str, dtype: str) -> None:
     """Run the smallest case of a cell, and look at what comes out."""
-    case = case_of(structure, dtype, TARGETS[backend])
-    leaves = {name: x.detach().clone().requires_grad_(direction != "forward") for name, x in case.floats().items()}
+    case = case_of(structure, dtype, TARGETS[backend], 33 if direction == "every" else 6)
+    leaves = {name: x.detach().clone().requires_grad_(direction not in ("forward", "every")) for name, x in case.floats().items()}
     call = case.map(lambda name, x: leaves.get(name, x))
     if direction == "step":
         q, k, v = (x[:, 0] for x in (call.q, call.k, call.v))
@@ -66,6 +69,10 @@ def attempt(structure: str, backend: str, direction: str, dtype: str) -> None:
         y, last = ssd(call.q, call.k, call.v, call.mask, backend=backend, initial_state=first, return_state=True)
         finals = last if isinstance(last, tuple) else (last,)
         y = y.sum() + sum(s.sum() for s in finals)
+    elif direction == "every":
+        y, _, every = ssd(call.q, call.k, call.v, call.mask, backend=backend, state_every=16)
+        for states in every if isinstance(every, tuple) else (every,):
+            assert states.shape[:2] == (1, 2) and torch.isfinite(states).all()
     else:
         y = ssd(call.q, call.k, call.v, call.mask, backend=backend)
     assert torch.isfinite(y).all()
