@@ -91,7 +91,7 @@ def ssd(
         return_state: also return the final states, shaped likewise.
         state_every: also return the final states, and those after every n = state_every tokens, S_{n−1}, S_{2n−1}, …: what
             prefixes leave, for a cache of them. Of causal scans and diagonals, without documents; they take no gradient.
-            'triton' takes multiples of 16, and of `chunk_size`; a number that none of a prompt reaches gives none.
+            'triton' takes multiples of 16, and of `chunk_size`.
         state_dtype: of the states returned; None is float32 (float64 if any input is).
         backend: "auto", or a name from `ssdops.backends`.
         chunk_size: the chunk length of a chunked backend; None lets the planner choose.

@@ -96,7 +96,7 @@ class Launch:
 
 CONTRACT: dict[str, Any] = {"passes": ("backward",), "only": "contract:2"}
 SETUPS = (
-    Setup("bf16", 64, 128, passes=("forward", "segments", "backward")),
+    Setup("bf16", 64, 128, passes=("forward", "segments", "every", "backward")),
     Setup("bf16", 64, 256, passes=("forward",)),
     Setup("bf16", 64, 128, 16, passes=("forward",)),
     Setup("bf16", 64, 128, 64, passes=("forward",)),
@@ -134,7 +134,8 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
         if name == "backward":
             Backward(term, x, Config(setup.chunk)).backward(Cotangents(case.v, initial))
         else:
-            Scan(term, x, Config(setup.chunk, 4 if name == "segments" else 1)).forward()
+            given = replace(x, problem=replace(problem, state_every=256), wants_state=True) if name == "every" else x
+            Scan(term, given, Config(setup.chunk, 4 if name == "segments" else 1)).forward()
         of = Counter[str]()
         for fn, arguments, constants in made:
             of[fn.__name__] += 1

@@ -96,14 +96,13 @@ def test_long_slow_sequence_in_segments() -> None:
 def test_states_between(sizes: tuple[int, ...], dtype: torch.dtype, every: int) -> None:
     """In one pass, in segments (a long row of two heads), in two parts of dstate, and of sizes that align with nothing."""
     q, k, v, log_a = (x.detach() for x in call(sizes, dtype, 0.02))
-    y, final, states = ssd(q, k, v, masks.decay(log_a), state_every=every, backend="triton")
-    plain = ssd(q, k, v, masks.decay(log_a), return_state=True, backend="triton", chunk_size=16 if every == 16 else None)
-    assert torch.equal(y, plain[0]) and torch.equal(final, plain[1])
+    found = ssd(q, k, v, masks.decay(log_a), state_every=every, backend="triton")
     exact = (x.double() for x in (q, k, v))
-    wanted = ssd(*exact, masks.decay(log_a), state_every=every, backend="chunked")[2]
-    assert states.shape == wanted.shape == (sizes[0], sizes[1] // every, *final.shape[1:])
-    assert (states.double() - wanted).norm() <= RELATIVE[dtype] * wanted.norm()
-    assert every > sizes[1] or sizes[1] % every or torch.equal(states[:, -1], final)
+    wanted = ssd(*exact, masks.decay(log_a), state_every=every, backend="chunked")
+    for name, x, y in zip(("y", "state", "states"), found, wanted, strict=True):
+        assert x.shape == y.shape, name
+        assert (x.double() - y).norm() <= RELATIVE[dtype] * y.norm(), name
+    assert every > sizes[1] or sizes[1] % every or torch.equal(found[2][:, -1], found[1])
 
 
 def test_packed_documents_with_empty_ones() -> None:

@@ -59,7 +59,8 @@ def says(structure: str, backend: str, direction: str, dtype: str) -> bool:
 def attempt(structure: str, backend: str, direction: str, dtype: str) -> None:
     """Run the smallest case of a cell, and look at what comes out."""
     case = case_of(structure, dtype, TARGETS[backend], 33 if direction == "every" else 6)
-    leaves = {name: x.detach().clone().requires_grad_(direction not in ("forward", "every")) for name, x in case.floats().items()}
+    learnt = direction not in ("forward", "every")
+    leaves = {name: x.detach().clone().requires_grad_(learnt) for name, x in case.floats().items()}
     call = case.map(lambda name, x: leaves.get(name, x))
     if direction == "step":
         q, k, v = (x[:, 0] for x in (call.q, call.k, call.v))

@@ -220,11 +220,11 @@ def states_every_equal_prefixes(run: Runner, case: Case, every: int) -> None:
     kept = [whole.pop(f"every[{i}]") for i in range(len(case.carried))]
     compare(whole, run(case), allowed)
     count = p.seqlen // every
-    for i, states in enumerate(kept):
-        assert states.shape == (p.batch, count, p.nheads, p.headdim, p.dstate), f"every[{i}] is {tuple(states.shape)}"
-        assert states.dtype == p.state_dtype, f"every[{i}] is {states.dtype}"
+    for i, x in enumerate(kept):
+        assert x.shape == (p.batch, count, p.nheads, p.headdim, p.dstate), f"every[{i}] is {tuple(x.shape)}"
+        assert x.dtype == p.state_dtype, f"every[{i}] is {x.dtype}"
         if count and p.seqlen % every == 0:
-            assert_same(states[:, -1], whole[f"state[{i}]"], f"every[{i}], the last")
+            assert_same(x[:, -1], whole[f"state[{i}]"], f"every[{i}], the last")
     for index in sorted({0, count - 1}) if count else ():
         cut, states = (index + 1) * every, tuple(x[:, index] for x in kept)
         prefix = part(case, 0, cut)

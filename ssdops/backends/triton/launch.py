@@ -153,7 +153,7 @@ class Scan:
     def _launch(self, v: Tensor, y: Tensor | None, walk: Walk, parts: tuple[Tensor, Tensor] | None, first: bool) -> None:
         p, t, c, z, nothing, segments = self.problem, self.term, self.chunks, self.sizes, self.q, self.config.segments
         q, k, u, w, scales = self.q, self.k, self.slot("rows"), self.slot("cols"), (self.scale, 1.0)
-        q_share, k_share, forward = p.nheads // p.q_heads, p.nheads // p.k_heads, y is not None and not walk.transposed
+        q_share, k_share = p.nheads // p.q_heads, p.nheads // p.k_heads
         if walk.transposed:
             q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
         SCAN(
@@ -174,8 +174,8 @@ class Scan:
             BLOCKS=walk.blocks is not None, PARTS=first, SEGMENTS=parts is not None and not first,
             FACTORED=y is not None and self.decays and p.dtype == torch.bfloat16, NORMALIZE=self.dot == torch.float16,
             STAGES=z.stages,
-            **self.common, num_warps=z.warps_back if walk.blocks is not None and not forward else 4,
-            maxnreg=z.registers if forward else None,
+            **self.common, num_warps=z.warps_back if walk.blocks is not None else 4,
+            maxnreg=z.registers if y is not None and walk.blocks is None else None,
         )  # fmt: skip
 
     # --- passes ---------------------------------------------------------------------------------------------------------
