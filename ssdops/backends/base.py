@@ -102,6 +102,7 @@ class Inputs:
             return None
         return document_spans(self.documents, self.operands, self.problem.batch, self.problem.seqlen)
 
+    @cached_property
     def boundaries(self) -> Tensor | None:
         """Where documents begin and end in tokens of the whole batch, `(n_states + 1,)`, on the device; None as above."""
         if self.documents is None:
