@@ -96,7 +96,8 @@ def forward(term: Linear, x: Inputs, config: Config) -> Output:
     """Y and the final states."""
     device = x.q.device
     with Launching(x.problem, device):
-        tensors = [t for t in (x.q, x.k, x.v, *x.values.values(), x.boundaries, x.initial) if t is not None]
+        boundaries = None if x.documents is None else x.boundaries
+        tensors = [t for t in (x.q, x.k, x.v, *x.values.values(), boundaries, x.initial) if t is not None]
         addresses = [t.data_ptr() for t in tensors]
         key = (
             id(term), id(x.problem), id(config), x.scale, x.out, x.wants_state, device,
