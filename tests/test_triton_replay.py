@@ -187,6 +187,13 @@ def test_copies_of_inputs_are_made_anew(seen: Seen) -> None:
     assert seen.passes == 2
 
 
+def test_nothing_to_launch_is_nothing_to_launch_again(seen: Seen) -> None:
+    for _ in range(2):
+        q, k, v, log_a = (x[:, :0] for x in drawn(0))
+        assert ssd(q, k, v, decay(log_a), backend="triton").shape == (BATCH, 0, NHEADS, DIM)
+    assert seen.passes == 2
+
+
 def test_outputs_and_rooms_of_calls_are_their_own() -> None:
     """What a call gave is not what the next one writes."""
     q, k, v, log_a = drawn(0)

@@ -72,7 +72,7 @@ class Recorded(Scan):
         self._launched.append((kernel(*what, **constants), tensors))
 
     def replay(self, inputs: list[int], output: Output) -> Replay | None:
-        """Of what has been launched. None if that was interpreted, or read a copy of an input."""
+        """Of what has been launched. None if that was nothing, or interpreted, or read a copy of an input."""
         outputs = [x for x in (output.y, output.state) if x is not None]
         handed_on = [x for x in self._made if not any(x is y for y in outputs)]
         places = [*inputs, *(x.data_ptr() for x in (*outputs, *handed_on))]
@@ -85,7 +85,8 @@ class Recorded(Scan):
             launches.append((launch, itemgetter(*wanted)))
         *offsets, size = accumulate((ceil_div(x.nbytes, ALIGNMENT) * ALIGNMENT for x in handed_on), initial=0)
         shapes = tuple((x.shape, x.dtype) for x in outputs)
-        return Replay((self.term, self.problem, self.config), shapes, tuple(offsets), size, tuple(launches))
+        keeps = (self.term, self.problem, self.config)
+        return Replay(keeps, shapes, tuple(offsets), size, tuple(launches)) if launches else None
 
 
 _replays: dict[tuple[Any, ...], Replay] = {}
@@ -97,11 +98,11 @@ def forward(term: Linear, x: Inputs, config: Config) -> Output:
     device = x.q.device
     with Launching(x.problem, device):
         boundaries = None if x.documents is None else x.boundaries
-        tensors = [t for t in (x.q, x.k, x.v, *x.values.values(), boundaries, x.initial) if t is not None]
-        addresses = [t.data_ptr() for t in tensors]
+        operands = [t for t in (*x.values.values(), boundaries, x.initial) if t is not None]
+        addresses = [t.data_ptr() for t in (x.q, x.k, x.v, *operands)]
         key = (
             id(term), id(x.problem), id(config), x.scale, x.out, x.wants_state, device,
-            *[t.shape for t in tensors], *[t.stride() for t in tensors], *[t.dtype for t in tensors],
+            x.q.dtype, x.k.dtype, x.v.dtype, *[(t.shape, t.stride(), t.dtype) for t in operands],  # what it does not say
             *[address % 16 == 0 for address in addresses], *map(addresses.index, addresses),  # the last: which are one tensor
         )  # fmt: skip
         replay = _replays.get(key)
