@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 from ...errors import UnsupportedError
 from ...ir.problem import Problem
 
+Grid: TypeAlias = tuple[int, int, int]
 _MAX_KEPT = 4096
 
 
@@ -29,7 +30,7 @@ class Launch:
     """
 
     compiled: Any
-    grid: tuple[int, int, int]
+    grid: Grid
     rest: tuple[Any, ...]
 
     def __call__(self, addresses: Sequence[int], stream: int) -> None:
@@ -57,7 +58,7 @@ class Kernel:
         self._kept: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
-        self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: Sequence[int | float], **constants: Any
+        self, grid: Grid, tensors: Sequence[Tensor], numbers: Sequence[int | float], **constants: Any
     ) -> Launch | None:
         """Launch on the current stream of the current device, where the tensors are (`Launching`).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ from ...config import triton_interpreted
 from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Inputs, Output
-from .calls import Kernel
+from .calls import Grid, Kernel
 from .kernels.prepare import prepare
 from .kernels.scan import scan
 from .sizes import padded, sizes
@@ -103,9 +104,11 @@ class Scan:
         """Memory on the term's device."""
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
-    def run(self, kernel: Kernel, *what: Any, **constants: Any) -> None:
-        """Launch a kernel, as `Kernel` takes it; `replay.py` takes notes here."""
-        kernel(*what, **constants)
+    def run(
+        self, kernel: Kernel, grid: Grid, tensors: Sequence[Tensor], numbers: Sequence[int | float], **constants: Any
+    ) -> None:
+        """Launch a kernel; `replay.py` takes notes here."""
+        kernel(grid, tensors, numbers, **constants)
 
     # --- launches -------------------------------------------------------------------------------------------------------
 

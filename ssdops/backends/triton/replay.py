@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...ir.terms import Linear
 from ..base import Config, Inputs, Output
-from .calls import Kernel, Launch, Launching, stream_of
+from .calls import Grid, Kernel, Launch, Launching, stream_of
 from .launch import Scan, ceil_div
 
 ALIGNMENT = 256
@@ -66,10 +66,11 @@ class Recorded(Scan):
         self._made.append(super().empty(*shape, dtype=dtype))
         return self._made[-1]
 
-    def run(self, kernel: Kernel, *what: Any, **constants: Any) -> None:
+    def run(
+        self, kernel: Kernel, grid: Grid, tensors: Sequence[Tensor], numbers: Sequence[int | float], **constants: Any
+    ) -> None:
         """As `Scan` does, and noted."""
-        _, tensors, *_ = what
-        self._launched.append((kernel(*what, **constants), tensors))
+        self._launched.append((kernel(grid, tensors, numbers, **constants), tensors))
 
     def replay(self, inputs: list[int], output: Output) -> Replay | None:
         """Of what has been launched. None if that was nothing, or interpreted, or read a copy of an input."""
