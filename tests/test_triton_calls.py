@@ -90,7 +90,7 @@ def test_who_wants_to_know_of_launches_is_told_as_triton_tells(hook: str, fake: 
     for _ in range(2):
         kernel(GRID, (x, y), (7, 0.5), B=2, A=True)
     assert not fake.hooked
-    monkeypatch.setattr(calls.knobs.runtime, hook, print)
+    monkeypatch.setattr(calls.hooks, hook, print)
     kernel(GRID, (x, y), (7, 0.5), B=2, A=True)
     assert fake.hooked == 1 and fake.ran[0] == fake.ran[1]
 

@@ -9,12 +9,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from triton import knobs
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from ...errors import UnsupportedError
 from ...ir.problem import Problem
+
+try:
+    from triton.knobs import runtime as hooks
+except ImportError:  # before Triton 3.4
+    from triton.compiler import CompiledKernel as hooks
 
 Grid: TypeAlias = tuple[int, int, int]
 _MAX_KEPT = 4096
@@ -88,7 +92,7 @@ class Kernel:
 
 def _hooked() -> bool:
     """Whether someone, a profiler say, wants to know of launches."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
