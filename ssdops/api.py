@@ -397,7 +397,7 @@ def _check_recurrence(tree: n.Node) -> None:
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not ops.autocasts(q.device.type):
+    if not ops.autocasts(q):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ir import nodes as n
 from ..ir.operands import ChannelLog, Operand, names
 from ..ir.problem import Problem
-from ..ir.resolve import Span, document_boundaries, document_spans, reduce_to, repeat_heads, resolve
+from ..ir.resolve import Span, canonical, document_boundaries, document_spans, reduce_to, repeat_heads, resolve
 from ..ir.terms import Linear, Term, term_operands
 
 
@@ -102,6 +102,7 @@ class Inputs:
             return None
         return document_spans(self.documents, self.operands, self.problem.batch, self.problem.seqlen)
 
+    @cached_property
     def boundaries(self) -> Tensor | None:
         """Where documents begin and end in tokens of the whole batch, `(n_states + 1,)`, on the device; None as above."""
         if self.documents is None:
@@ -123,7 +124,7 @@ class Inputs:
         return make((p.batch, p.seqlen, p.nheads, p.headdim), dtype=p.accumulate, device=self.q.device)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, as one is made at every call
 class Output:
     """What a term gives.
 
@@ -265,7 +266,9 @@ def bind(
 ) -> Inputs:
     """Evaluate the operand expressions of a term (differentiable in the operands). `out` None is the accumulation dtype."""
     values = {
-        slot: resolve(x, _widened(slot, x, operands, problem), axes, problem.seqlen)
+        slot: canonical(operands[x], axes)
+        if isinstance(x, str)  # which `resolve` knows as well, and gets to later
+        else resolve(x, _widened(slot, x, operands, problem), axes, problem.seqlen)
         for slot, (x, axes) in term_operands(term).items()
     }
     documents = term.documents if isinstance(term, Linear) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -108,11 +109,7 @@ class Triton:
             return Output(diagonal_forward(term, x))
         if isinstance(term, Quadratic):
             return tiles.forward(term, x)
-        from .calls import explained  # importing Triton takes time, and planning does not need it
-        from .launch import Scan
-
-        with explained(x.problem):
-            return Scan(term, x, config).forward()
+        return _forward()(term, x, config)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """States forward, cotangents of states backward, and what is left by blocks."""
@@ -121,9 +118,9 @@ class Triton:
         if isinstance(term, Quadratic):
             return tiles.backward(term, x, cotangents)
         from .backward import Backward
-        from .calls import explained
+        from .calls import Launching
 
-        with explained(x.problem):
+        with Launching(x.problem, x.q.device):
             return Backward(term, x, config).backward(cotangents)
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
@@ -154,6 +151,14 @@ def _between_chunks(every: int, size: int) -> Support:
         f"'triton' has states where its chunks of {size} tokens end, and state_every={every} is between them: take a multiple "
         f"({nearest} are nearest); 'chunked' has no such limit"
     )
+
+
+@cache
+def _forward() -> Callable[[Linear, Inputs, Config], Output]:
+    """Imported once it is needed: importing Triton takes time, and planning does not need it."""
+    from .replay import forward
+
+    return forward
 
 
 def _no_device(problem: Problem) -> Support | None:

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
 from ...errors import UnsupportedError
 from ...ir.problem import Problem
 
+try:
+    from triton.knobs import runtime as hooks
+except ImportError:  # before Triton 3.4
+    from triton.compiler import CompiledKernel as hooks
+
+Grid: TypeAlias = tuple[int, int, int]
 _MAX_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All of a launch but the addresses of its tensors.
+
+    Attributes:
+        compiled: the kernel, as Triton compiled it.
+        rest: the arguments after the addresses: numbers, then constants in the order of the kernel's parameters.
+    """
+
+    compiled: Any
+    grid: Grid
+    rest: tuple[Any, ...]
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        """Launch: Triton's `compiled[grid](…)`, less what that does per tensor, and for hooks that nobody has set.
+
+        An address must be as aligned, and of the dtype, that the kernel was compiled for.
+        """
+        compiled = self.compiled
+        if _hooked():
+            compiled[self.grid](*addresses, *self.rest, stream=stream)
+            return
+        run = compiled.run  # which loads the kernel: `function` is there after it
+        run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self.rest)
 
 
 class Kernel:
@@ -28,50 +62,69 @@ class Kernel:
         self._kept: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
-        self, grid: tuple[int, int, int], tensors: Sequence[Tensor], numbers: Sequence[int | float], **constants: Any
-    ) -> None:
-        """Launch on the current stream of the device that the tensors are on."""
-        device = tensors[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._launch(grid, tensors, numbers, constants)
-        else:
-            self._launch(grid, tensors, numbers, constants)
+        self, grid: Grid, tensors: Sequence[Tensor], numbers: Sequence[int | float], **constants: Any
+    ) -> Launch | None:
+        """Launch on the current stream of the current device, where the tensors are (`Launching`).
 
-    def _launch(
-        self,
-        grid: tuple[int, int, int],
-        tensors: Sequence[Tensor],
-        numbers: Sequence[int | float],
-        constants: dict[str, Any],
-    ) -> None:
+        Returns:
+            What was launched, to be launched again; None where Triton interprets, and compiles nothing.
+        """
+        device, addresses = tensors[0].device, [x.data_ptr() for x in tensors]
         key = (
-            tensors[0].device, *[x.dtype for x in tensors], *[x.data_ptr() % 16 == 0 for x in tensors],
+            device, *[x.dtype for x in tensors], *[address % 16 == 0 for address in addresses],
             *[x for x in numbers if type(x) is int], *constants.values(),
         )  # fmt: skip
         compiled = self._kept.get(key)
-        if compiled is not None:
-            names = self._fn.arg_names[len(tensors) + len(numbers) :]
-            compiled[grid](*tensors, *numbers, *[constants[name] for name in names])
-            return
-        compiled = self._fn[grid](*tensors, *numbers, **constants)
-        if len(self._kept) >= _MAX_KEPT:
-            self._kept.clear()
-        if compiled is not None:  # Triton's interpreter compiles nothing
+        known = compiled is not None
+        if not known:
+            compiled = self._fn[grid](*tensors, *numbers, **constants)
+            if compiled is None:
+                return None
+            if len(self._kept) >= _MAX_KEPT:
+                self._kept.clear()
             self._kept[key] = compiled
+        names = self._fn.arg_names[len(tensors) + len(numbers) :]
+        launch = Launch(compiled, grid, (*numbers, *[constants[name] for name in names]))
+        if known:
+            launch(addresses, stream_of(device))
+        return launch
 
 
-@contextmanager
-def explained(problem: Problem) -> Iterator[None]:
-    """Say for which sizes memory or a multiprocessor was too small, and what to try."""
-    p = problem
-    sizes = (
-        f"batch {p.batch}, seqlen {p.seqlen}, nheads {p.nheads}, headdim {p.headdim}, dstate {p.dstate}, "
-        f"{str(p.dtype).removeprefix('torch.')} on {p.target.name or p.target.device}"
-    )
-    try:
-        yield
-    except OutOfResources as error:
-        raise UnsupportedError(f"a kernel of 'triton' does not fit ({error}) at {sizes}; try backend='chunked'") from error
-    except torch.OutOfMemoryError as error:
+def _hooked() -> bool:
+    """Whether someone, a profiler say, wants to know of launches."""
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device, as Triton takes it."""
+    stream: int = driver.active.get_current_stream(device.index)
+    return stream
+
+
+class Launching:
+    """A context for launches: on a problem's device, and saying for which sizes memory or a multiprocessor was too small."""
+
+    __slots__ = ("_elsewhere", "_problem")
+
+    def __init__(self, problem: Problem, device: torch.device) -> None:
+        here = device.index is None or device.index == torch.cuda.current_device()
+        self._problem, self._elsewhere = problem, None if here else torch.cuda.device(device)
+
+    def __enter__(self) -> None:
+        if self._elsewhere is not None:  # Triton compiles for the current device, and loads kernels there
+            self._elsewhere.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._elsewhere is not None:
+            self._elsewhere.__exit__(kind, error, trace)
+        if not isinstance(error, OutOfResources | torch.OutOfMemoryError):
+            return
+        p = self._problem
+        sizes = (
+            f"batch {p.batch}, seqlen {p.seqlen}, nheads {p.nheads}, headdim {p.headdim}, dstate {p.dstate}, "
+            f"{str(p.dtype).removeprefix('torch.')} on {p.target.name or p.target.device}"
+        )
+        if isinstance(error, OutOfResources):
+            raise UnsupportedError(f"a kernel of 'triton' does not fit ({error}) at {sizes}; try backend='chunked'") from error
         raise torch.OutOfMemoryError(f"'triton' ran out of memory at {sizes}; split the batch: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ from ...config import triton_interpreted
 from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Inputs, Output
-from .calls import Kernel
+from .calls import Grid, Kernel
 from .kernels.prepare import prepare
 from .kernels.scan import scan
 from .sizes import padded, sizes
@@ -73,7 +74,7 @@ class Scan:
         self.groups = common_heads(p)
         self.scale = float(term.sign * x.scale)
         self.q, self.k, self.v = (dense_last(t) for t in (x.q, x.k, x.v))
-        self.cu = x.boundaries()
+        self.cu = x.boundaries
         self.rows = p.batch if self.cu is None else self.cu.numel() - 1
         self.tokens = p.batch * p.seqlen
         self.slots = self.slots_of(self.sizes.chunk)
@@ -105,6 +106,12 @@ class Scan:
         """Memory on the term's device."""
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
+    def run(
+        self, kernel: Kernel, grid: Grid, tensors: Sequence[Tensor], numbers: Sequence[int | float], **constants: Any
+    ) -> None:
+        """Launch a kernel; `replay.py` takes notes here."""
+        kernel(grid, tensors, numbers, **constants)
+
     # --- launches -------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -113,17 +120,16 @@ class Scan:
         p, t, z, slots, blocks = self.problem, self.term, self.sizes, self.slots, self.slots_of(self.sizes.block)
         scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot)
         if self.decays:
-            wide, kept = torch.float64 if p.dtype == torch.float32 else torch.float32, self.keep * blocks
-            rho, block_rho = (self.empty(n, p.nheads, size, dtype=wide) for n, size in ((slots, z.chunk), (kept, z.block)))
-            kappa, block_kappa = (torch.empty_like(x) if self.apart else x for x in (rho, block_rho))
-            total, block_total = (self.empty(n, p.nheads, dtype=wide) for n in (slots, kept))
-            out = Chunks(scores, rho, kappa, total, self.empty(slots, p.nheads), block_rho, block_kappa, block_total)
+            by_chunk = self._sums(slots, z.chunk)
+            by_block = self._sums(blocks, z.block) if self.keep else by_chunk
+            out = Chunks(scores, *by_chunk, self.empty(slots, p.nheads), *by_block)
         else:
             out = Chunks(scores, *(self.q,) * 7)
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
         heads = min(16, padded(p.nheads))
         if slots:
-            PREPARE(
+            self.run(
+                PREPARE,
                 (slots, self.groups + (ceil_div(p.nheads, heads) if self.decays else 0), 1),
                 (
                     self.q, self.k, or_else(log_a, self.q), or_else(log_cols, self.q), or_else(self.cu, self.q), out.scores,
@@ -138,6 +144,13 @@ class Scan:
                 BLOCKS=self.keep, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return out
+
+    def _sums(self, slots: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for ρ, κ and E of so many chunks or blocks; ρ is κ where no flag of the term tells them apart."""
+        wide = torch.float64 if self.problem.dtype == torch.float32 else torch.float32
+        rho = self.empty(slots, self.problem.nheads, size, dtype=wide)
+        kappa = self.empty(*rho.shape, dtype=wide) if self.apart else rho
+        return rho, kappa, self.empty(slots, self.problem.nheads, dtype=wide)
 
     def walk(self, v: Tensor, y: Tensor | None, walk: Walk) -> None:
         """The scan over V (transposed: over dY), in segments if the config says so; what is None is not written."""
@@ -156,7 +169,8 @@ class Scan:
         q_share, k_share = p.nheads // p.q_heads, p.nheads // p.k_heads
         if walk.transposed:
             q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
-        SCAN(
+        self.run(
+            SCAN,
             (p.nheads * ceil_div(p.headdim, z.rows) * self.rows, 1, segments),
             (
                 q, k, v, or_else(y, nothing), or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing),

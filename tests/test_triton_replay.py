@@ -1,0 +1,201 @@
+"""A forward pass that is launched again at other addresses gives what it would have given anew.
+
+Kernels are interpreted here and pass for compiled ones: launched again, they find their tensors by address alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import c_uint8
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssdops import masks, run, ssd
+from ssdops.backends.triton import backend, calls, launch, replay
+from ssdops.backends.triton.calls import Kernel
+from ssdops.masks import Mask
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+BATCH, SEQLEN, NHEADS, NGROUPS, DIM = 2, 150, 4, 2, 8
+
+
+class Interpreted:
+    """A kernel for the interpreter, called as one for the compiler is."""
+
+    def __init__(self, fn: Any, streams: list[int]) -> None:
+        self._fn, self.arg_names, self._streams = fn, fn.arg_names, streams
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Compiled]:
+        def call(*args: Any, **constants: Any) -> Compiled:
+            self._fn[grid](*args, **constants)
+            return Compiled(partial(self._again, [x.dtype for x in args if isinstance(x, Tensor)]))
+
+        return call
+
+    def _again(self, dtypes: list[torch.dtype], x: int, y: int, z: int, stream: int, *args: Any) -> None:
+        """As Triton's launchers are called: five facts that mean nothing here, then addresses, numbers, constants."""
+        self._streams.append(stream)
+        addresses, rest = args[5 : 5 + len(dtypes)], args[5 + len(dtypes) :]
+        at = [
+            torch.frombuffer((c_uint8 * 8).from_address(address), dtype=dtype, count=1)
+            for address, dtype in zip(addresses, dtypes, strict=True)
+        ]
+        self._fn[x, y, z](*at, **dict(zip(self.arg_names[len(dtypes) :], rest, strict=True)))
+
+
+class Compiled(SimpleNamespace):
+    """What Triton gives for a kernel, as far as it is used."""
+
+    function = packed_metadata = None
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        super().__init__(run=run)
+
+
+class Seen:
+    """What happened: passes worked out, how many of them will be launched again, and the stream of each launch."""
+
+    def __init__(self) -> None:
+        self.passes, self.streams, self.current = 0, list[int](), 1
+
+
+@pytest.fixture(autouse=True)
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Nothing has been planned or launched yet."""
+    seen = Seen()
+
+    class Counted(replay.Recorded):
+        def __init__(self, *args: Any) -> None:
+            seen.passes += 1
+            super().__init__(*args)
+
+    active = SimpleNamespace(get_current_stream=lambda index: seen.current)
+    monkeypatch.setattr(calls, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(replay, "Recorded", Counted)
+    monkeypatch.setattr(replay, "_replays", {})
+    monkeypatch.setattr(run, "_prepared", {})
+    for name in ("PREPARE", "SCAN"):
+        monkeypatch.setattr(launch, name, Kernel(Interpreted(getattr(launch, name)._fn, seen.streams)))
+    return seen
+
+
+def drawn(seed: int) -> list[Tensor]:
+    """q, k, v, log_a."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((NGROUPS, DIM), (NGROUPS, DIM), (NHEADS, DIM), (NHEADS,))
+    q, k, v, log_a = (torch.randn(BATCH, SEQLEN, *shape, generator=generator) for shape in shapes)
+    return [q, k, v, -log_a.abs()]
+
+
+def decay(log_a: Tensor) -> Mask:
+    return masks.decay(log_a)
+
+
+def without(log_a: Tensor) -> Mask:
+    return masks.causal()
+
+
+def later(log_a: Tensor) -> Mask:
+    """Anticausal, of an expression, and sums of logs that are told apart."""
+    return (masks.decay(log_a) * masks.decay(log_a)).shift(1).T
+
+
+def everything(log_a: Tensor) -> Mask:
+    """Factors of which two are one tensor, and documents."""
+    factor, ids = log_a.sin(), torch.arange(SEQLEN).expand(BATCH, -1) // 70
+    documents = masks.documents(segment_ids=ids.contiguous(), n_segments=3)
+    return masks.decay(log_a).scale(factor, factor, log_a.cos()) * documents
+
+
+def check(inputs: list[Tensor], mask: Callable[[Tensor], Mask] = decay, **options: Any) -> None:
+    """'triton' gives what 'chunked' does."""
+    q, k, v, log_a = inputs
+    found, wanted = (ssd(q, k, v, mask(log_a), backend=name, return_state=True, **options) for name in ("triton", "chunked"))
+    close = 1e-3 if q.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, wanted, atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("mask", [decay, without, later, everything])
+def test_launched_again_it_gives_what_it_would_anew(
+    mask: Callable[[Tensor], Mask], segments: int, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend.Triton, "_splits", lambda *args: [backend.Config(16, segments)])
+    for seed in range(3):
+        check(drawn(seed), mask)
+    assert seen.passes == 1 and len(seen.streams) == 2 * (1 + segments)
+
+
+def unaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def strided(x: Tensor) -> Tensor:
+    return torch.cat([x, x], -1)[..., : x.shape[-1]]
+
+
+CHANGES: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "alignment": lambda x: [x[0], unaligned(x[1]), *x[2:]],
+    "alignment of an operand": lambda x: [*x[:3], unaligned(x[3])],
+    "strides": lambda x: [strided(x[0]), *x[1:]],
+    "strides of an operand": lambda x: [*x[:3], strided(x[3])],
+    "shapes": lambda x: [t[:, :100].contiguous() for t in x],
+    "shape of an operand": lambda x: [*x[:3], x[3][:1].contiguous()],
+    "dtype": lambda x: [t.half() for t in x[:3]] + x[3:],
+    "dtype of an operand": lambda x: [*x[:3], x[3].double().float().bfloat16()],
+    "one tensor": lambda x: [x[0], x[0], *x[2:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_launches_depend_on_is_worked_out_anew(change: str, seen: Seen) -> None:
+    """And then replayed as well, and the first as before."""
+    for _ in range(2):
+        for inputs in (drawn(0), CHANGES[change](drawn(1))):
+            check(inputs)
+    assert seen.passes == 2
+
+
+def test_options_that_launches_depend_on_are_told_apart(seen: Seen) -> None:
+    q, k, v, log_a = drawn(0)
+    for _ in range(2):
+        check(drawn(0))
+        check(drawn(0), scale=0.5)
+        check(drawn(0), state_dtype=torch.float16)
+        check(drawn(0), initial_state=torch.ones(BATCH, NHEADS, DIM, DIM))
+        without_state = ssd(q, k, v, decay(log_a), backend="triton")
+        torch.testing.assert_close(without_state, ssd(q, k, v, decay(log_a), backend="chunked"), atol=1e-3, rtol=1e-3)
+    assert seen.passes == 5
+
+
+def test_it_goes_to_the_stream_that_is_current_then(seen: Seen) -> None:
+    for seen.current in (1, 2, 3):
+        check(drawn(0))
+    assert seen.streams == [2, 2, 3, 3]
+
+
+def test_copies_of_inputs_are_made_anew(seen: Seen) -> None:
+    """Of what has no unit stride; their addresses are no input's, so such passes are not launched again."""
+    for seed in range(2):
+        q, *rest = drawn(seed)
+        check([q.mT.contiguous().mT, *rest])
+    assert seen.passes == 2
+
+
+def test_nothing_to_launch_is_nothing_to_launch_again(seen: Seen) -> None:
+    for _ in range(2):
+        q, k, v, log_a = (x[:, :0] for x in drawn(0))
+        assert ssd(q, k, v, decay(log_a), backend="triton").shape == (BATCH, 0, NHEADS, DIM)
+    assert seen.passes == 2
+
+
+def test_outputs_and_rooms_of_calls_are_their_own() -> None:
+    """What a call gave is not what the next one writes."""
+    q, k, v, log_a = drawn(0)
+    first, second, third = (ssd(q, k, v * n, decay(log_a), backend="triton") for n in (1, 2, 3))
+    torch.testing.assert_close((second, third), (2 * first, 3 * first), atol=1e-3, rtol=1e-3)
