@@ -19,7 +19,7 @@ from pathlib import Path
 import peers
 import torch
 from device import Machine
-from gpu_sections import Bench, Sections, backward, error, forward, graphs, memory
+from gpu_sections import Bench, Sections, backward, error, forward, graphs, kernels, memory
 from gpu_sweeps import attention, constant_tokens, decode
 from mamba2_work import SHAPES, floor_ms, tiny
 from measure import environment
@@ -27,7 +27,7 @@ from report import Figure, Section, print_figure, write_json
 from rich.console import Console
 
 SECTIONS: dict[str, Callable[[Bench], Sections]] = {
-    run.__name__: run for run in (forward, backward, graphs, attention, decode, memory, constant_tokens, error)
+    run.__name__: run for run in (forward, backward, kernels, graphs, attention, decode, memory, constant_tokens, error)
 }
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 WIDTH = 150  # of lines that no terminal shows

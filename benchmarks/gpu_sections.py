@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 
 import torch
 from device import Ceilings, Machine, Row, relative_error
@@ -10,6 +11,8 @@ from mamba2_work import SHAPES, Operands, Side, Work, draw, floor_ms, reduced, r
 from peers import CUDNN, FLA, FLASH, MAMBA
 from report import Figure
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from workload import Shape
 
 FORWARD_AT_LEAST = {"S1": 4, "S2": 8, "S3": 3.5, "S4": 4.5, "S5": 3.5, "S6": 4.3, "S7": 3, "S8": 6}
@@ -22,6 +25,7 @@ MAMBA1_MS = {"forward": 2.57, "forward + backward": 14.43}
 MAMBA1_AT_LEAST = {"forward": 6, "forward + backward": 7}
 GRADIENTS = {"ssdops": ("q", "k", "v", "log_a"), "mamba_ssm": ("x", "dt", "A", "B", "C"), "fla": ("q", "k", "v", "log_a")}
 MIB = 2**20
+PROFILED = 5
 CLOSE = 0.02  # between two sides, each right to a rounding or two of bfloat16
 
 
@@ -116,6 +120,32 @@ def graphs(bench: Bench) -> Sections:
     for name, shape in bench.shapes.items():
         row = time_sides(bench, draw(shape, bench.machine), graph_ms, (bench.ours, MAMBA, FLA, CUDNN, FLASH))
         yield against(row, f"{name} {shape} forward in a CUDA graph", MAMBA, None, GRAPH_STRETCH.get(name))
+
+
+def kernels(bench: Bench) -> Sections:
+    """What ssdops launches for a forward and backward pass, by torch's profiler: no gaps between launches are in it."""
+    for name, shape in bench.shapes.items():
+        row = Row()
+        row.measure_all("ssdops", partial(_kernel_us, bench, draw(shape, bench.machine)))
+        bench.machine.free()
+        total = sum(row.parts.values()) if row.parts else None
+        yield Figure(f"{name} {shape} forward + backward, kernels alone", total, "µs", "at most", None, row.parts, row.notes)
+
+
+def _kernel_us(bench: Bench, operands: Operands) -> dict[str, float]:
+    """Microseconds of each kernel in the order of launches, medians over some passes."""
+    work = bench.ours.prepare(operands)
+    with work.context():
+        run = work.forward_backward()
+        run()
+        with profile(activities=[ProfilerActivity.CUDA if bench.machine.cuda else ProfilerActivity.CPU]) as seen:
+            for _ in range(PROFILED):
+                run()
+            if bench.machine.cuda:
+                torch.cuda.synchronize()
+    events = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
+    passes = [events[i :: len(events) // PROFILED] for i in range(len(events) // PROFILED)]
+    return {f"{i + 1} {same[0].name}": median(event.time_range.elapsed_us() for event in same) for i, same in enumerate(passes)}
 
 
 def against_mamba1(bench: Bench, row: Row, direction: str) -> Figure:

@@ -58,7 +58,7 @@ def test_kernels_fit_and_take_what_the_table_says() -> None:
         arch = int(row["sm"])
         assert int(row["shared"]) <= shared_memory((arch // 10, arch % 10)), row
         assert int(row["tensor"]) <= TENSOR_MEMORY, row
-        if row["launch"].split(":")[1] in ("scan", "states", "exchange", "gradients"):
+        if row["launch"].split(":")[1] in ("scan", "contract"):
             assert row["instructions"] != "-" and (row["dtype"] == "fp32" or row["instructions"] == TENSOR_CORES[arch]), row
         if row["launch"].endswith(":free") and (row["sm"], row["tokens"]) not in SPILLING:
             assert row["stack"] == "0", row

@@ -79,7 +79,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(replay, "Recorded", Counted)
     monkeypatch.setattr(replay, "_replays", {})
     monkeypatch.setattr(run, "_prepared", {})
-    for name in ("PREPARE", "STATES", "SCAN"):
+    for name in ("PREPARE", "SCAN"):
         monkeypatch.setattr(launch, name, Kernel(Interpreted(getattr(launch, name)._fn, seen.streams)))
     return seen
 

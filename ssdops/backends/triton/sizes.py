@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from ...ir.problem import Problem
-from .tile_mask import shared_memory
 
 CHUNKS = (32, 16, 64)
 """Chunk sizes, the default first: 32 tokens leave the registers of a multiprocessor room for three programs of 64 rows."""
@@ -22,25 +21,24 @@ class Sizes:
     Attributes:
         chunk: tokens of a chunk of the scan.
         block: tokens between the states that the backward pass keeps.
-        portion: tokens that a walk of states takes at once.
         rows: rows of the state, of headdim, that a program of the scan owns.
         rows_back: rows of headdim that the backward pass takes at once.
         state: columns of the state, of dstate, in its first part; the rest, if any, is a second part.
         state_back: columns of dstate that the backward pass takes at once.
-        stages, stages_exchange, stages_gradients: how many chunks, or heads, are in flight.
+        stages, stages_back: how many chunks, or heads, are in flight.
+        warps_back: of a program of the backward pass's scans.
         registers: the most that a thread of the forward scan may take; None is no limit.
     """
 
     chunk: int
     block: int
-    portion: int
     rows: int
     rows_back: int
     state: int
     state_back: int
     stages: int
-    stages_exchange: int
-    stages_gradients: int
+    stages_back: int
+    warps_back: int
     registers: int | None
 
 
@@ -51,28 +49,19 @@ def sizes(problem: Problem, chunk: int | None) -> Sizes:
         chunk = chunk or (32 if n <= 128 else 16)
         block = max(32 if _crowded(problem) else 64, chunk)
         return Sizes(
-            chunk=chunk, block=block, portion=32, rows=16, rows_back=min(p, 32), state=min(n, 128),
-            state_back=min(n, 32), stages=2, stages_exchange=1, stages_gradients=1, registers=None,
+            chunk=chunk, block=block, rows=16, rows_back=min(p, 32), state=min(n, 128),
+            state_back=min(n, 32), stages=2, stages_back=1, warps_back=4, registers=None,
         )  # fmt: skip
     small = n <= 128
     # 8.x has its operands in registers, and 10.x its sums in tensor memory, where each turn of an unrolled loop over headdim
     # has its own; 9.x has room for blocks of 128 tokens up to where shared memory ends (tests/triton_resources.txt).
-    block = 32 if _crowded(problem) else 128 if major == 9 and p <= 128 else 64
+    block = 128 if major == 9 and p <= 128 else 64
     columns = (128 if major in (9, 10) else 64) // (1 if p <= 128 else 2)
-    back, room = min(n, columns), shared_memory(problem.target.capability)
-    state = p * (2 if problem.dtype == torch.bfloat16 else 4)  # bytes of a column
-    tokens = 4 * block * p  # of v and dy
     return Sizes(
-        chunk=chunk or CHUNKS[0], block=block, portion=min(block, 64), rows=min(p, 64),
-        rows_back=min(p, 128 if major == 10 else 64), state=min(n, 128), state_back=back, stages=3,
-        stages_exchange=_stages(tokens + state * n, room - 2 * block * min(n, 2 * back)),
-        stages_gradients=_stages(tokens + state * back, room), registers=168 if small else None,
+        chunk=chunk or CHUNKS[0], block=block, rows=min(p, 64), rows_back=min(p, 128 if major == 10 else 64),
+        state=min(n, 128), state_back=min(n, columns), stages=3, stages_back=2, warps_back=4 if small else 8,
+        registers=168 if small else None,
     )  # fmt: skip
-
-
-def _stages(head: int, room: int) -> int:
-    """How many heads of that many bytes to have in shared memory: with two Triton loads one when it is done with the other."""
-    return next((stages for stages in (3, 2) if stages * head <= room), 1)
 
 
 def chunks(problem: Problem) -> tuple[int, ...]:
@@ -82,8 +71,7 @@ def chunks(problem: Problem) -> tuple[int, ...]:
 
 def _crowded(problem: Problem) -> bool:
     """Whether blocks of 64 tokens would need more tensor memory than there is: then they have 32, which do without it."""
-    p, n = problem.headdim, problem.dstate
-    return _major(problem) == 10 and (p > 64 if problem.dtype == torch.float32 else max(p, n) > 128)
+    return problem.dtype == torch.float32 and _major(problem) == 10 and problem.headdim > 64
 
 
 def _major(problem: Problem) -> int:

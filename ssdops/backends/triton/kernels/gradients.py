@@ -14,183 +14,171 @@ be an operand of another (DESIGN.md, decision 4).
 import triton
 import triton.language as tl
 
-from .rows import any_wide, slot_bounds, tokens_of
+from .rows import slot_bounds
+
+SUM_KINDS = tl.constexpr(3)
+KEPT, CROSSED, EVERYTHING = (tl.constexpr(index) for index in range(3))
+"""The kinds of sums over a row: what it exchanges within its block, by pairs that decay; what it exchanges with the state; and
+both, with pairs that do not decay, before the row's own scale."""
 
 
 @triton.jit
-def gradients(
-    q, k, v, dy, u, w, cu, rho, kappa, total, center, states, dstates, dq, dk,
-    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
+def contract(
+    a, b, x, z, u, w, cu, rho, kappa, block_total, states, out, sums,
+    n_rows, seqlen, tokens, nheads, groups, a_share, b_share, x_share, z_share, scale, row_scale, per_split,
+    a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h, z_b, z_t, z_h, u_b, u_t, u_h, w_b, w_t, w_h,
     BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, PACKED: tl.constexpr, FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, SCALES: tl.constexpr, SKIP: tl.constexpr,
+    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dQ and dK of every block. Grid: (blocks · sides, groups · tiles of N, splits of a group's heads).
-
-    The two sides of a block are neighbours in the grid, as they read the same dY and V.
+    """dQ (READS) or dK of a block. Grid: (blocks, groups · tiles of N, splits of a group's heads).
 
     Args:
-        states, dstates: S and dS as they enter each block.
-        dq, dk: `[splits, tokens, groups, N]`.
-        scale: the factor of scores, which dS has in it already.
+        a, b: q and k, or k and q: the rows' and the columns' side of the scores.
+        x, z: dY and V, or V and dY.
+        u, w: the scales of rows and columns.
+        states: S, or dS, as it enters each block.
+        out: `[splits, tokens, groups, N]`.
+        sums: float32 `[tiles of N, 3, blocks, nheads, BLOCK]`, what each row exchanges through (X Zᵀ) ∘ W ∘ G and through the
+            state: written if SUMS, the last of them if SCALES.
+        SKIP: how far apart tokens have no decay between them.
+        scale, row_scale: the factors of what comes through pairs and of what comes through the state.
     """
     tiles: tl.constexpr = (N + BN - 1) // BN
-    slot, split = tl.program_id(0) // 2, tl.program_id(2)
+    slot, split = tl.program_id(0), tl.program_id(2)
     g, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
+    n = tile * BN + tl.arange(0, BN)
     _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
     if first >= stop:
         return
-    batch, t, share = first // seqlen, first % seqlen, nheads // groups
-    q += batch * q_b + t * q_t + (g * share // q_share) * q_h
-    k += batch * k_b + t * k_t + (g * share // k_share) * k_h
-    v += batch * v_b + t * v_t
-    dy += batch * y_b + t * y_t
+    batch, t = first // seqlen, first % seqlen
+    base = slot.to(tl.int64) * nheads
+    i, half = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
+    here, in_first, in_second = i < stop - first, half < stop - first, BLOCK // 2 + half < stop - first
+    share = nheads // groups
+    a += batch * a_b + t * a_t + (g * share // a_share) * a_h
+    b += batch * b_b + t * b_t + (g * share // b_share) * b_h
+    x += batch * x_b + t * x_t
+    z += batch * z_b + t * z_t
     u += batch * u_b + t * u_t
     w += batch * w_b + t * w_t
-    place = ((split * tokens + first) * groups + g) * N
-    base, length = slot.to(tl.int64) * nheads, (stop - first).to(tl.int32)
-    lo, hi = split * per_split, tl.minimum((split + 1) * per_split, share)
-    wide = False
-    if FACTORED:
-        wide = any_wide(center, base + g * share + lo, 1, hi - lo)
-    if tl.program_id(0) % 2 == 0:
-        _side(
-            k, dy, v, u, w, rho, kappa, total, center, states, dq + place, wide, base, length, g * share, lo, hi, tile,
-            nheads, groups, 1, v_share, scale, scale, k_t, y_t, y_h, v_t, v_h, u_t, u_h, w_t, w_h,
-            BLOCK, P, BP, N, BN, True, CAUSAL, STRICT, DECAY, APART, ROWS, COLS, FACTORED, NORMALIZE, DOT, PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        _side(
-            q, v, dy, w, u, kappa, rho, total, center, dstates, dk + place, wide, base, length, g * share, lo, hi, tile,
-            nheads, groups, v_share, 1, scale, 1.0, q_t, v_t, v_h, y_t, y_h, w_t, w_h, u_t, u_h,
-            BLOCK, P, BP, N, BN, False, CAUSAL, STRICT, DECAY, APART, COLS, ROWS, FACTORED, NORMALIZE, DOT, PRECISION, STAGES,
-        )  # fmt: skip
-
-
-@triton.jit
-def _side(
-    b, x, z, own_scales, far_scales, own_sums, far_sums, total, center, states, out, wide, base, length, h0, lo, hi, tile,
-    nheads, groups, x_share, z_share, scale, state_scale, b_t, x_t, x_h, z_t, z_h, own_t, own_h, far_t, far_h,
-    BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
-    OWN: tl.constexpr, FAR: tl.constexpr, FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dQ (READS) or dK of a block's tokens: rows, over x; what they meet are columns, over z and b.
-
-    Args:
-        own_scales, far_scales: scales of rows, if OWN, and of columns, if FAR; their sums of logs likewise.
-        scale, state_scale: the factors of what comes through pairs and of what comes through the state.
-    """
-    i, half, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2), tile * BN + tl.arange(0, BN)
-    here, inside_n = i < length, n < N
-    if FACTORED and wide:
-        total_out, first_half, second_half = _heads(
-            x, z, own_scales, far_scales, own_sums, far_sums, total, center, states, base, length, h0, lo, hi, n, nheads,
-            x_share, z_share, state_scale, x_t, x_h, z_t, z_h, own_t, own_h, far_t, far_h,
-            BLOCK, P, BP, N, BN, READS, CAUSAL, STRICT, DECAY, OWN, FAR, False, NORMALIZE, DOT, PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        total_out, first_half, second_half = _heads(
-            x, z, own_scales, far_scales, own_sums, far_sums, total, center, states, base, length, h0, lo, hi, n, nheads,
-            x_share, z_share, state_scale, x_t, x_h, z_t, z_h, own_t, own_h, far_t, far_h,
-            BLOCK, P, BP, N, BN, READS, CAUSAL, STRICT, DECAY, OWN, FAR, FACTORED, NORMALIZE, DOT, PRECISION, STAGES,
-        )  # fmt: skip
-    for part in tl.static_range(2):
-        j = part * (BLOCK // 2) + half
-        pairs = second_half if part else first_half
-        pairs = (tl.where(meet(i, j, READS == CAUSAL, 1 if STRICT else 0), pairs, 0.0) * scale).to(DOT)
-        total_out = tl.dot(pairs, tokens_of(b, j, j < length, n, N, b_t, DOT), acc=total_out, input_precision=PRECISION)
-    place = i.to(tl.int64)[:, None] * groups * N + n[None, :]
-    tl.store(out + place, total_out.to(out.dtype.element_ty), mask=here[:, None] & inside_n[None, :])
-
-
-@triton.jit
-def _heads(
-    x, z, own_scales, far_scales, own_sums, far_sums, total, center, states, base, length, h0, lo, hi, n, nheads,
-    x_share, z_share, state_scale, x_t, x_h, z_t, z_h, own_t, own_h, far_t, far_h,
-    BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, OWN: tl.constexpr,
-    FAR: tl.constexpr, FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """What the heads [h0 + lo, h0 + hi) give through states, and dG by halves of its columns: anything where no pair meets."""
-    i, half, here, inside_n = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2), tl.arange(0, BLOCK) < length, n < N
     total_out = tl.zeros([BLOCK, BN], tl.float32)
-    first_half, second_half = tl.zeros([BLOCK, BLOCK // 2], tl.float32), tl.zeros([BLOCK, BLOCK // 2], tl.float32)
-    for hh in tl.range(lo, hi, num_stages=STAGES):
-        h = h0 + hh
+    first_half = tl.zeros([BLOCK, BLOCK // 2], tl.float32)  # dG by halves of its columns
+    second_half = tl.zeros([BLOCK, BLOCK // 2], tl.float32)
+    inside_n = (n < N)[None, :]
+    own_a = tl.load(a + i[:, None] * a_t + n[None, :], mask=here[:, None] & inside_n, other=0.0).to(DOT)
+    near = tl.zeros([BLOCK, BLOCK // 2], tl.float32)  # scores by halves of their columns
+    far = tl.zeros([BLOCK, BLOCK // 2], tl.float32)
+    if SUMS:
+        for n0 in tl.static_range(0, N, BN):
+            m = n0 + tl.arange(0, BN)
+            inside_m = (m < N)[None, :]
+            at = tl.load(a + i[:, None] * a_t + m[None, :], mask=here[:, None] & inside_m, other=0.0).to(DOT)
+            bt = tl.load(b + half[:, None] * b_t + m[None, :], mask=in_first[:, None] & inside_m, other=0.0).to(DOT)
+            near = tl.dot(at, tl.trans(bt), acc=near, input_precision=PRECISION)
+            bt = tl.load(b + (BLOCK // 2 + half)[:, None] * b_t + m[None, :], mask=in_second[:, None] & inside_m, other=0.0).to(
+                DOT
+            )
+            far = tl.dot(at, tl.trans(bt), acc=far, input_precision=PRECISION)
+    near, far = (near * scale).to(DOT), (far * scale).to(DOT)
+    area = tl.num_programs(0).to(tl.int64) * nheads * BLOCK
+    for hh in tl.range(split * per_split, tl.minimum((split + 1) * per_split, share), num_stages=STAGES):
+        h = g * share + hh
         unmoved = tl.minimum(hh, 0)  # 0, as no compiler knows: hoisted comparisons of tiles would take every register
-        own = tl.full([BLOCK], 1.0, tl.float32)
-        r = own
-        by_state = own * state_scale
+        by_state = tl.full([BLOCK], 1.0, tl.float32) * row_scale
+        r = by_state
         if DECAY:
-            r = tl.load(own_sums + (base + h) * BLOCK + i)  # past the row's end they stay what they were
-            through = r if READS else tl.load(total + base + h) - r
+            r = tl.load((rho if READS else kappa) + (base + h) * BLOCK + i)  # past the row's end they stay what they were
+            through = r if READS else tl.load(block_total + base + h) - r
             by_state *= tl.exp2(through).to(tl.float32)
-        if OWN:
-            own = tl.load(own_scales + i * own_t + h * own_h, mask=here, other=0.0).to(tl.float32)
-            by_state *= own
+        own = tl.full([BLOCK], 1.0, tl.float32)
+        if READS and ROWS:
+            own = tl.load(u + i * u_t + h * u_h, mask=here, other=0.0).to(tl.float32)
+        if COLS and not READS:
+            own = tl.load(w + i * w_t + h * w_h, mask=here, other=0.0).to(tl.float32)
+        crossed, kept = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        everything = tl.zeros([BLOCK], tl.float32)
         for p0 in tl.static_range(0, P, BP):
             p = p0 + tl.arange(0, BP)
-            xt = tokens_of(x + (h // x_share) * x_h, i, here, p, P, x_t, DOT)
+            inside_p = (p < P)[None, :]
+            xh, zh = x + (h // x_share) * x_h, z + (h // z_share) * z_h
+            xt = tl.load(xh + i[:, None] * x_t + p[None, :], mask=here[:, None] & inside_p, other=0.0).to(DOT)
+            z_first = tl.load(zh + half[:, None] * z_t + p[None, :], mask=in_first[:, None] & inside_p, other=0.0).to(DOT)
+            z_second = tl.load(
+                zh + (BLOCK // 2 + half)[:, None] * z_t + p[None, :], mask=in_second[:, None] & inside_p, other=0.0
+            ).to(DOT)
             place = (base + h) * P * N + p[:, None] * N + n[None, :]
-            st = tl.load(states + place, mask=(p < P)[:, None] & inside_n[None, :], other=0.0)
+            st = tl.load(states + place, mask=(p < P)[:, None] & inside_n, other=0.0)
             if NORMALIZE:  # float16 holds nothing above 65504
                 size = tl.max(tl.abs(st)) + 1e-30
                 st = (st / size).to(DOT)
-                total_out += tl.dot(xt, st, input_precision=PRECISION) * (by_state * size)[:, None]
+                total_out += tl.dot(xt, st, input_precision=PRECISION) * (by_state * own * size)[:, None]
             else:
-                weighted = (xt.to(tl.float32) * by_state[:, None]).to(DOT)
+                size = 1.0
+                weighted = (xt.to(tl.float32) * (by_state * own)[:, None]).to(DOT)
                 total_out = tl.dot(weighted, st, acc=total_out, input_precision=PRECISION)
+            if SUMS:
+                y = tl.dot(own_a, tl.trans(st), input_precision=PRECISION)  # what rows exchange with the state, over X
+                crossed += tl.sum(y * xt.to(tl.float32), 1) * size
             for part in tl.static_range(2):
                 j = part * (BLOCK // 2) + half
-                zt = tokens_of(z + (h // z_share) * z_h, j, j < length, p, P, z_t, DOT)
-                pairs = tl.dot(xt, tl.trans(zt), input_precision=PRECISION)
-                pairs *= weights(
-                    far_sums, far_scales, base, h, length, i + unmoved, j, r, far_t, far_h, center,
-                    BLOCK, READS, READS == CAUSAL, STRICT, DECAY, FAR, FACTORED,
+                pairs = tl.dot(xt, tl.trans(z_second if part else z_first), input_precision=PRECISION)
+                pairs *= _column_weights(
+                    kappa if READS else rho, u, w, base, h, first, stop, i + unmoved, j, r,
+                    u_t, u_h, w_t, w_h, BLOCK, READS, CAUSAL, STRICT, DECAY, ROWS, COLS,
                 )  # fmt: skip
-                if OWN:
-                    pairs *= own[:, None]
+                given = pairs * own[:, None] if ROWS or COLS else pairs
                 if part:
-                    second_half += pairs
+                    second_half += given
                 else:
-                    first_half += pairs
-    return total_out, first_half, second_half
+                    first_half += given
+                if SUMS:
+                    pairs *= tl.where(unmoved == 0, far if part else near, 0.0).to(tl.float32)
+                    if SCALES:
+                        everything += tl.sum(pairs, 1)
+                    if READS == CAUSAL:
+                        pairs = tl.where(i[:, None] + unmoved > j[None, :] + SKIP, pairs, 0.0)
+                    else:
+                        pairs = tl.where(j[None, :] + unmoved > i[:, None] + SKIP, pairs, 0.0)
+                    kept += tl.sum(pairs, 1)
+        if SUMS:
+            crossed *= by_state
+            kept = tl.where(tile == 0, kept, 0.0)  # pairs are summed by the first tile of N
+            place = sums + tile * SUM_KINDS * area + (base + h) * BLOCK + i
+            tl.store(place + KEPT * area, kept * own)
+            tl.store(place + CROSSED * area, crossed * own)
+            if SCALES:
+                tl.store(place + EVERYTHING * area, tl.where(tile == 0, everything, 0.0) + crossed)
+    bt = tl.load(b + half[:, None] * b_t + n[None, :], mask=in_first[:, None] & inside_n, other=0.0).to(DOT)
+    total_out = tl.dot((first_half * scale).to(DOT), bt, acc=total_out, input_precision=PRECISION)
+    bt = tl.load(b + (BLOCK // 2 + half)[:, None] * b_t + n[None, :], mask=in_second[:, None] & inside_n, other=0.0).to(DOT)
+    total_out = tl.dot((second_half * scale).to(DOT), bt, acc=total_out, input_precision=PRECISION)
+    place = ((split * tokens + first + i) * groups + g) * N
+    tl.store(out + place[:, None] + n[None, :], total_out.to(out.dtype.element_ty), mask=here[:, None] & inside_n)
 
 
 @triton.jit
-def meet(i, j, LATER: tl.constexpr, APART: tl.constexpr):
-    """Which rows and columns are at least so far apart, rows being LATER or earlier."""
-    return i[:, None] >= j[None, :] + APART if LATER else i[:, None] + APART <= j[None, :]
-
-
-@triton.jit
-def weights(
-    sums, scales, base, h, length, i, j, r, s_t, s_h, center,
-    BLOCK: tl.constexpr, READS: tl.constexpr, LATER: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr,
-    SCALED: tl.constexpr, FACTORED: tl.constexpr,
+def _column_weights(
+    sums, u, w, base, h, first, stop, i, j, r, u_t, u_h, w_t, w_h,
+    BLOCK: tl.constexpr, READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
+    DECAY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """W of rows i, without their own scale, and of columns j, whose sums and scales are read; anything where they do not meet.
-
-    FACTORED: exp(ρ_i − κ_j) is the product of two factors about the block's middle; else it is computed for each pair.
-    """
-    weight = tl.full([1, j.shape[0]], 1.0, tl.float32)
-    if SCALED:
-        weight *= tl.load(scales + j * s_t + h * s_h, mask=j < length, other=0.0).to(tl.float32)[None, :]
+    """W of rows i, whose own scale is left out, and of columns j, whose sums and scales are read."""
+    there = j < stop - first
+    if READS == CAUSAL:
+        sees = i[:, None] > j[None, :] if STRICT else i[:, None] >= j[None, :]
+    else:
+        sees = i[:, None] < j[None, :] if STRICT else i[:, None] <= j[None, :]
     if DECAY:
         c = tl.load(sums + (base + h) * BLOCK + j)
-        if FACTORED:
-            middle = tl.load(center + base + h)
-            sign = 1.0 if READS else -1.0
-            weight = weight * tl.exp2(sign * (middle - c))[None, :] * tl.exp2(sign * (r - middle))[:, None]
-        else:
-            gap = r[:, None] - c[None, :]
-            meets = meet(i, j, LATER, 1 if STRICT else 0)
-            weight *= tl.exp2(tl.where(meets, gap if READS else -gap, float("-inf"))).to(
-                tl.float32
-            )  # elsewhere it may overflow
+        gap = r[:, None] - c[None, :]
+        gap = tl.where(sees, gap if READS else -gap, float("-inf"))  # elsewhere it may be positive and overflow
+        weight = tl.exp2(gap).to(tl.float32)
+    else:
+        weight = tl.where(sees, 1.0, 0.0)
+    if ROWS and not READS:
+        weight *= tl.load(u + j * u_t + h * u_h, mask=there, other=0.0).to(tl.float32)[None, :]
+    if COLS and READS:
+        weight *= tl.load(w + j * w_t + h * w_h, mask=there, other=0.0).to(tl.float32)[None, :]
     return weight

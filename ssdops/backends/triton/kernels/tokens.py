@@ -1,113 +1,86 @@
-"""Gradients of log decays and of scales, from what tokens exchange.
+"""Gradients of log decays and of scales, from what the tokens of a block exchange with one another and with the states.
 
-R_ij = (dY Vᵀ) ∘ W ∘ G is what row i gets from column j. log_a[t] weighs on the pairs that it lies between, so with
-r_i = Σ_j R_ij and c_j = Σ_i R_ij, for a block that ends at e (an anticausal term has everything the other way round):
-
-    dlog_a[t] = A_e + Σ_{t ≤ i ≤ e} r_i − Σ_{t ≤ j ≤ e} c_j        A_e = ⟨dS, S⟩ between the tokens e and e + 1
-
-(t < i if ρ is exclusive, t < j if κ is). Neither r nor c has pairs in it that do not decay (`exchange.py`), as the rest would
-drown in what is left of their difference. A is read off the states at every SPAN-th block, so that errors do not add up over a
-long row; elsewhere it is that of the next such block, and what the blocks between exchange.
+With R = (dY Vᵀ) ∘ W ∘ G row i gathers Σ_j R_ij within its block and r_i from the state before it; token j gives Σ_i R_ij, and
+s_j to the state after it; ⟨dS, exp(E) S⟩ passes the block. log_a[t] weighs on what rows i ≥ t gather (i > t if ρ is exclusive),
+on what tokens j < t (j ≤ t if κ is) give to the state, and on what passes. Within the block gathering and giving cancel where
+decay is slow, so they are subtracted before they are summed. A pair of tokens with no decay between them is left out: strong
+decays would drown the rest in it.
 """
 
 import triton
 import triton.language as tl
 
+from .gradients import CROSSED, EVERYTHING, KEPT, SUM_KINDS
 from .rows import slot_bounds
-
-SPAN = tl.constexpr(4)
-"""How many blocks share one look at the states."""
-
-
-@triton.jit
-def _last(idx, count, CAUSAL: tl.constexpr):
-    """The last block, in the order of the scan, of the span that a row's block idx is in."""
-    if CAUSAL:
-        last = tl.minimum(idx // SPAN * SPAN + SPAN - 1, count - 1)
-    else:
-        last = idx // SPAN * SPAN
-    return last
 
 
 @triton.jit
 def passing(
-    states, dstates, final, cu, through, n_rows, seqlen, tokens, nheads,
-    BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    FINAL: tl.constexpr, PACKED: tl.constexpr,
+    states, dstates, cu, block_total, through, n_rows, seqlen, tokens, nheads,
+    BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """⟨dS, S⟩ where the last block of each span ends, `[blocks, nheads]`. Grid: (blocks, nheads).
-
-    Args:
-        states, dstates: S and dS as they enter each block, from opposite sides.
-        final: S after the last block of each row, if anything wants it (FINAL); dS is 0 there otherwise.
-    """
+    """⟨dS, exp(E) S⟩ of each block and head, `[blocks, nheads]`. Grid: (blocks, nheads)."""
     slot, h = tl.program_id(0), tl.program_id(1)
-    row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
     if first >= stop:
         return
-    idx, count = (first - start) // BLOCK, (stop - start + BLOCK - 1) // BLOCK
-    if _last(idx, count, CAUSAL) != idx:
-        return
-    head, step = slot.to(tl.int64) * nheads + h, 1 if CAUSAL else -1
-    ends = (idx == count - 1) if CAUSAL else (idx == 0)
+    head = slot.to(tl.int64) * nheads + h
     both = tl.zeros([BP, BN], tl.float32)
     for p0 in tl.static_range(0, P, BP):
         for n0 in tl.static_range(0, N, BN):
             p, n = p0 + tl.arange(0, BP), n0 + tl.arange(0, BN)
-            place, inside = p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
-            ds = tl.load(dstates + head * P * N + place, mask=inside, other=0.0).to(tl.float32)
-            at = states + (head + step * nheads) * P * N + place
-            both += ds * tl.load(at, mask=inside & (ends == 0), other=0.0).to(tl.float32)
-            if FINAL:
-                at = final + (row.to(tl.int64) * nheads + h) * P * N + place
-                both += ds * tl.load(at, mask=inside & ends, other=0.0).to(tl.float32)
-    tl.store(through + head, tl.sum(both))
+            place, inside = head * P * N + p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
+            s = tl.load(states + place, mask=inside, other=0.0).to(tl.float32)
+            both += s * tl.load(dstates + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(through + head, tl.sum(both) * tl.exp2(tl.load(block_total + head)).to(tl.float32))
 
 
 @triton.jit
 def token_gradients(
-    reads, gives, all_reads, all_gives, through, cu, dlog_a, du, dw,
-    n_rows, seqlen, tokens, nheads,
+    reads, adds, through, cu, dlog_a, du, dw,
+    n_rows, seqlen, tokens, nheads, tiles,
     BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
     COL_INCLUSIVE: tl.constexpr, DLOG_A: tl.constexpr, DU: tl.constexpr, DW: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of log_a, u and w, `[tokens, nheads]`. Grid: (blocks, nheads / HEADS).
-
-    Args:
-        reads, gives: r and c, `[blocks, nheads, BLOCK]`; all_reads, all_gives: with pairs that do not decay, without u or w.
-    """
+    """Gradients of log_a, u and w, `[tokens, nheads]`, from the sums of both sides. Grid: (blocks, nheads / HEADS)."""
     slot = tl.program_id(0)
-    _, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
     if first >= stop:
         return
-    i, h = tl.arange(0, BLOCK), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, BLOCK)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    blocks = tl.num_programs(0).to(tl.int64)
     length = tl.minimum(stop - first, BLOCK).to(tl.int32)
-    real, mask = h < nheads, (i < length)[:, None] & (h < nheads)[None, :]
+    mask = (i < length)[:, None] & (h < nheads)[None, :]
+    area = blocks * nheads * BLOCK
+    place = (slot.to(tl.int64) * nheads + h)[None, :] * BLOCK
     out = (first + i)[:, None] * nheads + h[None, :]
     step: tl.constexpr = 1 if CAUSAL else -1
+    later = i + (0 if ROW_INCLUSIVE else step)  # the tokens from which the two sums run, in local time
+    earlier = i - (step if COL_INCLUSIVE else 0)
+    late, early = tl.zeros([BLOCK, HEADS], tl.float32), tl.zeros([BLOCK, HEADS], tl.float32)
+    rows, cols = tl.zeros([BLOCK, HEADS], tl.float32), tl.zeros([BLOCK, HEADS], tl.float32)
+    gives = tl.zeros([BLOCK, HEADS], tl.float32)
+    for tile in range(0, tiles):
+        at = place + tile * SUM_KINDS * area
+        if DLOG_A:
+            real = mask & ((later >= 0) & (later < length))[:, None]
+            late += tl.load(reads + at + KEPT * area + later[:, None], mask=real, other=0.0)
+            late -= tl.load(adds + at + KEPT * area + later[:, None], mask=real, other=0.0)
+            late += tl.load(reads + at + CROSSED * area + later[:, None], mask=real, other=0.0)
+            real = mask & ((earlier >= 0) & (earlier < length))[:, None]
+            early += tl.load(adds + at + CROSSED * area + earlier[:, None], mask=real, other=0.0)
+            if COL_INCLUSIVE and not ROW_INCLUSIVE:
+                gives += tl.load(adds + at + KEPT * area + i[:, None], mask=mask, other=0.0)
+        if DU:
+            rows += tl.load(reads + at + EVERYTHING * area + i[:, None], mask=mask, other=0.0)
+        if DW:
+            cols += tl.load(adds + at + EVERYTHING * area + i[:, None], mask=mask, other=0.0)
     if DLOG_A:
-        idx, count = (first - start) // BLOCK, (stop - start + BLOCK - 1) // BLOCK
-        last = _last(idx, count, CAUSAL)
-        ends = tl.load(through + (slot + last - idx).to(tl.int64) * nheads + h, mask=real, other=0.0)
-        for other in range(1, SPAN):  # what the blocks up to the end of the span exchange
-            beyond = idx + step * other
-            there = (beyond <= last) if CAUSAL else (beyond >= last)
-            present = there & (i < tl.minimum(stop - (start + beyond * BLOCK), BLOCK))
-            net = _sums(reads, slot + step * other, i, h, present, nheads, BLOCK)
-            ends += tl.sum(net - _sums(gives, slot + step * other, i, h, present, nheads, BLOCK), 0)
-        late = i + (0 if ROW_INCLUSIVE else step)  # the tokens from which the two sums run
-        net = _sums(reads, slot, late, h, (late >= 0) & (late < length), nheads, BLOCK)
-        late = i + (0 if COL_INCLUSIVE else step)
-        net -= _sums(gives, slot, late, h, (late >= 0) & (late < length), nheads, BLOCK)
-        tl.store(dlog_a + out, tl.cumsum(net, 0, reverse=CAUSAL) + ends[None, :], mask=mask)
+        total = tl.cumsum(late, 0, reverse=CAUSAL) + tl.cumsum(early, 0, reverse=not CAUSAL) - gives
+        total += tl.load(through + slot.to(tl.int64) * nheads + h, mask=h < nheads, other=0.0)[None, :]
+        tl.store(dlog_a + out, total, mask=mask)
     if DU:
-        tl.store(du + out, _sums(all_reads, slot, i, h, i < length, nheads, BLOCK), mask=mask)
+        tl.store(du + out, rows, mask=mask)
     if DW:
-        tl.store(dw + out, _sums(all_gives, slot, i, h, i < length, nheads, BLOCK), mask=mask)
-
-
-@triton.jit
-def _sums(sums, slot, i, h, inside, nheads, BLOCK: tl.constexpr):
-    """Sums of the tokens i of a block, `[i, h]`."""
-    place = (slot.to(tl.int64) * nheads + h)[None, :] * BLOCK + i[:, None]
-    return tl.load(sums + place, mask=inside[:, None] & (h < nheads)[None, :], other=0.0)
+        tl.store(dw + out, cols, mask=mask)
