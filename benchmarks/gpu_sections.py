@@ -26,6 +26,7 @@ MAMBA1_AT_LEAST = {"forward": 6, "forward + backward": 7}
 GRADIENTS = {"ssdops": ("q", "k", "v", "log_a"), "mamba_ssm": ("x", "dt", "A", "B", "C"), "fla": ("q", "k", "v", "log_a")}
 MIB = 2**20
 PROFILED = 5
+"""Passes that `kernels` looks at."""
 CLOSE = 0.02  # between two sides, each right to a rounding or two of bfloat16
 
 
@@ -144,6 +145,8 @@ def _kernel_us(bench: Bench, operands: Operands) -> dict[str, float]:
             if bench.machine.cuda:
                 torch.cuda.synchronize()
     events = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
+    if len(events) % PROFILED:
+        raise RuntimeError(f"{len(events)} kernels in {PROFILED} passes: not the same ones in each")
     passes = [events[i :: len(events) // PROFILED] for i in range(len(events) // PROFILED)]
     return {f"{i + 1} {same[0].name}": median(event.time_range.elapsed_us() for event in same) for i, same in enumerate(passes)}
 

@@ -17,7 +17,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 from ssdops import masks, ssd
 from ssdops.backends.triton.calls import Kernel
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, and compute-sanitizer looks")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="compiled here; compute-sanitizer can watch test_cuda_triton.py"
+)
 
 
 @pytest.fixture(autouse=True)
