@@ -1,5 +1,6 @@
 """The sections of the GPU benchmark that compare by shape, and their targets: each yields its figures one by one."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,7 +149,15 @@ def _kernel_us(bench: Bench, operands: Operands) -> dict[str, float]:
     if len(events) % PROFILED:
         raise RuntimeError(f"{len(events)} kernels in {PROFILED} passes: not the same ones in each")
     passes = [events[i :: len(events) // PROFILED] for i in range(len(events) // PROFILED)]
-    return {f"{i + 1} {same[0].name}": median(event.time_range.elapsed_us() for event in same) for i, same in enumerate(passes)}
+    return {
+        f"{i + 1} {_short(same[0].name)}": median(event.time_range.elapsed_us() for event in same)
+        for i, same in enumerate(passes)
+    }
+
+
+def _short(name: str) -> str:
+    """A kernel's own name, without the namespaces and arguments of its template."""
+    return re.sub(r"[(<].*", "", name.replace("(anonymous namespace)::", "")).split()[-1].split("::")[-1]
 
 
 def against_mamba1(bench: Bench, row: Row, direction: str) -> Figure:
