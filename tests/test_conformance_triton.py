@@ -62,6 +62,25 @@ def test_segments_say_what_one_pass_says() -> None:
         assert_close(grad, wanted.values[name].double(), allowed[name], name)
 
 
+@pytest.mark.parametrize("v_heads", [1, 4])
+def test_rows_in_turns_have_the_gradients_of_all_at_once(v_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where states of a whole batch would take much memory; heads may share v, and rows a decay."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(3, 70, 2, 20, generator=generator) for _ in range(2))
+    v, initial = torch.randn(3, 70, v_heads, 9, generator=generator), torch.randn(3, 4, 9, 20, generator=generator)
+    inputs = [x.requires_grad_() for x in (q, k, v, -torch.rand(1, 70, 4, generator=generator), initial)]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        mask = masks.decay(inputs[3]).scale(rows=inputs[3].exp())
+        y, state = ssd(*inputs[:3], mask, initial_state=initial, return_state=True, backend="triton")
+        return torch.autograd.grad(y.square().sum() + state.sum(), inputs)
+
+    wanted = gradients()
+    monkeypatch.setattr("ssdops.backends.triton.backward.ROOM", 1)
+    for name, x, y in zip(("q", "k", "v", "log_a", "initial"), gradients(), wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(("seqlen", "every"), [(96, 16), (100, 48), (96, 96), (40, 64)])
 def test_states_between_are_those_of_prefixes_in_segments_too(seqlen: int, every: int, segments: int) -> None:

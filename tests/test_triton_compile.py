@@ -58,8 +58,13 @@ def test_kernels_fit_and_take_what_the_table_says() -> None:
         arch = int(row["sm"])
         assert int(row["shared"]) <= shared_memory((arch // 10, arch % 10)), row
         assert int(row["tensor"]) <= TENSOR_MEMORY, row
-        if row["launch"].split(":")[1] in ("scan", "contract"):
-            assert row["instructions"] != "-" and (row["dtype"] == "fp32" or row["instructions"] == TENSOR_CORES[arch]), row
+        kernel, best = row["launch"].split(":")[1], TENSOR_CORES[arch]
+        if kernel in ("scan", "states", "gradients"):
+            small = (
+                kernel == "gradients" and row["tokens"] == "32"
+            )  # some tiles have fewer rows than the best instruction takes
+            exact = row["instructions"] == best or (small and best in row["instructions"])
+            assert row["instructions"] != "-" and (row["dtype"] == "fp32" or exact), row
         if row["launch"].endswith(":free") and (row["sm"], row["tokens"]) not in SPILLING:
             assert row["stack"] == "0", row
     text = TABLE.read_text()

@@ -85,7 +85,7 @@ def test_scans_stay_in_their_tensors(
     log_a = (-torch.rand(1, 133, 2, generator=generator)).requires_grad_()
     y = ssd(q, k, v, make(log_a), backend="triton")
     torch.autograd.grad(y, (q, k, v, log_a), torch.randn(y.shape, generator=generator).to(y.dtype))
-    assert {"prepare", "scan", "contract", "token_gradients"} <= set(watched)
+    assert {"prepare", "scan", "states", "gradients", "finish", "token_gradients"} <= set(watched)
 
 
 def test_a_kernel_that_leaves_them_is_found(watched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

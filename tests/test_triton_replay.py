@@ -1,4 +1,4 @@
-"""A forward pass that is launched again at other addresses gives what it would have given anew.
+"""A pass that is launched again at other addresses gives what it would have given anew.
 
 Kernels are interpreted here and pass for compiled ones: launched again, they find their tensors by address alone.
 """
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ssdops import masks, run, ssd
-from ssdops.backends.triton import backend, calls, launch, replay
+from ssdops.backends.triton import backend, backward, calls, launch, replay
 from ssdops.backends.triton.calls import Kernel
+from ssdops.backends.triton.launch import Scan
 from ssdops.masks import Mask
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_triton.py launches them again")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 BATCH, SEQLEN, NHEADS, NGROUPS, DIM = 2, 150, 4, 2, 8
 
 
@@ -69,25 +70,29 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Nothing has been planned or launched yet."""
     seen = Seen()
 
-    class Counted(replay.Recorded):
-        def __init__(self, *args: Any) -> None:
+    def counted(kind: type[Scan]) -> type[Scan]:
+        def init(self: Scan, *args: Any) -> None:
             seen.passes += 1
-            super().__init__(*args)
+            kind.__init__(self, *args)
+
+        return type(kind.__name__, (kind,), {"__init__": init})
 
     active = SimpleNamespace(get_current_stream=lambda index: seen.current)
     monkeypatch.setattr(calls, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(replay, "Recorded", Counted)
+    for name in ("Notes", "BackwardNotes"):
+        monkeypatch.setattr(replay, name, counted(getattr(replay, name)))
     monkeypatch.setattr(replay, "_replays", {})
     monkeypatch.setattr(run, "_prepared", {})
-    for name in ("PREPARE", "SCAN"):
-        monkeypatch.setattr(launch, name, Kernel(Interpreted(getattr(launch, name)._fn, seen.streams)))
+    for module, names in ((launch, ("PREPARE", "STATES", "SCAN")), (backward, ("GRADIENTS", "FINISH", "TOKENS"))):
+        for name in names:
+            monkeypatch.setattr(module, name, Kernel(Interpreted(getattr(module, name)._fn, seen.streams)))
     return seen
 
 
-def drawn(seed: int) -> list[Tensor]:
+def drawn(seed: int, dim: int = DIM) -> list[Tensor]:
     """q, k, v, log_a."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((NGROUPS, DIM), (NGROUPS, DIM), (NHEADS, DIM), (NHEADS,))
+    shapes = ((NGROUPS, dim), (NGROUPS, dim), (NHEADS, dim), (NHEADS,))
     q, k, v, log_a = (torch.randn(BATCH, SEQLEN, *shape, generator=generator) for shape in shapes)
     return [q, k, v, -log_a.abs()]
 
@@ -199,3 +204,54 @@ def test_outputs_and_rooms_of_calls_are_their_own() -> None:
     q, k, v, log_a = drawn(0)
     first, second, third = (ssd(q, k, v * n, decay(log_a), backend="triton") for n in (1, 2, 3))
     torch.testing.assert_close((second, third), (2 * first, 3 * first), atol=1e-3, rtol=1e-3)
+
+
+def gradients(inputs: list[Tensor], dy: Tensor, mask: Callable[[Tensor], Mask], backend: str, **options: Any) -> Any:
+    """Of all four inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(ssd(*leaves[:3], mask(leaves[3]), backend=backend, **options), leaves, dy, allow_unused=True)
+
+
+def check_gradients(inputs: list[Tensor], mask: Callable[[Tensor], Mask] = decay, change: Any = None, **options: Any) -> None:
+    """'triton' gives those that 'chunked' does."""
+    dy = torch.randn(inputs[2].shape, generator=torch.Generator().manual_seed(9))
+    dy = dy if change is None else change(dy)
+    found, wanted = (gradients(inputs, dy, mask, name, **options) for name in ("triton", "chunked"))
+    for x, y in zip(found, wanted, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("mask", [decay, without, later, everything])
+def test_a_backward_pass_is_launched_again_too(
+    mask: Callable[[Tensor], Mask], segments: int, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend.Triton, "_splits", lambda *args: [backend.Config(16, segments)])
+    for seed in range(2):
+        check_gradients(drawn(seed, 16), mask)
+    sums_and_tokens = 0 if mask is without else 2
+    assert seen.passes == 2 and len(seen.streams) == (1 + segments) + (segments + 2 + sums_and_tokens)
+
+
+def test_a_backward_pass_is_worked_out_anew_for_another_cotangent(seen: Seen) -> None:
+    """Of other strides; and an unaligned one is copied first, so that such passes are not launched again."""
+    for _ in range(2):
+        check_gradients(drawn(0, 16))
+        check_gradients(drawn(1, 16), change=unaligned)
+        check_gradients(drawn(2, 16), change=strided)
+    assert seen.passes == 1 + 1 + 2 + 1
+
+
+def test_sizes_that_are_filled_up_are_not_launched_again(seen: Seen) -> None:
+    for seed in range(2):
+        check_gradients(drawn(seed, 8))
+    assert seen.passes == 1 + 2
+
+
+def test_rows_in_turns_are_not_launched_again(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward, "ROOM", 1)
+    for seed in range(2):
+        check_gradients(drawn(seed, 16))
+    assert seen.passes == 1 + 2

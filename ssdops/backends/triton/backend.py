@@ -109,7 +109,7 @@ class Triton:
             return Output(diagonal_forward(term, x))
         if isinstance(term, Quadratic):
             return tiles.forward(term, x)
-        return _forward()(term, x, config)
+        return _passes()[0](term, x, config)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """States forward, cotangents of states backward, and what is left by blocks."""
@@ -117,11 +117,7 @@ class Triton:
             return diagonal_backward(term, x, cotangents.y)
         if isinstance(term, Quadratic):
             return tiles.backward(term, x, cotangents)
-        from .backward import Backward
-        from .calls import Launching
-
-        with Launching(x.problem, x.q.device):
-            return Backward(term, x, config).backward(cotangents)
+        return _passes()[1](term, x, config, cotangents)
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""
@@ -154,11 +150,11 @@ def _between_chunks(every: int, size: int) -> Support:
 
 
 @cache
-def _forward() -> Callable[[Linear, Inputs, Config], Output]:
-    """Imported once it is needed: importing Triton takes time, and planning does not need it."""
-    from .replay import forward
+def _passes() -> tuple[Callable[[Linear, Inputs, Config], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]]:
+    """Forward and backward, imported once they are needed: importing Triton takes time, and planning does not need it."""
+    from .replay import backward, forward
 
-    return forward
+    return forward, backward
 
 
 def _no_device(problem: Problem) -> Support | None:

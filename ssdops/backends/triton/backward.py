@@ -1,105 +1,217 @@
-"""The backward pass of a linear term: states and their cotangents by blocks, then dQ, dK and the gradients of operands."""
+"""The backward pass of a linear term: states and their cotangents by blocks, then dQ, dK, dV and the gradients of operands."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..base import Cotangents, Gradients, reduce_value, share_heads
+from ...ir.terms import Linear
+from ..base import Config, Cotangents, Gradients, Inputs, reduce_value, share_heads
 from .calls import Kernel
-from .kernels.gradients import contract
-from .kernels.tokens import passing, token_gradients
-from .launch import Scan, Walk, ceil_div, contiguous, dense_last, or_else, strides
+from .kernels.gradients import KINDS, finish, gradients
+from .kernels.tokens import token_gradients
+from .launch import Scan, Side, Sums, alike, ceil_div, contiguous, dense_last, or_else, strides
 from .sizes import padded
 
-CONTRACT, PASSING, TOKENS = Kernel(contract), Kernel(passing), Kernel(token_gradients)
+GRADIENTS, FINISH, TOKENS = Kernel(gradients), Kernel(finish), Kernel(token_gradients)
+WHOLE = 16
+"""Elements that sizes and strides are multiples of: what Triton looks at to load sixteen bytes at a time."""
+ROOM = 1 << 30
+"""Bytes of states and their cotangents to keep at once: what takes more comes in turns, by rows of the batch."""
+FULL = 2
+"""Programs that a multiprocessor gets before the heads of a group are no longer split among more."""
+
+
+class Results(NamedTuple):
+    """What launches leave, by heads: sums over heads and axes that operands share come after. None where none is wanted."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    initial: Tensor | None
+    log_a: Tensor | None
+    rows: Tensor | None
+    cols: Tensor | None
+
+    def gradients(self, x: Inputs) -> Gradients:
+        """Of the tensors that they are results for."""
+        assert self.q is not None and self.k is not None and self.v is not None  # they always are
+        p, values = x.problem, {"log_a": self.log_a, "rows": self.rows, "cols": self.cols}
+        if "log_cols" in x.values:
+            assert self.cols is not None  # it is wanted then
+            w = x.per_head("cols")
+            values["log_cols"] = self.cols if w is None else self.cols * w
+        given = {name: grad for name, grad in values.items() if grad is not None and name in x.values}
+        return Gradients(
+            share_heads(self.q, p.q_heads), share_heads(self.k, p.k_heads), share_heads(self.v, p.v_heads), self.initial,
+            {name: reduce_value(grad, x.values[name]) for name, grad in given.items()},
+        )  # fmt: skip
+
+
+def in_whole(x: Inputs, cotangents: Cotangents) -> tuple[Inputs, Cotangents]:
+    """Both as they load sixteen bytes at a time: copied, and of odd sizes filled up, unless they do.
+
+    Loads of two bytes are slow, and Triton 3.6 was seen to compile them to stores past the end of shared memory.
+    """
+    p = x.problem
+    headdim, dstate = (ceil_div(size, WHOLE) * WHOLE for size in (p.headdim, p.dstate))
+    q, k, v, dy = _filled(x.q, dstate), _filled(x.k, dstate), _filled(x.v, headdim), _filled(cotangents.y, headdim)
+    if dy is cotangents.y and q is x.q and k is x.k and v is x.v:
+        return x, cotangents
+    initial, final = (
+        None if state is None else pad(state, (0, dstate - p.dstate, 0, headdim - p.headdim))
+        for state in (x.initial, cotangents.state)
+    )
+    return replace(x, problem=replace(p, headdim=headdim, dstate=dstate), q=q, k=k, v=v, initial=initial), Cotangents(dy, final)
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    """x with its last axis filled up to a size by zeros, and laid out so that it loads sixteen bytes at a time."""
+    loads = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % WHOLE == 0 for step in x.stride()[:-1])
+    if x.shape[-1] == size:
+        return x if loads else x.clone(memory_format=torch.contiguous_format)
+    return pad(x, (0, size - x.shape[-1]))
+
+
+def in_turns(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
+    """Gradients of everything, from any tensors, of as many rows of the batch at a time as there is room for states."""
+    (whole, given), p = in_whole(x, cotangents), x.problem
+    every = Backward(term, whole, config)
+    rows = every.rows_at_once
+    if rows >= p.batch:
+        out = every.backward(given)
+    else:
+        turns, dv, parts = [slice(first, first + rows) for first in range(0, p.batch, rows)], every.room_for_dv(), []
+        for turn in turns:
+            y = given.y[turn]
+            some = replace(
+                whole, problem=replace(whole.problem, batch=len(y)), q=whole.q[turn], k=whole.k[turn], v=whole.v[turn],
+                values={name: every.per_token(name)[turn] for name in x.values},
+                initial=None if whole.initial is None else whole.initial[turn],
+            )  # fmt: skip
+            final = None if given.state is None else given.state[turn]
+            parts.append(Backward(term, some, config).backward(Cotangents(y, final), dv[turn])._replace(v=None))
+        out = Results(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))._replace(v=dv)
+    grads = out.gradients(x)
+    return replace(
+        grads, q=grads.q[..., : p.dstate], k=grads.k[..., : p.dstate], v=grads.v[..., : p.headdim],
+        initial=None if grads.initial is None else grads.initial[..., : p.headdim, : p.dstate],
+    )  # fmt: skip
 
 
 class Backward(Scan):
     """A linear term on its tensors, in reverse."""
 
-    keep = True
+    @property
+    def kept(self) -> torch.dtype:
+        """Of the states of blocks: float16 does not hold them."""
+        return torch.bfloat16 if self.dot == torch.bfloat16 else torch.float32
 
-    def backward(self, cotangents: Cotangents) -> Gradients:
-        """Gradients of everything: states forward, dV and cotangents of states backward, then dQ, dK and sums by block."""
-        p, x = self.problem, self.x
-        dy, slots = dense_last(cotangents.y), self.slots_of(self.sizes.block)
-        kept = torch.bfloat16 if self.dot == torch.bfloat16 else torch.float32
-        states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=kept) for _ in range(2))
-        dv = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=torch.float32 if p.v_heads < p.nheads else x.out)
+    @property
+    def rows_at_once(self) -> int:
+        """As many rows of the batch as there is room for states and their cotangents; packed rows are one."""
+        p = self.problem
+        needed = 2 * self.slots_of(self.sizes.block) * p.nheads * p.headdim * p.dstate * self.kept.itemsize
+        return p.batch if self.cu is not None else max(ROOM * p.batch // max(needed, 1), 1)
+
+    def per_token(self, name: str) -> Tensor:
+        """An operand that is there."""
+        x = self.slot(name)
+        assert x is not None
+        return x
+
+    def room_for_dv(self) -> Tensor:
+        """dV by heads; in float32 if heads share V, as theirs are summed."""
+        p = self.problem
+        dtype = torch.float32 if p.v_heads < p.nheads else self.x.out
+        return self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=dtype)
+
+    def backward(self, cotangents: Cotangents, dv: Tensor | None = None) -> Results:
+        """Gradients of everything, from tensors that load in whole; dV goes where it is told to."""
+        p, x, slots = self.problem, self.x, self.slots_of(self.sizes.block)
+        dy, dv = dense_last(cotangents.y), self.room_for_dv() if dv is None else dv
+        states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=self.kept) for _ in range(2))
         dinitial = None if x.initial is None else self.empty(*x.initial.shape)
+        logs = self.prepare(chunks=False, blocks=True).blocks
         if self.rows and (self.tokens or dinitial is not None):
-            self.walk(self.v, None, Walk(entering=contiguous(x.initial), blocks=states))
-            self.walk(dy, dv, Walk(True, contiguous(cotangents.state), dinitial, dstates))
-        dq, reads = self._contract(dy, states, reads=True)
-        dk, adds = self._contract(dy, dstates, reads=False)
-        values = self._by_token(reads, adds, states, dstates) if x.values else {}
-        dq, dk, dv = share_heads(dq, p.q_heads), share_heads(dk, p.k_heads), share_heads(dv, p.v_heads)
-        return Gradients(dq, dk, dv, initial=dinitial, values=values)
+            v, dout = alike(self.v, dy, p.dtype)
+            entering, leaving = contiguous(x.initial), contiguous(cotangents.state)
+            if entering is not None and leaving is not None:
+                entering, leaving = alike(entering, leaving, torch.float32)
+            self.walk(logs, Side(v, entering, None, states), Side(dout, leaving, dinitial, dstates))
+        dq, dk, *exchanged = self._gradients(logs, dy, states, dstates, dv)
+        return Results(dq, dk, dv, dinitial, *(self._by_token(*exchanged) if x.values else (None, None, None)))
 
-    def _contract(self, dy: Tensor, states: Tensor, reads: bool) -> tuple[Tensor, Tensor]:
-        """dQ (reads) or dK by groups of heads that share both, and what tokens exchange, for the gradients of operands."""
-        p, t, c, z, nothing, slots = self.problem, self.term, self.chunks, self.sizes, self.q, len(states)
-        tiles, wanted, u, w = ceil_div(p.dstate, z.state_back), bool(self.x.values), self.slot("rows"), self.slot("cols")
-        splits = self._splits(slots * tiles)
-        direct = splits == 1 and (p.q_heads if reads else p.k_heads) == self.groups
-        out = self.empty(splits, p.batch, p.seqlen, self.groups, p.dstate, dtype=self.x.out if direct else torch.float32)
-        sums = self.empty(tiles if wanted else 0, 3, slots, p.nheads, z.block)
-        a, b, x, y = (self.q, self.k, dy, self.v) if reads else (self.k, self.q, self.v, dy)
+    def _gradients(self, logs: Sums, dy: Tensor, states: Tensor, dstates: Tensor, dv: Tensor) -> tuple[Tensor, ...]:
+        """dQ and dK by groups of heads that share them, what tokens exchange, ⟨dS, exp(E) S⟩ of blocks; dV on the way."""
+        p, t, z, x, nothing, slots = self.problem, self.term, self.sizes, self.x, self.q, len(states)
+        u, w, wanted = self.slot("rows"), self.slot("cols"), bool(x.values)
+        scales = not {"rows", "cols", "log_cols"}.isdisjoint(x.values)
+        parts = 3 * (z.block // z.tile) + 1
+        splits = self._splits(parts * slots)
+        tokens = (p.batch, p.seqlen)
+        dq_states, dk_states = (self.empty(splits, *tokens, self.groups, p.dstate) for _ in range(2))
+        dg = self.empty(splits, slots, self.groups, z.block, z.block, dtype=self.dot if splits == 1 else torch.float32)
+        dq, dk = (
+            self.empty(*tokens, self.groups, p.dstate, dtype=x.out if heads == self.groups else torch.float32)
+            for heads in (p.q_heads, p.k_heads)
+        )  # fmt: skip
+        kinds = 0 if not wanted else KINDS.value if scales else KINDS.value // 2
+        sums, through = self.empty(kinds, 2, slots, p.nheads, z.block), self.empty(slots if wanted else 0, p.nheads)
+        shares = (p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads)
         if self.tokens and slots:
-            CONTRACT(
-                (slots, self.groups * tiles, splits),
+            self.run(
+                GRADIENTS, (parts * slots, self.groups, splits),
                 (
-                    a, b, x, y, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing),
-                    c.block_rho, c.block_kappa, c.block_total, states, out, sums,
+                    self.q, self.k, self.v, dy, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *logs,
+                    states, dstates, dq_states, dk_states, dv, dg, sums, through,
                 ),
                 (
-                    *self.packing, self.groups, *(p.nheads // tensor.shape[2] for tensor in (a, b, x, y)),
-                    self.scale, self.scale if reads else 1.0, ceil_div(p.nheads, self.groups * splits),
-                    *strides(a), *strides(b), *strides(x), *strides(y), *strides(u), *strides(w),
+                    *self.packing, self.groups, *shares, self.scale, ceil_div(p.nheads, self.groups * splits),
+                    *(n for x in (self.q, self.k, self.v, dy, u, w) for n in strides(x)),
                 ),
-                BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=z.state_back, READS=reads, CAUSAL=t.causal, STRICT=t.strict,
-                ROWS=u is not None, COLS=w is not None, SUMS=wanted,
-                SCALES=not {"rows", "cols", "log_cols"}.isdisjoint(self.x.values),
+                BLOCK=z.block, TILE=z.tile, P=p.headdim, BP=z.rows_back, BN=padded(p.dstate), CAUSAL=t.causal,
+                STRICT=int(t.strict), ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales,
                 SKIP=int(t.col_inclusive and not t.row_inclusive), NORMALIZE=self.dot == torch.float16,
-                STAGES=z.stages_back, **self.common, num_warps=8,
+                **dict(zip(("STATE_STAGES", "VALUE_STAGES", "PAIR_STAGES"), z.stages_back, strict=True)), **self.common,
+                num_warps=8,
             )  # fmt: skip
-        return (out[0] if splits == 1 else out.sum(0)), sums
+            columns = min(padded(p.dstate), 64)
+            self.run(
+                FINISH, (slots, self.groups * ceil_div(p.dstate, columns), 2),
+                (self.q, self.k, or_else(self.cu, nothing), dg, dq_states, dk_states, dq, dk),
+                (*self.packing, self.groups, *shares[:2], splits, *strides(self.q), *strides(self.k)),
+                BLOCK=z.block, BN=columns, **{name: self.common[name] for name in ("N", "PACKED", "DOT", "PRECISION")},
+                num_warps=8,
+            )  # fmt: skip
+        return dq, dk, sums, through
 
-    def _by_token(self, reads: Tensor, adds: Tensor, states: Tensor, dstates: Tensor) -> dict[str, Tensor]:
-        """Gradients of the operands."""
-        p, x, t, z, nothing, slots = self.problem, self.x, self.term, self.sizes, self.q, len(states)
-        shape, w = (p.batch, p.seqlen, p.nheads), self.slot("cols")
+    def _by_token(self, sums: Tensor, through: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of log_a, rows and cols, of which log_cols has one too."""
+        p, x, t, z, nothing, slots = self.problem, self.x, self.term, self.sizes, self.q, len(through)
+        shape = (p.batch, p.seqlen, p.nheads)
         log_a = self.empty(*shape) if "log_a" in x.values else None
         rows = self.empty(*shape) if "rows" in x.values else None
-        cols = self.empty(*shape) if w is not None or "log_cols" in x.values else None
-        through = self.empty(slots, p.nheads)
+        cols = None if {"cols", "log_cols"}.isdisjoint(x.values) else self.empty(*shape)
+        heads = min(32, padded(p.nheads))
         if self.tokens and slots:
-            if log_a is not None:
-                PASSING(
-                    (slots, p.nheads, 1),
-                    (states, dstates, or_else(self.cu, nothing), self.chunks.block_total, through), self.packing,
-                    BLOCK=z.block, P=p.headdim, BP=z.rows_back, N=p.dstate, BN=z.state_back, PACKED=self.cu is not None,
-                    num_warps=4,
-                )  # fmt: skip
-            heads = min(32, padded(p.nheads))
-            TOKENS(
-                (slots, ceil_div(p.nheads, heads), 1),
+            self.run(
+                TOKENS, (slots, ceil_div(p.nheads, heads), 1),
                 (
-                    reads, adds, through, or_else(self.cu, nothing),
+                    sums, through, or_else(self.cu, nothing),
                     or_else(log_a, nothing), or_else(rows, nothing), or_else(cols, nothing),
                 ),
-                (*self.packing, len(reads)),
-                BLOCK=z.block, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive,
-                DLOG_A=log_a is not None, DU=rows is not None, DW=cols is not None, PACKED=self.cu is not None, num_warps=4,
+                self.packing, BLOCK=z.block, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive,
+                COL_INCLUSIVE=t.col_inclusive, DLOG_A=log_a is not None, DU=rows is not None, DW=cols is not None,
+                PACKED=self.cu is not None, num_warps=4,
             )  # fmt: skip
-        out = {"log_a": log_a, "rows": rows, "cols": cols if w is not None else None}
-        if "log_cols" in x.values:
-            assert cols is not None  # made above
-            out["log_cols"] = cols if w is None else cols * w
-        return {name: reduce_value(grad, x.values[name]) for name, grad in out.items() if grad is not None}
+        return log_a, rows, cols
 
     def _splits(self, programs: int) -> int:
         """Into how many parts the heads of a group are taken, so that blocks fill the device."""
         programs, share = programs * self.groups, self.problem.nheads // self.groups
-        return min(max(self.problem.target.multiprocessors // max(programs, 1), 1), share)
+        return min(max(FULL * self.problem.target.multiprocessors // max(programs, 1), 1), share)

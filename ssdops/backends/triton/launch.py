@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton.language as tl
@@ -18,54 +18,54 @@ from ..base import Config, Inputs, Output
 from .calls import Grid, Kernel
 from .kernels.prepare import prepare
 from .kernels.scan import scan
+from .kernels.states import states
 from .sizes import padded, sizes
 
-PREPARE, SCAN = Kernel(prepare), Kernel(scan)
+PREPARE, SCAN, STATES = Kernel(prepare), Kernel(scan), Kernel(states)
 SPAN = 60.0
 """How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """What `prepare` gives; its docstring has the shapes."""
+class Sums(NamedTuple):
+    """Sums of log decays, by chunks or by blocks: ρ, κ `[slots, nheads, size]`, E `[slots, nheads]`."""
 
-    scores: Tensor
     rho: Tensor
     kappa: Tensor
     total: Tensor
+
+
+class Prepared(NamedTuple):
+    """What `prepare` gives; its docstring has the shapes."""
+
+    scores: Tensor
+    chunks: Sums
     center: Tensor
-    block_rho: Tensor
-    block_kappa: Tensor
-    block_total: Tensor
+    blocks: Sums
 
 
 @dataclass(frozen=True)
-class Walk:
-    """One walk of the scan, and what it reads and leaves besides Y.
+class Side:
+    """What a walk of states reads and leaves: of S over V, or of dS over dY.
 
     Attributes:
-        transposed: the scan of Lᵀ over dY instead of that of L over V.
-        entering, leaving: states before the first and after the last chunk.
-        blocks: the state that enters each block of tokens, [blocks, nheads, P, N].
-        block: tokens of a block; None is a block of the backward pass.
+        x: V or dY.
+        entering, leaving: the states before the first and after the last block; of S only the former is.
+        blocks: the state that enters each block, [blocks, nheads, P, N].
     """
 
-    transposed: bool = False
+    x: Tensor
     entering: Tensor | None = None
     leaving: Tensor | None = None
     blocks: Tensor | None = None
-    block: int | None = None
+
+
+Parts: TypeAlias = tuple[Tensor, Tensor]
+"""What each segment makes from zero, and its E (`kernels/states.py`)."""
 
 
 class Scan:
-    """A linear term on its tensors.
-
-    Attributes:
-        keep: whether sums of logs are wanted by blocks too, as the backward pass needs them.
-    """
-
-    keep = False
+    """A linear term on its tensors."""
 
     def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
         p = x.problem
@@ -81,6 +81,7 @@ class Scan:
         self.packing = (self.rows, max(p.seqlen, 1), self.tokens, p.nheads)
         self.decays = term.log_a is not None or term.log_cols is not None
         self.apart = term.row_inclusive != term.col_inclusive or term.log_cols is not None
+        self.factored = self.decays and p.dtype == torch.bfloat16
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
         self.dot = torch.float32 if p.dtype == torch.bfloat16 and triton_interpreted() else p.dtype
 
@@ -114,83 +115,88 @@ class Scan:
 
     # --- launches -------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def chunks(self) -> Chunks:
-        """Scores and sums of log decays of every chunk, and of every block if the backward pass is to come."""
-        p, t, z, slots, blocks = self.problem, self.term, self.sizes, self.slots, self.slots_of(self.sizes.block)
-        scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot)
-        if self.decays:
-            by_chunk = self._sums(slots, z.chunk)
-            by_block = self._sums(blocks, z.block) if self.keep else by_chunk
-            out = Chunks(scores, *by_chunk, self.empty(slots, p.nheads), *by_block)
-        else:
-            out = Chunks(scores, *(self.q,) * 7)
+    def prepare(self, chunks: bool, blocks: bool) -> Prepared:
+        """Scores and sums of log decays of every chunk, and sums of every block, as far as they are wanted."""
+        p, t, z, slots, coarse = self.problem, self.term, self.sizes, self.slots, self.slots_of(self.sizes.block)
+        scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot) if chunks else self.q
+        by_chunk, center, by_block = Sums(*(self.q,) * 3), self.q, Sums(*(self.q,) * 3)
+        if self.decays and chunks:
+            by_chunk, center = self._sums(slots, z.chunk), self.empty(slots, p.nheads)
+        if self.decays and blocks:
+            by_block = self._sums(coarse, z.block)
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
-        heads = min(16, padded(p.nheads))
-        if slots:
+        heads, groups = min(16, padded(p.nheads)), self.groups if chunks else 0
+        parts = groups + (ceil_div(p.nheads, heads) if self.decays else 0)
+        if slots and parts:
             self.run(
-                PREPARE,
-                (slots, self.groups + (ceil_div(p.nheads, heads) if self.decays else 0), 1),
+                PREPARE, (slots if chunks else coarse, parts, 1),
                 (
-                    self.q, self.k, or_else(log_a, self.q), or_else(log_cols, self.q), or_else(self.cu, self.q), out.scores,
-                    out.rho, out.kappa, out.total, out.center, out.block_rho, out.block_kappa, out.block_total,
+                    self.q, self.k, or_else(log_a, self.q), or_else(log_cols, self.q), or_else(self.cu, self.q), scores,
+                    *by_chunk, center, *by_block,
                 ),
                 (
-                    *self.packing, self.groups, blocks, self.groups // p.q_heads, self.groups // p.k_heads,
+                    *self.packing, groups, coarse, self.groups // p.q_heads, self.groups // p.k_heads,
                     *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
                 ),
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
-                ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None,
-                BLOCKS=self.keep, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
+                ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None, CHUNKS=chunks,
+                BLOCKS=blocks, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
-        return out
+        return Prepared(scores, by_chunk, center, by_block)
 
-    def _sums(self, slots: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for ρ, κ and E of so many chunks or blocks; ρ is κ where no flag of the term tells them apart."""
+    def _sums(self, slots: int, size: int) -> Sums:
+        """Room for sums of so many chunks or blocks; ρ is κ where no flag of the term tells them apart."""
         wide = torch.float64 if self.problem.dtype == torch.float32 else torch.float32
         rho = self.empty(slots, self.problem.nheads, size, dtype=wide)
         kappa = self.empty(*rho.shape, dtype=wide) if self.apart else rho
-        return rho, kappa, self.empty(slots, self.problem.nheads, dtype=wide)
+        return Sums(rho, kappa, self.empty(slots, self.problem.nheads, dtype=wide))
 
-    def walk(self, v: Tensor, y: Tensor | None, walk: Walk) -> None:
-        """The scan over V (transposed: over dY), in segments if the config says so; what is None is not written."""
-        p, segments = self.problem, self.config.segments
-        if segments == 1:
-            self._launch(v, y, walk, None, first=False)
-            return
-        shape = (segments, self.rows, p.nheads)
-        parts = (self.empty(*shape, p.headdim, p.dstate), self.empty(*shape))
-        self._launch(v, None, Walk(walk.transposed), parts, first=True)
-        self._launch(v, y, walk, parts, first=False)
+    def walk(self, blocks: Sums, s: Side, ds: Side | None = None) -> Parts | None:
+        """The states that enter each block, and what ds says of their cotangents, in segments if the config says so.
 
-    def _launch(self, v: Tensor, y: Tensor | None, walk: Walk, parts: tuple[Tensor, Tensor] | None, first: bool) -> None:
-        p, t, c, z, nothing, segments = self.problem, self.term, self.chunks, self.sizes, self.q, self.config.segments
-        q, k, u, w, scales = self.q, self.k, self.slot("rows"), self.slot("cols"), (self.scale, 1.0)
-        q_share, k_share = p.nheads // p.q_heads, p.nheads // p.k_heads
-        if walk.transposed:
-            q, k, u, w, scales, q_share, k_share = k, q, w, u, (1.0, self.scale), k_share, q_share
-        self.run(
-            SCAN,
-            (p.nheads * ceil_div(p.headdim, z.rows) * self.rows, 1, segments),
-            (
-                q, k, v, or_else(y, nothing), or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing),
-                c.scores, c.rho, c.kappa, c.total, c.center, or_else(walk.entering, nothing), or_else(walk.leaving, nothing),
-                or_else(walk.blocks, nothing), *(parts or (nothing, nothing)),
-            ),
-            (
-                *self.packing, self.groups, q_share, k_share, p.nheads // v.shape[2], *scales,
-                ceil_div(ceil_div(p.seqlen, z.chunk), segments),
-                *strides(q), *strides(k), *strides(v), *strides(y), *strides(u), *strides(w),
-            ),
-            L=z.chunk, BLOCK=walk.block or z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
-            FORWARD=t.causal != walk.transposed, TRANSPOSED=walk.transposed, ROWS=u is not None, COLS=w is not None,
-            OUTPUT=y is not None, ENTERING=walk.entering is not None, LEAVING=walk.leaving is not None,
-            BLOCKS=walk.blocks is not None, PARTS=first, SEGMENTS=parts is not None and not first,
-            FACTORED=y is not None and self.decays and p.dtype == torch.bfloat16, NORMALIZE=self.dot == torch.float16,
-            STAGES=z.stages,
-            **self.common, num_warps=z.warps_back if walk.blocks is not None else 4,
-            maxnreg=z.registers if y is not None and walk.blocks is None else None,
+        Returns:
+            What each segment makes from zero, if there are several.
+        """
+        p, segments, parts = self.problem, self.config.segments, None
+        if segments > 1:
+            shape = (1 if ds is None else 2, segments, self.rows, p.nheads)
+            parts = self.empty(*shape, p.headdim, p.dstate), self.empty(*shape)
+            self._walk(blocks, s, ds, parts, first=True)
+        if s.blocks is not None:
+            self._walk(blocks, s, ds, parts, first=False)
+        return parts
+
+    def _walk(self, blocks: Sums, s: Side, ds: Side | None, parts: Parts | None, first: bool) -> None:
+        p, t, z, nothing, segments, u, w = (
+            self.problem, self.term, self.sizes, self.q, self.config.segments, self.slot("rows"), self.slot("cols")
         )  # fmt: skip
+        (k, q), tiles = alike(self.k, self.q, p.dtype), ceil_div(p.headdim, z.rows) * ceil_div(p.dstate, z.state)
+        other = ds or s
+        self.run(
+            STATES, (p.nheads * tiles * self.rows, 1 if ds is None else 2, segments),
+            (
+                s.x, k, other.x, q, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *blocks,
+                or_else(s.entering, nothing), or_else(other.entering, nothing), or_else(s.blocks, nothing),
+                or_else(other.blocks, nothing), or_else(other.leaving, nothing),
+                *(parts or (nothing, nothing)),
+            ),
+            (
+                *self.packing, p.nheads // p.v_heads, p.nheads // p.k_heads, p.nheads // p.q_heads, self.scale,
+                self.per_segment,
+                *strides(s.x), *strides(k), *strides(other.x), *strides(q), *strides(u), *strides(w),
+            ),
+            BLOCK=z.block, PORTION=z.portion, P=p.headdim, BP=z.rows, BN=z.state, CAUSAL=t.causal, ROWS=u is not None,
+            COLS=w is not None, BOTH=ds is not None, ENTERING=s.entering is not None and not first,
+            DLEAVING=ds is not None and ds.entering is not None and not first,
+            DENTERING=ds is not None and ds.leaving is not None and not first,
+            PARTS=first, SEGMENTS=parts is not None and not first,
+            STAGES=z.stages + 1, **self.common, num_warps=4,
+        )  # fmt: skip
+
+    @property
+    def per_segment(self) -> int:
+        """Blocks of a segment."""
+        return ceil_div(ceil_div(self.problem.seqlen, self.sizes.block), self.config.segments)
 
     # --- passes ---------------------------------------------------------------------------------------------------------
 
@@ -201,8 +207,31 @@ class Scan:
         state = self.empty(self.rows, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype) if x.wants_state else None
         blocks = None if p.state_every is None else self._blocks(p.state_every)
         if self.rows and (self.tokens or state is not None):
-            self.walk(self.v, y, Walk(entering=contiguous(x.initial), leaving=state, blocks=blocks, block=p.state_every))
+            self._scan(y, state, blocks)
         return Output(y, state, every=None if blocks is None else self._every(blocks, state))
+
+    def _scan(self, y: Tensor, state: Tensor | None, blocks: Tensor | None) -> None:
+        p, t, z, nothing, segments = self.problem, self.term, self.sizes, self.q, self.config.segments
+        prepared, initial = self.prepare(chunks=True, blocks=segments > 1), contiguous(self.x.initial)
+        parts, u, w = self.walk(prepared.blocks, Side(self.v)), self.slot("rows"), self.slot("cols")
+        self.run(
+            SCAN, (p.nheads * ceil_div(p.headdim, z.rows) * self.rows, 1, segments),
+            (
+                self.q, self.k, self.v, y, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing),
+                prepared.scores, *prepared.chunks, prepared.center, or_else(initial, nothing), or_else(state, nothing),
+                or_else(blocks, nothing), *(parts or (nothing, nothing)),
+            ),
+            (
+                *self.packing, self.groups, p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
+                self.per_segment * (z.block // z.chunk),
+                *strides(self.q), *strides(self.k), *strides(self.v), *strides(y), *strides(u), *strides(w),
+            ),
+            L=z.chunk, BLOCK=p.state_every or z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
+            CAUSAL=t.causal, ROWS=u is not None, COLS=w is not None, ENTERING=initial is not None,
+            LEAVING=state is not None, BLOCKS=blocks is not None, SEGMENTS=parts is not None,
+            ALIGN=z.block // z.chunk, FACTORED=self.factored, NORMALIZE=self.dot == torch.float16, STAGES=z.stages,
+            **self.common, num_warps=4, maxnreg=z.registers if blocks is None else None,
+        )  # fmt: skip
 
     def _blocks(self, size: int) -> Tensor:
         """Room for the state that enters each block of that many tokens, and for one more: [blocks + 1, nheads, P, N]."""
@@ -226,6 +255,11 @@ class Scan:
 def ceil_div(a: int, b: int) -> int:
     """How many b it takes to cover a."""
     return -(-a // b)
+
+
+def alike(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two tensors that a kernel chooses between, in one dtype: that given if they have two."""
+    return (x, y) if x.dtype == y.dtype else (x.to(dtype), y.to(dtype))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The forward pass of a linear term: launched by `Scan` the first time, and from then on at the addresses of other tensors.
+"""Passes of a linear term: launched by `Scan` and `Backward` the first time, from then on at the addresses of other tensors.
 
 Working out grids, strides and switches takes a host longer than the GPU takes to run them. All of it follows from the term, the
 problem, the config, and how the tensors are laid out; with the same of these only addresses differ.
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...ir.terms import Linear
-from ..base import Config, Inputs, Output
+from ..base import Config, Cotangents, Gradients, Inputs, Output
+from .backward import Backward, Results, in_turns, in_whole
 from .calls import Grid, Kernel, Launch, Launching, stream_of
 from .launch import Scan, ceil_div
 
@@ -26,34 +27,34 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A forward pass that has been launched, less the addresses: of inputs, of outputs, then of what kernels hand on.
+    """A pass that has been launched, less the addresses: of inputs, of outputs, then of what kernels hand on.
 
     Attributes:
         keeps: objects whose ids are in this replay's key: while it is kept, no others can have those ids.
-        outputs: shapes and dtypes of Y and, if wanted, the final states.
+        outputs: shapes and dtypes of those that are wanted, None for the others.
         offsets: where in one room the tensors are that kernels hand on, in bytes.
         size: of the room.
         launches: each with the addresses that it takes, out of all.
     """
 
     keeps: tuple[Any, ...]
-    outputs: tuple[tuple[torch.Size, torch.dtype], ...]
+    outputs: tuple[tuple[torch.Size, torch.dtype] | None, ...]
     offsets: tuple[int, ...]
     size: int
     launches: tuple[tuple[Launch, Callable[[Sequence[int]], tuple[int, ...]]], ...]
 
-    def __call__(self, inputs: list[int], device: torch.device) -> Output:
+    def __call__(self, inputs: list[int], device: torch.device) -> list[Tensor | None]:
         """Launch on the device's current stream. The room is free for others when this returns, and they come after."""
-        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs]
+        outputs = [None if like is None else torch.empty(like[0], dtype=like[1], device=device) for like in self.outputs]
         room = torch.empty(self.size, dtype=torch.uint8, device=device)
         start, stream = room.data_ptr(), stream_of(device)
-        addresses = [*inputs, *[x.data_ptr() for x in outputs], *[start + offset for offset in self.offsets]]
+        addresses = [*inputs, *[x.data_ptr() for x in outputs if x is not None], *[start + offset for offset in self.offsets]]
         for launch, picked in self.launches:
             launch(picked(addresses), stream)
-        return Output(outputs[0], outputs[1] if len(outputs) > 1 else None)
+        return outputs
 
 
-class Recorded(Scan):
+class Notes(Scan):
     """A linear term on its tensors, with notes of the memory it takes and of what it launches."""
 
     def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
@@ -72,22 +73,26 @@ class Recorded(Scan):
         """As `Scan` does, and noted."""
         self._launched.append((kernel(grid, tensors, numbers, **constants), tensors))
 
-    def replay(self, inputs: list[int], output: Output) -> Replay | None:
+    def replay(self, inputs: list[int], outputs: Sequence[Tensor | None]) -> Replay | None:
         """Of what has been launched. None if that was nothing, or interpreted, or read a copy of an input."""
-        outputs = [x for x in (output.y, output.state) if x is not None]
-        handed_on = [x for x in self._made if not any(x is y for y in outputs)]
-        places = [*inputs, *(x.data_ptr() for x in (*outputs, *handed_on))]
+        wanted = [x for x in outputs if x is not None]
+        handed_on = [x for x in self._made if not any(x is y for y in wanted)]
+        places = [*inputs, *(x.data_ptr() for x in (*wanted, *handed_on))]
         index = {address: i for i, address in enumerate(places)}
         launches = []
         for launch, tensors in self._launched:
-            wanted = [index.get(x.data_ptr()) for x in tensors]
-            if launch is None or None in wanted:
+            taken = [index.get(x.data_ptr()) for x in tensors]
+            if launch is None or None in taken:
                 return None
-            launches.append((launch, itemgetter(*wanted)))
+            launches.append((launch, itemgetter(*taken)))
         *offsets, size = accumulate((ceil_div(x.nbytes, ALIGNMENT) * ALIGNMENT for x in handed_on), initial=0)
-        shapes = tuple((x.shape, x.dtype) for x in outputs)
+        shapes = tuple(None if x is None else (x.shape, x.dtype) for x in outputs)
         keeps = (self.term, self.problem, self.config)
         return Replay(keeps, shapes, tuple(offsets), size, tuple(launches)) if launches else None
+
+
+class BackwardNotes(Notes, Backward):
+    """The same of a backward pass."""
 
 
 _replays: dict[tuple[Any, ...], Replay] = {}
@@ -96,26 +101,51 @@ _MAX_REPLAYS = 4096
 
 def forward(term: Linear, x: Inputs, config: Config) -> Output:
     """Y, the final states, and those between."""
-    device = x.q.device
-    with Launching(x.problem, device):
+    with Launching(x.problem, x.q.device):
         if x.problem.state_every is not None:  # states between are put in order after the launches
             return Scan(term, x, config).forward()
-        boundaries = None if x.documents is None else x.boundaries
-        operands = [t for t in (*x.values.values(), boundaries, x.initial) if t is not None]
-        addresses = [t.data_ptr() for t in (x.q, x.k, x.v, *operands)]
-        key = (
-            id(term), id(x.problem), id(config), x.scale, x.out, x.wants_state, device,
-            x.q.dtype, x.k.dtype, x.v.dtype, *[(t.shape, t.stride(), t.dtype) for t in operands],  # what it does not say
-            *[address % 16 == 0 for address in addresses], *map(addresses.index, addresses),  # the last: which are one tensor
-        )  # fmt: skip
+        key, addresses = _key(term, x, config, ())
         replay = _replays.get(key)
         if replay is not None:
-            return replay(addresses, device)
-        scan = Recorded(term, x, config)
+            y, state = replay(addresses, x.q.device)
+            assert y is not None  # it always is
+            return Output(y, state)
+        scan = Notes(term, x, config)
         out = scan.forward()
-        replay = scan.replay(addresses, out)
+        _keep(key, scan.replay(addresses, (out.y, out.state)))
+        return out
+
+
+def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
+    """Gradients of everything."""
+    with Launching(x.problem, x.q.device):
+        key, addresses = _key(term, x, config, (cotangents.y, cotangents.state))
+        replay = _replays.get(key)
+        if replay is not None:
+            return Results(*replay(addresses, x.q.device)).gradients(x)
+        whole, given = in_whole(x, cotangents)
+        scan = BackwardNotes(term, whole, config)
+        if whole is not x or scan.rows_at_once < x.problem.batch:  # tensors are copied before the launches, or between them
+            return in_turns(term, x, config, cotangents)
+        out = scan.backward(given)
+        _keep(key, scan.replay(addresses, out))
+        return out.gradients(x)
+
+
+def _key(term: Linear, x: Inputs, config: Config, cotangents: tuple[Tensor | None, ...]) -> tuple[tuple[Any, ...], list[int]]:
+    """What a pass follows from, and the addresses of its tensors."""
+    boundaries = None if x.documents is None else x.boundaries
+    others = [t for t in (*x.values.values(), boundaries, x.initial, *cotangents) if t is not None]
+    addresses = [t.data_ptr() for t in (x.q, x.k, x.v, *others)]
+    return (
+        id(term), id(x.problem), id(config), x.scale, x.out, x.wants_state, x.q.device, *[t is None for t in cotangents],
+        x.q.dtype, x.k.dtype, x.v.dtype, *[(t.shape, t.stride(), t.dtype) for t in others],  # what the problem does not say
+        *[address % 16 == 0 for address in addresses], *map(addresses.index, addresses),  # the last: which are one tensor
+    ), addresses  # fmt: skip
+
+
+def _keep(key: tuple[Any, ...], replay: Replay | None) -> None:
     if replay is not None:
         if len(_replays) >= _MAX_REPLAYS:
             _replays.clear()
         _replays[key] = replay
-    return out

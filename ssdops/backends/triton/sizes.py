@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ir.problem import Problem
+from .tile_mask import shared_memory
 
 CHUNKS = (32, 16, 64)
 """Chunk sizes, the default first: 32 tokens leave the registers of a multiprocessor room for three programs of 64 rows."""
@@ -21,24 +22,25 @@ class Sizes:
     Attributes:
         chunk: tokens of a chunk of the scan.
         block: tokens between the states that the backward pass keeps.
+        portion: tokens that a walk of states takes at once.
         rows: rows of the state, of headdim, that a program of the scan owns.
         rows_back: rows of headdim that the backward pass takes at once.
+        tile: tokens of a block that a program of the backward pass owns, where it keeps sums of all of dstate.
         state: columns of the state, of dstate, in its first part; the rest, if any, is a second part.
-        state_back: columns of dstate that the backward pass takes at once.
-        stages, stages_back: how many chunks, or heads, are in flight.
-        warps_back: of a program of the backward pass's scans.
+        stages: how many chunks are in flight.
+        stages_back: how many heads are, where the backward pass reads states, where it gives to them, and in pairs.
         registers: the most that a thread of the forward scan may take; None is no limit.
     """
 
     chunk: int
     block: int
+    portion: int
     rows: int
     rows_back: int
+    tile: int
     state: int
-    state_back: int
     stages: int
-    stages_back: int
-    warps_back: int
+    stages_back: tuple[int, int, int]
     registers: int | None
 
 
@@ -49,19 +51,31 @@ def sizes(problem: Problem, chunk: int | None) -> Sizes:
         chunk = chunk or (32 if n <= 128 else 16)
         block = max(32 if _crowded(problem) else 64, chunk)
         return Sizes(
-            chunk=chunk, block=block, rows=16, rows_back=min(p, 32), state=min(n, 128),
-            state_back=min(n, 32), stages=2, stages_back=1, warps_back=4, registers=None,
+            chunk=chunk, block=block, portion=32, rows=16, rows_back=min(p, 64), tile=32, state=min(n, 128),
+            stages=2, stages_back=(1, 1, 1), registers=None,
         )  # fmt: skip
     small = n <= 128
     # 8.x has its operands in registers, and 10.x its sums in tensor memory, where each turn of an unrolled loop over headdim
     # has its own; 9.x has room for blocks of 128 tokens up to where shared memory ends (tests/triton_resources.txt).
-    block = 128 if major == 9 and p <= 128 else 64
-    columns = (128 if major in (9, 10) else 64) // (1 if p <= 128 else 2)
+    block = 32 if _crowded(problem) else 128 if major == 9 and p <= 128 else 64
+    tile = min(block, 128 if n <= 128 else 64)
+    # bytes of a state, of a token of v or dy, of what stays of q or k, and of what passes from one layout to another
+    state, token = n * p * (2 if problem.dtype == torch.bfloat16 else 4), 2 * p
+    stays, passes, room = 2 * n * tile, 2 * tile * min(p, 64), shared_memory(problem.target.capability)
+    back = (
+        _stages(tile * token + 2 * state, room - stays),
+        _stages(block * token + state, room - stays - passes),
+        _stages(2 * block * token, room),
+    )
     return Sizes(
-        chunk=chunk or CHUNKS[0], block=block, rows=min(p, 64), rows_back=min(p, 128 if major == 10 else 64),
-        state=min(n, 128), state_back=min(n, columns), stages=3, stages_back=2, warps_back=4 if small else 8,
-        registers=168 if small else None,
+        chunk=chunk or CHUNKS[0], block=block, portion=min(block, 64), rows=min(p, 64), rows_back=min(p, 64),
+        tile=tile, state=min(n, 128), stages=3, stages_back=back, registers=168 if small else None,
     )  # fmt: skip
+
+
+def _stages(head: int, room: int) -> int:
+    """How many heads of that many bytes to have in shared memory: with two Triton loads one when it is done with the other."""
+    return next((stages for stages in (3, 2) if stages * head <= room), 1)
 
 
 def chunks(problem: Problem) -> tuple[int, ...]:
@@ -70,8 +84,10 @@ def chunks(problem: Problem) -> tuple[int, ...]:
 
 
 def _crowded(problem: Problem) -> bool:
-    """Whether blocks of 64 tokens would need more tensor memory than there is: then they have 32, which do without it."""
-    return problem.dtype == torch.float32 and _major(problem) == 10 and problem.headdim > 64
+    """Whether blocks of 64 tokens would need more tensor memory than there is: then they have 32, which need less."""
+    p, n = problem.headdim, problem.dstate
+    most = {torch.float32: (64, 0), torch.float16: (128, 64), torch.bfloat16: (128, 128)}
+    return _major(problem) == 10 and p > most[problem.dtype][0] and n > most[problem.dtype][1]
 
 
 def _major(problem: Problem) -> int:

@@ -1,184 +1,306 @@
-"""Gradients of q and k, summed over the heads of a group inside one program.
+"""Gradients of q, k and v, and what tokens exchange, a block at a time over the heads of a group.
 
-For a block of tokens, with the state S that enters it from one side and the cotangent dS that enters from the other, and the
-weights W_ij = exp(ρ_i − κ_j) u_i w_j of a head's scores G = Q Kᵀ:
+For a block of tokens, with the state S that enters it from one side and the cotangent dS that enters from the other, the scores
+G = scale · Q Kᵀ of its pairs and the weights W_ij = exp(ρ_i − κ_j) u_i w_j of a head, there are four parts:
 
-    dG = Σ_h (dY Vᵀ) ∘ W        dQ = dG K  + Σ_h exp(ρ_i) u_i dY S
-                                dK = dGᵀ Q + Σ_h exp(E − κ_j) w_j V dS
+    through S   dQ  = Σ_h a_i dY S               a_i = scale · exp(ρ_i) u_i
+    through dS  dK  = Σ_h b_j V dS               b_j = exp(E − κ_j) w_j
+    values      dV  = b_j K dSᵀ + (G ∘ W)ᵀ dY
+    pairs       dG  = Σ_h (dY Vᵀ) ∘ W
 
-The two are one computation with two sides: tokens that are read for (rows i, over X = dY, Z = V) and tokens that were added
-(rows j, over X = V, Z = dY). Each side computes dG its own way round, as the transpose of a product of tensor cores must not
-be an operand of another (DESIGN.md, decision 4).
+A program has one part of one block and walks over heads, so that sums over heads stay in registers and the next head's tiles
+are on their way; for two parts registers do not suffice. The parts of a block are neighbours in the grid, as they read the same
+V, dY, S and dS. `finish` adds what dG has for dQ and dK: it is read from memory there, because the transpose of a product of
+tensor cores must not be an operand of another (DESIGN.md, decision 4).
+
+What tokens exchange is what gradients of log decays and of scales are made of (`tokens.py`): through states, a_i ⟨dY_i, S q_i⟩
+and b_j ⟨V_j, dS k_j⟩; in pairs, the sums by rows and by columns of R = (dY Vᵀ) ∘ W ∘ G, both of one float32 product, so that
+what cancels between them does.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import slot_bounds
+from .rows import slot_bounds, tokens_of
 
-SUM_KINDS = tl.constexpr(3)
-KEPT, CROSSED, EVERYTHING = (tl.constexpr(index) for index in range(3))
-"""The kinds of sums over a row: what it exchanges within its block, by pairs that decay; what it exchanges with the state; and
-both, with pairs that do not decay, before the row's own scale."""
+KINDS = tl.constexpr(4)
+IN_PAIRS, IN_STATES, ALL_PAIRS, ALL_STATES = (tl.constexpr(kind) for kind in range(4))
+"""Kinds of a token's sums: of pairs that decay, of states, then of all pairs and of states before the token's own scale."""
 
 
 @triton.jit
-def contract(
-    a, b, x, z, u, w, cu, rho, kappa, block_total, states, out, sums,
-    n_rows, seqlen, tokens, nheads, groups, a_share, b_share, x_share, z_share, scale, row_scale, per_split,
-    a_b, a_t, a_h, b_b, b_t, b_h, x_b, x_t, x_h, z_b, z_t, z_h, u_b, u_t, u_h, w_b, w_t, w_h,
-    BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, SCALES: tl.constexpr, SKIP: tl.constexpr,
-    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+def gradients(
+    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through,
+    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, ALL_SUMS: tl.constexpr, SKIP: tl.constexpr,
+    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STATE_STAGES: tl.constexpr, VALUE_STAGES: tl.constexpr, PAIR_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dQ (READS) or dK of a block. Grid: (blocks, groups · tiles of N, splits of a group's heads).
+    """Grid: (blocks · parts, groups, splits of a group's heads); but for pairs there is a part per TILE tokens of a block.
 
     Args:
-        a, b: q and k, or k and q: the rows' and the columns' side of the scores.
-        x, z: dY and V, or V and dY.
-        u, w: the scales of rows and columns.
-        states: S, or dS, as it enters each block.
-        out: `[splits, tokens, groups, N]`.
-        sums: float32 `[tiles of N, 3, blocks, nheads, BLOCK]`, what each row exchanges through (X Zᵀ) ∘ W ∘ G and through the
-            state: written if SUMS, the last of them if SCALES.
+        states, dstates: S and dS as they enter each block.
+        dq, dk: what comes through states, `[splits, tokens, groups, N]`; dg: `[splits, blocks, groups, BLOCK, BLOCK]`.
+        dv: `[tokens, nheads, P]`.
+        sums: `[KINDS, 2, blocks, nheads, BLOCK]`, of rows and of columns: the first two kinds if SUMS, all if ALL_SUMS.
+        through: ⟨dS, exp(E) S⟩, `[blocks, nheads]`, if SUMS.
+        scale: the factor of scores, which dS has in it already.
+        STRICT: 1 if a row does not meet its own column, else 0.
         SKIP: how far apart tokens have no decay between them.
-        scale, row_scale: the factors of what comes through pairs and of what comes through the state.
     """
-    tiles: tl.constexpr = (N + BN - 1) // BN
-    slot, split = tl.program_id(0), tl.program_id(2)
-    g, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
-    n = tile * BN + tl.arange(0, BN)
+    tiles: tl.constexpr = BLOCK // TILE
+    parts: tl.constexpr = 3 * tiles + 1
+    blocks = tl.num_programs(0) // parts
+    slot, part, split = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(2)
     _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
     if first >= stop:
         return
-    batch, t = first // seqlen, first % seqlen
-    base = slot.to(tl.int64) * nheads
-    i, half = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
-    here, in_first, in_second = i < stop - first, half < stop - first, BLOCK // 2 + half < stop - first
-    share = nheads // groups
-    a += batch * a_b + t * a_t + (g * share // a_share) * a_h
-    b += batch * b_b + t * b_t + (g * share // b_share) * b_h
-    x += batch * x_b + t * x_t
-    z += batch * z_b + t * z_t
+    batch, t, share, g = first // seqlen, first % seqlen, nheads // groups, tl.program_id(1)
+    q += batch * q_b + t * q_t + (g * share // q_share) * q_h
+    k += batch * k_b + t * k_t + (g * share // k_share) * k_h
+    v += batch * v_b + t * v_t
+    dy += batch * y_b + t * y_t
     u += batch * u_b + t * u_t
     w += batch * w_b + t * w_t
-    total_out = tl.zeros([BLOCK, BN], tl.float32)
-    first_half = tl.zeros([BLOCK, BLOCK // 2], tl.float32)  # dG by halves of its columns
-    second_half = tl.zeros([BLOCK, BLOCK // 2], tl.float32)
-    inside_n = (n < N)[None, :]
-    own_a = tl.load(a + i[:, None] * a_t + n[None, :], mask=here[:, None] & inside_n, other=0.0).to(DOT)
-    near = tl.zeros([BLOCK, BLOCK // 2], tl.float32)  # scores by halves of their columns
-    far = tl.zeros([BLOCK, BLOCK // 2], tl.float32)
-    if SUMS:
-        for n0 in tl.static_range(0, N, BN):
-            m = n0 + tl.arange(0, BN)
-            inside_m = (m < N)[None, :]
-            at = tl.load(a + i[:, None] * a_t + m[None, :], mask=here[:, None] & inside_m, other=0.0).to(DOT)
-            bt = tl.load(b + half[:, None] * b_t + m[None, :], mask=in_first[:, None] & inside_m, other=0.0).to(DOT)
-            near = tl.dot(at, tl.trans(bt), acc=near, input_precision=PRECISION)
-            bt = tl.load(b + (BLOCK // 2 + half)[:, None] * b_t + m[None, :], mask=in_second[:, None] & inside_m, other=0.0).to(
-                DOT
-            )
-            far = tl.dot(at, tl.trans(bt), acc=far, input_precision=PRECISION)
-    near, far = (near * scale).to(DOT), (far * scale).to(DOT)
-    area = tl.num_programs(0).to(tl.int64) * nheads * BLOCK
-    for hh in tl.range(split * per_split, tl.minimum((split + 1) * per_split, share), num_stages=STAGES):
-        h = g * share + hh
-        unmoved = tl.minimum(hh, 0)  # 0, as no compiler knows: hoisted comparisons of tiles would take every register
-        by_state = tl.full([BLOCK], 1.0, tl.float32) * row_scale
-        r = by_state
-        if DECAY:
-            r = tl.load((rho if READS else kappa) + (base + h) * BLOCK + i)  # past the row's end they stay what they were
-            through = r if READS else tl.load(block_total + base + h) - r
-            by_state *= tl.exp2(through).to(tl.float32)
-        own = tl.full([BLOCK], 1.0, tl.float32)
-        if READS and ROWS:
-            own = tl.load(u + i * u_t + h * u_h, mask=here, other=0.0).to(tl.float32)
-        if COLS and not READS:
-            own = tl.load(w + i * w_t + h * w_h, mask=here, other=0.0).to(tl.float32)
-        crossed, kept = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        everything = tl.zeros([BLOCK], tl.float32)
-        for p0 in tl.static_range(0, P, BP):
-            p = p0 + tl.arange(0, BP)
-            inside_p = (p < P)[None, :]
-            xh, zh = x + (h // x_share) * x_h, z + (h // z_share) * z_h
-            xt = tl.load(xh + i[:, None] * x_t + p[None, :], mask=here[:, None] & inside_p, other=0.0).to(DOT)
-            z_first = tl.load(zh + half[:, None] * z_t + p[None, :], mask=in_first[:, None] & inside_p, other=0.0).to(DOT)
-            z_second = tl.load(
-                zh + (BLOCK // 2 + half)[:, None] * z_t + p[None, :], mask=in_second[:, None] & inside_p, other=0.0
-            ).to(DOT)
-            place = (base + h) * P * N + p[:, None] * N + n[None, :]
-            st = tl.load(states + place, mask=(p < P)[:, None] & inside_n, other=0.0)
-            if NORMALIZE:  # float16 holds nothing above 65504
-                size = tl.max(tl.abs(st)) + 1e-30
-                st = (st / size).to(DOT)
-                total_out += tl.dot(xt, st, input_precision=PRECISION) * (by_state * own * size)[:, None]
-            else:
-                size = 1.0
-                weighted = (xt.to(tl.float32) * (by_state * own)[:, None]).to(DOT)
-                total_out = tl.dot(weighted, st, acc=total_out, input_precision=PRECISION)
-            if SUMS:
-                y = tl.dot(own_a, tl.trans(st), input_precision=PRECISION)  # what rows exchange with the state, over X
-                crossed += tl.sum(y * xt.to(tl.float32), 1) * size
-            for part in tl.static_range(2):
-                j = part * (BLOCK // 2) + half
-                pairs = tl.dot(xt, tl.trans(z_second if part else z_first), input_precision=PRECISION)
-                pairs *= _column_weights(
-                    kappa if READS else rho, u, w, base, h, first, stop, i + unmoved, j, r,
-                    u_t, u_h, w_t, w_h, BLOCK, READS, CAUSAL, STRICT, DECAY, ROWS, COLS,
-                )  # fmt: skip
-                given = pairs * own[:, None] if ROWS or COLS else pairs
-                if part:
-                    second_half += given
-                else:
-                    first_half += given
-                if SUMS:
-                    pairs *= tl.where(unmoved == 0, far if part else near, 0.0).to(tl.float32)
-                    if SCALES:
-                        everything += tl.sum(pairs, 1)
-                    if READS == CAUSAL:
-                        pairs = tl.where(i[:, None] + unmoved > j[None, :] + SKIP, pairs, 0.0)
-                    else:
-                        pairs = tl.where(j[None, :] + unmoved > i[:, None] + SKIP, pairs, 0.0)
-                    kept += tl.sum(pairs, 1)
-        if SUMS:
-            crossed *= by_state
-            kept = tl.where(tile == 0, kept, 0.0)  # pairs are summed by the first tile of N
-            place = sums + tile * SUM_KINDS * area + (base + h) * BLOCK + i
-            tl.store(place + KEPT * area, kept * own)
-            tl.store(place + CROSSED * area, crossed * own)
-            if SCALES:
-                tl.store(place + EVERYTHING * area, tl.where(tile == 0, everything, 0.0) + crossed)
-    bt = tl.load(b + half[:, None] * b_t + n[None, :], mask=in_first[:, None] & inside_n, other=0.0).to(DOT)
-    total_out = tl.dot((first_half * scale).to(DOT), bt, acc=total_out, input_precision=PRECISION)
-    bt = tl.load(b + (BLOCK // 2 + half)[:, None] * b_t + n[None, :], mask=in_second[:, None] & inside_n, other=0.0).to(DOT)
-    total_out = tl.dot((second_half * scale).to(DOT), bt, acc=total_out, input_precision=PRECISION)
-    place = ((split * tokens + first + i) * groups + g) * N
-    tl.store(out + place[:, None] + n[None, :], total_out.to(out.dtype.element_ty), mask=here[:, None] & inside_n)
+    place = ((split * tokens + first) * groups + g) * N
+    base, length, area = slot.to(tl.int64) * nheads, (stop - first).to(tl.int32), blocks.to(tl.int64) * nheads * BLOCK
+    lo, hi = g * share + split * per_split, g * share + tl.minimum((split + 1) * per_split, share)
+    tile = part % tiles * TILE
+    if part < tiles:
+        _through(
+            q, dy, u, rho, total, states, dstates, dq + place, sums, through, base, area, length, tile, lo, hi, nheads, groups,
+            1, scale, q_t, y_t, y_h, u_t, u_h,
+            BLOCK, TILE, P, BP, N, BN, True, DECAY, ROWS, SUMS, ALL_SUMS, NORMALIZE, DOT, PRECISION, STATE_STAGES,
+        )  # fmt: skip
+    elif part < 2 * tiles:
+        _through(
+            k, v, w, kappa, total, dstates, states, dk + place, sums + area, through, base, area, length, tile, lo, hi, nheads,
+            groups, v_share, 1.0, k_t, v_t, v_h, w_t, w_h,
+            BLOCK, TILE, P, BP, N, BN, False, DECAY, COLS, SUMS, ALL_SUMS, NORMALIZE, DOT, PRECISION, STATE_STAGES,
+        )  # fmt: skip
+    elif part < 3 * tiles:
+        _values(
+            q, k, dy, u, w, rho, kappa, total, dstates, dv + first * nheads * P, base, length, tile, lo, hi, nheads, scale,
+            q_t, k_t, y_t, y_h, u_t, u_h, w_t, w_h,
+            BLOCK, TILE, P, BP, N, BN, CAUSAL, STRICT, DECAY, ROWS, COLS, NORMALIZE, DOT, PRECISION, VALUE_STAGES,
+        )  # fmt: skip
+    else:
+        _pairs(
+            q, k, v, dy, u, w, rho, kappa, dg + ((split * blocks + slot).to(tl.int64) * groups + g) * BLOCK * BLOCK, sums,
+            base, area, length, lo, hi, v_share, scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+            BLOCK, P, BP, N, BN, CAUSAL, STRICT, DECAY, ROWS, COLS, SUMS, ALL_SUMS, SKIP, DOT, PRECISION, PAIR_STAGES,
+        )  # fmt: skip
 
 
 @triton.jit
-def _column_weights(
-    sums, u, w, base, h, first, stop, i, j, r, u_t, u_h, w_t, w_h,
-    BLOCK: tl.constexpr, READS: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
-    DECAY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def _through(
+    a, x, scales, logs, total, states, others, out, sums, through, base, area, length, first, lo, hi, nheads, groups, share,
+    scale, a_t, x_t, x_h, s_t, s_h,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    READS: tl.constexpr, DECAY: tl.constexpr, SCALED: tl.constexpr, SUMS: tl.constexpr, ALL_SUMS: tl.constexpr,
+    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """W of rows i, whose own scale is left out, and of columns j, whose sums and scales are read."""
-    there = j < stop - first
-    if READS == CAUSAL:
-        sees = i[:, None] > j[None, :] if STRICT else i[:, None] >= j[None, :]
-    else:
-        sees = i[:, None] < j[None, :] if STRICT else i[:, None] <= j[None, :]
+    """dQ through S (READS: of Q and dY) or dK through dS (of K and V), of the tokens [first, first + TILE), and their sums."""
+    i, n, pp = first + tl.arange(0, TILE), tl.arange(0, BN), tl.arange(0, BP)
+    here, inside_n = i < length, n < N
+    total_out = tl.zeros([TILE, BN], tl.float32)
+    own = tokens_of(a, i, here, n, N, a_t, DOT)
+    for h in tl.range(lo, hi, num_stages=STAGES):
+        weight, decay = tl.full([TILE], 1.0, tl.float32) * scale, 1.0
+        if DECAY:
+            e, r = tl.load(total + base + h), tl.load(logs + (base + h) * BLOCK + i)  # past the end they stay what they were
+            decay = tl.exp2(e).to(tl.float32)
+            weight *= tl.exp2(r if READS else e - r).to(tl.float32)
+        scaled = weight
+        if SCALED:
+            scaled = weight * tl.load(scales + i * s_t + h * s_h, mask=here, other=0.0).to(tl.float32)
+        crossed, passed = tl.zeros([TILE], tl.float32), 0.0
+        for p0 in tl.static_range(0, P, BP):
+            p = p0 + pp
+            xt = tokens_of(x + (h // share) * x_h, i, here, p, P, x_t, DOT)
+            place, inside = (base + h) * P * N + p[:, None] * N + n[None, :], (p < P)[:, None] & inside_n[None, :]
+            s, size = _normal(tl.load(states + place, mask=inside, other=0.0), NORMALIZE, DOT)
+            total_out += tl.dot(xt, s, input_precision=PRECISION) * (scaled * size)[:, None]  # x is an operand as it is
+            if SUMS:
+                y = tl.dot(own, tl.trans(s), input_precision=PRECISION)
+                crossed += tl.sum(y * xt.to(tl.float32), 1) * size
+            if SUMS and READS:
+                other, other_size = _normal(tl.load(others + place, mask=inside, other=0.0), NORMALIZE, DOT)
+                both = tl.dot(s, tl.trans(other), input_precision=PRECISION)  # a product, as only those are loaded ahead
+                passed += tl.sum(tl.where(pp[:, None] == pp[None, :], both, 0.0)) * size * other_size
+        if SUMS:
+            at = (base + h) * BLOCK + i
+            tl.store(sums + 2 * IN_STATES * area + at, crossed * scaled)
+            if ALL_SUMS:
+                tl.store(sums + 2 * ALL_STATES * area + at, crossed * weight)
+            if READS:
+                tl.store(through + base + h, passed * decay, mask=first == 0)
+    place = i.to(tl.int64)[:, None] * groups * N + n[None, :]
+    tl.store(out + place, total_out.to(out.dtype.element_ty), mask=here[:, None] & inside_n[None, :])
+
+
+@triton.jit
+def _values(
+    q, k, dy, u, w, rho, kappa, total, dstates, dv, base, length, first, lo, hi, nheads, scale,
+    q_t, k_t, y_t, y_h, u_t, u_h, w_t, w_h,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dV of the tokens [first, first + TILE)."""
+    j, i, n = first + tl.arange(0, TILE), tl.arange(0, BLOCK), tl.arange(0, BN)
+    here, inside_n = j < length, n < N
+    own = tokens_of(k, j, here, n, N, k_t, DOT)
+    scores = tl.dot(own, tl.trans(tokens_of(q, i, i < length, n, N, q_t, DOT)), input_precision=PRECISION)  # [j, i]
+    scores = (scores * scale).to(DOT)
+    for h in tl.range(lo, hi, num_stages=STAGES):
+        unmoved = tl.minimum(h - lo, 0)  # 0, as no compiler knows: what is hoisted takes registers
+        weight, c, r = tl.full([TILE], 1.0, tl.float32), tl.full([TILE], 0.0, tl.float32), tl.full([BLOCK], 0.0, tl.float32)
+        if DECAY:
+            c, r = tl.load(kappa + (base + h) * BLOCK + j), tl.load(rho + (base + h) * BLOCK + i)
+            weight = tl.exp2(tl.load(total + base + h) - c).to(tl.float32)
+        gap = r[None, :] - c[:, None]
+        given = _decayed(scores.to(tl.float32), gap, i[None, :], j[:, None] + unmoved, CAUSAL, STRICT, DECAY)
+        if ROWS:
+            given *= tl.load(u + i * u_t + h * u_h, mask=i < length, other=0.0).to(tl.float32)[None, :]
+        given = given.to(DOT)
+        own_scale = tl.full([TILE], 1.0, tl.float32)
+        if COLS:
+            own_scale = tl.load(w + j * w_t + h * w_h, mask=here, other=0.0).to(tl.float32)
+        for p0 in tl.static_range(0, P, BP):
+            p = p0 + tl.arange(0, BP)
+            place, inside = (base + h) * P * N + p[:, None] * N + n[None, :], (p < P)[:, None] & inside_n[None, :]
+            ds, size = _normal(tl.load(dstates + place, mask=inside, other=0.0), NORMALIZE, DOT)
+            y = tl.dot(own, tl.trans(ds), input_precision=PRECISION) * (weight * size)[:, None]
+            y = tl.dot(given, tokens_of(dy + h * y_h, i, i < length, p, P, y_t, DOT), acc=y, input_precision=PRECISION)
+            place = j.to(tl.int64)[:, None] * nheads * P + (h * P + p)[None, :]
+            tl.store(dv + place, (y * own_scale[:, None]).to(dv.dtype.element_ty), mask=here[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _pairs(
+    q, k, v, dy, u, w, rho, kappa, dg, sums, base, area, length, lo, hi, v_share, scale,
+    q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+    BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr, DECAY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SUMS: tl.constexpr,
+    ALL_SUMS: tl.constexpr, SKIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dG of a block, and the sums of R by rows and by columns."""
+    i, j, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, BN)
+    here, scores = i < length, tl.zeros([BLOCK, BLOCK], DOT)
+    if SUMS:
+        own = tokens_of(q, i, here, n, N, q_t, DOT)
+        wanted = tl.dot(own, tl.trans(tokens_of(k, j, j < length, n, N, k_t, DOT)), input_precision=PRECISION) * scale
+        if not ALL_SUMS:  # what does not decay is not wanted
+            wanted = tl.where(_meet(i[:, None], j[None, :], CAUSAL, SKIP + 1), wanted, 0.0)
+        scores = wanted.to(DOT)
+    total_out = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for h in tl.range(lo, hi, num_stages=STAGES):
+        unmoved = tl.minimum(h - lo, 0)  # 0, as no compiler knows: what is hoisted takes registers
+        pairs = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for p0 in tl.static_range(0, P, BP):
+            p = p0 + tl.arange(0, BP)
+            z = tokens_of(v + (h // v_share) * v_h, j, j < length, p, P, v_t, DOT)
+            pairs = tl.dot(tokens_of(dy + h * y_h, i, here, p, P, y_t, DOT), tl.trans(z), acc=pairs, input_precision=PRECISION)
+        r, c = tl.full([BLOCK], 0.0, tl.float32), tl.full([BLOCK], 0.0, tl.float32)
+        if DECAY:
+            r, c = tl.load(rho + (base + h) * BLOCK + i), tl.load(kappa + (base + h) * BLOCK + j)
+        pairs = _decayed(pairs, r[:, None] - c[None, :], i[:, None] + unmoved, j[None, :], CAUSAL, STRICT, DECAY)
+        rows, cols = tl.full([BLOCK], 1.0, tl.float32), tl.full([BLOCK], 1.0, tl.float32)
+        if ROWS:
+            rows = tl.load(u + i * u_t + h * u_h, mask=here, other=0.0).to(tl.float32)
+        if COLS:
+            cols = tl.load(w + j * w_t + h * w_h, mask=j < length, other=0.0).to(tl.float32)
+        given = pairs
+        if ROWS or COLS:
+            given *= rows[:, None] * cols[None, :]
+        total_out += given
+        if SUMS:
+            place = (base + h) * BLOCK + i
+            exchanged = given * scores.to(tl.float32)
+            if ALL_SUMS:
+                pairs *= scores.to(tl.float32)
+                tl.store(sums + 2 * ALL_PAIRS * area + place, tl.sum(pairs * cols[None, :], 1))
+                tl.store(sums + (2 * ALL_PAIRS + 1) * area + place, tl.sum(pairs * rows[:, None], 0))
+                exchanged = tl.where(_meet(i[:, None] + unmoved, j[None, :], CAUSAL, SKIP + 1), exchanged, 0.0)
+            tl.store(sums + 2 * IN_PAIRS * area + place, tl.sum(exchanged, 1))
+            tl.store(sums + (2 * IN_PAIRS + 1) * area + place, tl.sum(exchanged, 0))
+    tl.store(dg + i[:, None] * BLOCK + j[None, :], (total_out * scale).to(dg.dtype.element_ty))
+
+
+@triton.jit
+def _normal(s, NORMALIZE: tl.constexpr, DOT: tl.constexpr):
+    """A state as an operand, and what it is to be multiplied with: float16 holds nothing above 65504."""
+    size = 1.0
+    if NORMALIZE:
+        size = tl.max(tl.abs(s)) + 1e-30
+        s = s / size
+    return s.to(DOT), size
+
+
+@triton.jit
+def _meet(i, j, CAUSAL: tl.constexpr, APART: tl.constexpr):
+    """Whether row i is at least so far after column j, or before it."""
+    return i >= j + APART if CAUSAL else i + APART <= j
+
+
+@triton.jit
+def _decayed(x, gap, i, j, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr):
+    """x exp(ρ_i − κ_j), and 0 where i and j do not meet."""
+    meet = _meet(i, j, CAUSAL, STRICT)
     if DECAY:
-        c = tl.load(sums + (base + h) * BLOCK + j)
-        gap = r[:, None] - c[None, :]
-        gap = tl.where(sees, gap if READS else -gap, float("-inf"))  # elsewhere it may be positive and overflow
-        weight = tl.exp2(gap).to(tl.float32)
+        out = x * tl.exp2(tl.where(meet, gap, float("-inf")).to(tl.float32))  # elsewhere it may overflow
     else:
-        weight = tl.where(sees, 1.0, 0.0)
-    if ROWS and not READS:
-        weight *= tl.load(u + j * u_t + h * u_h, mask=there, other=0.0).to(tl.float32)[None, :]
-    if COLS and READS:
-        weight *= tl.load(w + j * w_t + h * w_h, mask=there, other=0.0).to(tl.float32)[None, :]
-    return weight
+        out = tl.where(meet, x, 0.0)
+    return out
+
+
+@triton.jit
+def finish(
+    q, k, cu, dg, dq_states, dk_states, dq, dk,
+    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, splits,
+    q_b, q_t, q_h, k_b, k_t, k_h,
+    BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ = Σ dQ through states + dG K, and dK likewise with dGᵀ Q. Grid: (blocks, groups · tiles of N, 2: dQ or dK).
+
+    Args:
+        dg, dq_states, dk_states: what `gradients` leaves, in splits.
+        dq, dk: `[tokens, groups, N]`.
+    """
+    tiles: tl.constexpr = (N + BN - 1) // BN
+    slot, g, tile = tl.program_id(0), tl.program_id(1) // tiles, tl.program_id(1) % tiles
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    if first >= stop:
+        return
+    batch, t, share = first // seqlen, first % seqlen, nheads // groups
+    dg += (slot.to(tl.int64) * groups + g) * BLOCK * BLOCK
+    step = tl.num_programs(0).to(tl.int64) * groups * BLOCK * BLOCK
+    place, area = (first * groups + g) * N, tl.cast(tokens, tl.int64) * groups * N
+    if tl.program_id(2) == 0:
+        k += batch * k_b + t * k_t + (g * share // k_share) * k_h
+        _finish(dq + place, dq_states + place, dg, k, stop - first, tile, area, step, groups, splits, k_t,
+                BLOCK, 1, BLOCK, N, BN, DOT, PRECISION)  # fmt: skip
+    else:
+        q += batch * q_b + t * q_t + (g * share // q_share) * q_h
+        _finish(dk + place, dk_states + place, dg, q, stop - first, tile, area, step, groups, splits, q_t,
+                1, BLOCK, BLOCK, N, BN, DOT, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    out, through_states, dg, b, length, tile, area, step, groups, splits, b_t,
+    STRIDE_I: tl.constexpr, STRIDE_J: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i, j, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tile * BN + tl.arange(0, BN)
+    pairs, total = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK, BN], tl.float32)
+    place, inside = i.to(tl.int64)[:, None] * groups * N + n[None, :], (i < length)[:, None] & (n < N)[None, :]
+    for split in range(splits):
+        pairs += tl.load(dg + split * step + i[:, None] * STRIDE_I + j[None, :] * STRIDE_J).to(tl.float32)
+        total += tl.load(through_states + split * area + place, mask=inside, other=0.0).to(tl.float32)
+    total = tl.dot(pairs.to(DOT), tokens_of(b, j, j < length, n, N, b_t, DOT), acc=total, input_precision=PRECISION)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

@@ -14,20 +14,21 @@ def prepare(
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
     DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
-    PACKED: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores K Qᵀ of chunks under the mask's triangle; sums of log decays of blocks, in units of log 2.
+    """Scores K Qᵀ of chunks under the mask's triangle, if CHUNKS; sums of log decays of blocks, in units of log 2.
 
     Grid: (chunks, groups + parts of HEADS heads): a program has the scores of a chunk and a group, or the sums of a block
-    (there are fewer of those) and a part.
+    (there are fewer of those) and a part. Without CHUNKS: (blocks, parts of HEADS heads).
 
     Args:
         scores: `[chunks, groups, L_j, L_i]`.
         rho, kappa: `[chunks, nheads, L]`, from the chunk's start in local time; float64 where products are of float32, as
             differences of rounded sums lose digits.
-        total: `[chunks, nheads]`, the sum of a chunk.
+        total: `[chunks, nheads]`, the sum of a chunk. These, and scores and center, only if CHUNKS.
         center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is.
-        block_rho, block_kappa, block_total: the same from the start of each block, `[blocks, nheads, BLOCK]`, if BLOCKS.
+        block_rho, block_kappa, block_total: the same of blocks, if BLOCKS.
     """
     slot, part = tl.program_id(0), tl.program_id(1)
     if part < groups:
@@ -56,7 +57,7 @@ def prepare(
                 log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, center,
                 block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32),
                 (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
-                L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, BLOCKS, SPAN,
+                L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, CHUNKS, BLOCKS, SPAN,
             )  # fmt: skip
 
 
@@ -66,12 +67,12 @@ def _sum_logs(
     block, chunk0, length, h0, nheads, a_t, a_h, z_t, z_h,
     L: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
     COL_INCLUSIVE: tl.constexpr, DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
-    BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = BLOCK // L
     i, h = tl.arange(0, BLOCK), h0 + tl.arange(0, HEADS)
     real = (i < length)[:, None] & (h < nheads)[None, :]
-    wide = rho.dtype.element_ty
+    wide: tl.constexpr = block_rho.dtype.element_ty if BLOCKS else rho.dtype.element_ty
     d = tl.zeros([BLOCK, HEADS], wide)
     if DECAY:
         d = tl.load(log_a + i[:, None] * a_t + h[None, :] * a_h, mask=real, other=0.0).to(wide) * 1.4426950408889634
@@ -88,19 +89,20 @@ def _sum_logs(
         if APART:
             tl.store(block_kappa + place, c, mask=inside)
         tl.store(block_total + block * nheads + h, tl.sum(d, 0), mask=h < nheads)
-    m = tl.arange(0, chunks)
-    ends = tl.sum(tl.reshape(d, [chunks, L, HEADS]), 1)
-    past = tl.cumsum(ends, 0, reverse=not CAUSAL) - ends
-    r = tl.reshape(r, [chunks, L, HEADS]) - past[:, None, :]
-    c = tl.reshape(c, [chunks, L, HEADS]) - past[:, None, :]
-    place = ((chunk0 + i // L)[:, None] * nheads + h[None, :]) * L + (i % L)[:, None]
-    inside = ((i // L) * L < length)[:, None] & (h < nheads)[None, :]
-    tl.store(rho + place, tl.reshape(r, [BLOCK, HEADS]), mask=inside)
-    if APART:
-        tl.store(kappa + place, tl.reshape(c, [BLOCK, HEADS]), mask=inside)
-    high = tl.maximum(tl.max(r, 1), tl.max(c, 1)).to(tl.float32)
-    low = tl.minimum(tl.min(r, 1), tl.min(c, 1)).to(tl.float32)
-    place = (chunk0 + m)[:, None] * nheads + h[None, :]
-    inside = (m * L < length)[:, None] & (h < nheads)[None, :]
-    tl.store(total + place, ends, mask=inside)
-    tl.store(center + place, tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30), mask=inside)
+    if CHUNKS:
+        m = tl.arange(0, chunks)
+        ends = tl.sum(tl.reshape(d, [chunks, L, HEADS]), 1)
+        past = tl.cumsum(ends, 0, reverse=not CAUSAL) - ends
+        r = tl.reshape(r, [chunks, L, HEADS]) - past[:, None, :]
+        c = tl.reshape(c, [chunks, L, HEADS]) - past[:, None, :]
+        place = ((chunk0 + i // L)[:, None] * nheads + h[None, :]) * L + (i % L)[:, None]
+        inside = ((i // L) * L < length)[:, None] & (h < nheads)[None, :]
+        tl.store(rho + place, tl.reshape(r, [BLOCK, HEADS]), mask=inside)
+        if APART:
+            tl.store(kappa + place, tl.reshape(c, [BLOCK, HEADS]), mask=inside)
+        high = tl.maximum(tl.max(r, 1), tl.max(c, 1)).to(tl.float32)
+        low = tl.minimum(tl.min(r, 1), tl.min(c, 1)).to(tl.float32)
+        place = (chunk0 + m)[:, None] * nheads + h[None, :]
+        inside = (m * L < length)[:, None] & (h < nheads)[None, :]
+        tl.store(total + place, ends, mask=inside)
+        tl.store(center + place, tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30), mask=inside)

@@ -56,3 +56,19 @@ def first_slot(start, row, seqlen, SIZE: tl.constexpr, PACKED: tl.constexpr):
     else:
         slot = row.to(tl.int64) * ((seqlen + SIZE - 1) // SIZE)
     return slot
+
+
+@triton.jit
+def tokens_of(x, t, inside, m, SIZE: tl.constexpr, stride, DOT: tl.constexpr):
+    """Tokens t of x as rows, `[t, m]`, 0 outside."""
+    return tl.load(x + t[:, None] * stride + m[None, :], mask=inside[:, None] & (m < SIZE)[None, :], other=0.0).to(DOT)
+
+
+@triton.jit
+def any_wide(center, first, step, count):
+    """Whether decays span more than exponents do in any of some chunks or blocks: `center` says so (`prepare`)."""
+    found = 0.0
+    for begin in range(0, count, 128):
+        i = begin + tl.arange(0, 128)
+        found = tl.maximum(found, tl.max(tl.load(center + first + i * step, mask=i < count, other=0.0), 0))
+    return found > 1e29

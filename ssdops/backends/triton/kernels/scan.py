@@ -1,4 +1,4 @@
-"""The scan: one pass over a row's chunks with the state on chip, forward, or transposed for the gradient of v.
+"""The scan: one pass over a row's chunks with the state on chip.
 
 A program owns BP rows of one head's state S [P, N] and walks the chunks of one row (or a segment of it). With the
 shared scores G = K Qᵀ of a chunk, the state S that enters it, and V as [P, L]:
@@ -7,33 +7,33 @@ shared scores G = K Qᵀ of a chunk, the state S that enters it, and V as [P, L]
     S ← exp(E) S + (V ∘ exp(E − κ_j) w_j) K
 
 Everything is [P, ·], so that S and V are left operands, which tensor cores read from registers: S is never written anywhere
-between chunks. Transposed (the scan of Lᵀ over dY) the roles turn: q ↔ k, ρ ↔ E − κ, u ↔ w, and the walk.
+between chunks.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import bounds, first_slot
+from .rows import any_wide, bounds, first_slot
 
 
 @triton.jit
 def scan(
     q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals,
-    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale_out, scale_in, per_segment,
+    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    BN2: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, OUTPUT: tl.constexpr, ENTERING: tl.constexpr,
-    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    BN2: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, ENTERING: tl.constexpr,
+    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, ALIGN: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows · heads · tiles of P, 1, segments).
 
     Args:
-        scale_out, scale_in: factors of Y, and of what is added to S.
-        per_segment: chunks of a segment.
-        parts, part_totals: the state that each segment makes from zero, and its E: written if PARTS, read by SEGMENTS.
-        FORWARD: whether chunks are walked from the left.
+        scale: the factor of Y.
+        per_segment: chunks of a segment, a multiple of ALIGN, which segments begin at.
+        parts, part_totals: the state that each segment makes from zero, and its E (`states`): read if SEGMENTS.
+        CAUSAL: whether chunks are walked from the left.
         BLOCKS: write the state that enters each block of BLOCK tokens.
     """
     tiles: tl.constexpr = (P + BP - 1) // BP
@@ -52,8 +52,7 @@ def scan(
     q += b * q_b + t0 * q_t + (h // q_share) * q_h
     k += b * k_b + t0 * k_t + (h // k_share) * k_h
     v += b * v_b + t0 * v_t + (h // v_share) * v_h
-    if OUTPUT:
-        y += b * y_b + t0 * y_t + h * y_h
+    y += b * y_b + t0 * y_t + h * y_h
     if ROWS:
         u += b * u_b + t0 * u_t + h * u_h
     if COLS:
@@ -74,36 +73,32 @@ def scan(
             s = s * decay + tl.load(place + n[None, :], mask=inside_p & inside_n, other=0.0)
             if BN2:
                 s2 = s2 * decay + tl.load(place + n2[None, :], mask=inside_p & inside_n2, other=0.0)
-    lo, hi = segment * per_segment, tl.minimum((segment + 1) * per_segment, chunks)
+    empty = 0 if CAUSAL else (chunks + ALIGN - 1) // ALIGN * ALIGN - chunks  # chunks at the right end that have no tokens
+    lo = tl.maximum(segment * per_segment - empty, 0)
+    hi = tl.minimum((segment + 1) * per_segment - empty, chunks)
     if FACTORED:
-        if _any_wide(center, slot0, lo, hi, chunks, h, nheads64, FORWARD):
-            s, s2, passed = _chunks(
+        leftmost = lo if CAUSAL else chunks - hi
+        if any_wide(center, (slot0 + leftmost) * nheads64 + h, nheads64, hi - lo):
+            s, s2 = _chunks(
                 q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
-                h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
-                L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, ROWS, COLS, OUTPUT, BLOCKS, False,
+                h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+                L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, BLOCKS, False,
                 NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
         else:
-            s, s2, passed = _chunks(
+            s, s2 = _chunks(
                 q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
-                h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
-                L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, ROWS, COLS, OUTPUT, BLOCKS, True,
+                h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+                L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, BLOCKS, True,
                 NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
     else:
-        s, s2, passed = _chunks(
+        s, s2 = _chunks(
             q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
-            h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
-            L, BLOCK, P, BP, N, BN, BN2, FORWARD, TRANSPOSED, DECAY, APART, ROWS, COLS, OUTPUT, BLOCKS, False,
+            h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+            L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, BLOCKS, False,
             NORMALIZE, DOT, PRECISION, STAGES,
         )  # fmt: skip
-    if PARTS:
-        part = (segment * n_rows + row) * nheads64 + h
-        place = parts + part * P * N + p[:, None] * N
-        tl.store(place + n[None, :], s, mask=inside_p & inside_n)
-        if BN2:
-            tl.store(place + n2[None, :], s2, mask=inside_p & inside_n2)
-        tl.store(part_totals + part, passed)
     if LEAVING:
         if segment == tl.num_programs(2) - 1:
             tl.store(leaving + state + n[None, :], s.to(leaving.dtype.element_ty), mask=inside_p & inside_n)
@@ -112,26 +107,15 @@ def scan(
 
 
 @triton.jit
-def _any_wide(center, slot0, lo, hi, chunks, h, nheads64, FORWARD: tl.constexpr):
-    """Whether decays inside any chunk of a segment span more than exponents do."""
-    found = 0.0
-    for first in range(lo, hi, 128):
-        step = first + tl.arange(0, 128)
-        c = step if FORWARD else chunks - 1 - step
-        found = tl.maximum(found, tl.max(tl.load(center + (slot0 + c) * nheads64 + h, mask=step < hi, other=0.0), 0))
-    return found > 1e29
-
-
-@triton.jit
 def _chunks(
     q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
-    h, nheads64, g, groups, p, scale_out, scale_in, q_t, k_t, v_t, y_t, u_t, w_t,
+    h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    BN2: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUT: tl.constexpr, BLOCKS: tl.constexpr,
+    BN2: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The chunks [lo, hi) of a walk: the state after them, and the log decay that they amount to.
+    """The chunks [lo, hi) of a walk, and the state after them.
 
     FACTORED: exp(ρ_i − κ_j) is the product of two factors about the chunk's middle, so that every head reads the shared
     scores as they are; else it is computed for each pair.
@@ -140,13 +124,13 @@ def _chunks(
     i, n = tl.arange(0, L), tl.arange(0, BN)
     n2 = BN + tl.arange(0, BN2 if BN2 else BN)
     inside_p, inside_n, inside_n2 = (p < P)[:, None], (n < N)[None, :], (n2 < N)[None, :]
-    passed, pending = 0.0, 0.0
+    pending = 0.0
     for step in tl.range(lo, hi, num_stages=STAGES):
-        c = step if FORWARD else chunks - 1 - step
+        c = step if CAUSAL else chunks - 1 - step
         c0 = c.to(tl.int64) * L
         inside = i < length - c * L
         if BLOCKS:
-            if (c % per_block == 0) if FORWARD else ((c % per_block == per_block - 1) | (c == chunks - 1)):
+            if (c % per_block == 0) if CAUSAL else ((c % per_block == per_block - 1) | (c == chunks - 1)):
                 owed = tl.exp2(pending)
                 block = (block0 + c // per_block) * nheads64 + h
                 place = block * P * N + p[:, None] * N
@@ -159,22 +143,21 @@ def _chunks(
         if BN2:
             kt2 = tl.load(k + c0 * k_t + i[:, None] * k_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
         base = (slot0 + c) * nheads64 + h
-        into, out = tl.full([L], 1.0, tl.float32) * scale_in, tl.full([L], 1.0, tl.float32) * scale_out
+        into, out = tl.full([L], 1.0, tl.float32), tl.full([L], 1.0, tl.float32) * scale
         r, ut, wt = into, out, into
         kap = r
         if DECAY:
             e = tl.load(total + base)
             r = tl.load(rho + base * L + i)
             kap = tl.load(kappa + base * L + i) if APART else r
-            read, add = (e - kap, r) if TRANSPOSED else (r, e - kap)
+            read, add = r, e - kap
             if FACTORED:
                 middle = tl.load(center + base)
-                first = e - middle if TRANSPOSED else middle
-                second = e - first
-                s *= tl.exp2(pending + first)
+                s *= tl.exp2(pending + middle)
                 if BN2:
-                    s2 *= tl.exp2(pending + first)
-                read, add, pending = read - first, add - second, second
+                    s2 *= tl.exp2(pending + middle)
+                pending = e - middle
+                read, add = read - middle, add - pending
             into *= tl.exp2(add).to(tl.float32)
             out *= tl.exp2(read).to(tl.float32)
         if COLS:
@@ -184,36 +167,28 @@ def _chunks(
             ut = tl.load(u + c0 * u_t + i * u_t, mask=inside, other=0.0).to(tl.float32)
             out *= ut
         added = (vt.to(tl.float32) * into[None, :]).to(DOT)
-        if OUTPUT:
-            qt = tl.load(q + c0 * q_t + i[:, None] * q_t + n[None, :], mask=inside[:, None] & inside_n, other=0.0).to(DOT)
-            place = scores + ((slot0 + c) * groups + g) * L * L
-            if TRANSPOSED:
-                pairs = tl.trans(tl.load(place + i[:, None] * L + i[None, :]))
-            else:
-                pairs = tl.load(place + i[:, None] * L + i[None, :])  # [L_j, L_i]
-            size = 1.0
-            if NORMALIZE:  # float16 holds nothing above 65504
-                size = tl.maximum(tl.max(tl.abs(s)), tl.max(tl.abs(s2)) if BN2 else 0.0) + 1e-30
-                out *= size
-            yt = tl.dot((s / size if NORMALIZE else s).to(DOT), tl.trans(qt), input_precision=PRECISION)
+        qt = tl.load(q + c0 * q_t + i[:, None] * q_t + n[None, :], mask=inside[:, None] & inside_n, other=0.0).to(DOT)
+        place = scores + ((slot0 + c) * groups + g) * L * L
+        pairs = tl.load(place + i[:, None] * L + i[None, :])  # [L_j, L_i]
+        size = 1.0
+        if NORMALIZE:  # float16 holds nothing above 65504
+            size = tl.maximum(tl.max(tl.abs(s)), tl.max(tl.abs(s2)) if BN2 else 0.0) + 1e-30
+            out *= size
+        yt = tl.dot((s / size if NORMALIZE else s).to(DOT), tl.trans(qt), input_precision=PRECISION)
+        if BN2:
+            qt2 = tl.load(q + c0 * q_t + i[:, None] * q_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
+            yt = tl.dot((s2 / size if NORMALIZE else s2).to(DOT), tl.trans(qt2), acc=yt, input_precision=PRECISION)
+        if FACTORED:
+            yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]
+        else:
+            weighted = _weighted(pairs, r, kap, ut, wt, scale, i, L, CAUSAL, DECAY, ROWS, COLS)
+            yt = tl.dot(vt, weighted.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
+        place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
+        tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
+        if DECAY and not FACTORED:
+            s *= tl.exp2(e).to(tl.float32)
             if BN2:
-                qt2 = tl.load(q + c0 * q_t + i[:, None] * q_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(
-                    DOT
-                )
-                yt = tl.dot((s2 / size if NORMALIZE else s2).to(DOT), tl.trans(qt2), acc=yt, input_precision=PRECISION)
-            if FACTORED:
-                yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]
-            else:
-                weighted = _weighted(pairs, r, kap, ut, wt, scale_in * scale_out, i, L, FORWARD, TRANSPOSED, DECAY, ROWS, COLS)
-                yt = tl.dot(vt, weighted.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
-            place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
-            tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
-        if DECAY:
-            passed += e.to(tl.float32)
-            if not FACTORED:
-                s *= tl.exp2(e).to(tl.float32)
-                if BN2:
-                    s2 *= tl.exp2(e).to(tl.float32)
+                s2 *= tl.exp2(e).to(tl.float32)
         s = tl.dot(added, kt, acc=s, input_precision=PRECISION)
         if BN2:
             s2 = tl.dot(added, kt2, acc=s2, input_precision=PRECISION)
@@ -221,20 +196,20 @@ def _chunks(
         s *= tl.exp2(pending)
         if BN2:
             s2 *= tl.exp2(pending)
-    return s, s2, passed
+    return s, s2
 
 
 @triton.jit
 def _weighted(
     pairs, r, kap, ut, wt, scale, i,
-    L: tl.constexpr, FORWARD: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr,
+    L: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """scores ∘ exp(ρ_i − κ_j) u_i w_j · scale, [L_j, L_i], or [L_i, L_j] if transposed."""
+    """scores ∘ exp(ρ_i − κ_j) u_i w_j · scale, [L_j, L_i]."""
     weight = tl.full([L, L], 1.0, tl.float32) * scale
     if DECAY:
-        gap = r[:, None] - kap[None, :] if TRANSPOSED else r[None, :] - kap[:, None]
-        late = (i[None, :] >= i[:, None]) if FORWARD else (i[None, :] <= i[:, None])
+        gap = r[None, :] - kap[:, None]
+        late = (i[None, :] >= i[:, None]) if CAUSAL else (i[None, :] <= i[:, None])
         weight *= tl.exp2(tl.where(late, gap, 0.0)).to(tl.float32)  # elsewhere gap may be positive and overflow
     if ROWS:
         weight *= ut[None, :]
