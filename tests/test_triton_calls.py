@@ -129,3 +129,11 @@ def test_what_does_not_fit_names_the_sizes(
     with pytest.raises(expected, match="batch 2, seqlen 5, nheads 3, headdim 4, dstate 4") as caught:
         ssd(q, q, q, masks.causal(), backend="triton")
     assert str(raised) in str(caught.value)
+
+
+def test_heads_too_far_apart_for_32_bits_are_brought_together() -> None:
+    """Of a tensor laid out by heads, all of which a sequence lies between."""
+    shape, seqlen = (1, 1 << 20, 80, 64), 1 << 20
+    by_heads = torch.empty_strided(shape, (80 * seqlen * 64, 64, seqlen * 64, 1), dtype=torch.bfloat16, device="meta")
+    assert launch.dense_last(by_heads).is_contiguous()
+    assert launch.dense_last(by_heads[:, :, :32]) is not by_heads and not launch.dense_last(by_heads[:, :, :32]).is_contiguous()

@@ -268,8 +268,9 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def dense_last(x: Tensor) -> Tensor:
-    """x with unit stride along its last axis: itself wherever it can be."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x with unit stride along its last axis, and heads within 2^31 elements: itself wherever it can be."""
+    near = (x.shape[2] - 1) * x.stride(2) < 2**31  # kernels count heads times strides in 32 bits, all else in 64
+    return x if near and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
