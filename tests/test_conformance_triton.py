@@ -10,7 +10,7 @@ import torch
 
 from ssdops import explain, masks, ssd
 from ssdops.backends.base import Config, Cotangents, bind
-from ssdops.backends.triton.backward import Backward
+from ssdops.backends.triton.backward import in_turns
 from ssdops.backends.triton.launch import Scan
 from ssdops.errors import UnsupportedError
 from ssdops.ir.terms import Linear
@@ -50,12 +50,14 @@ def test_segments_say_what_one_pass_says() -> None:
     states = torch.randn(2, p.batch, p.nheads, p.headdim, p.dstate, generator=torch.Generator().manual_seed(0))
     x = bind(term, p, made.q, made.k, made.v, made.mask.operands, states[0], 0.7)
     dy = torch.randn(p.batch, p.seqlen, p.nheads, p.headdim, generator=torch.Generator().manual_seed(1))
-    one, many = (Backward(term, x, Config(16, segments)) for segments in (1, 5))
+    one, many = (Config(16, segments) for segments in (1, 5))
     made = replace(made, scale=0.7, initial=(states[0],))
     allowed = twice({**output_bounds(made, True), **gradient_bounds(made, [dy, states[1]])})
-    assert_close(many.forward().y, one.forward().y.double(), allowed["y"], "y")
-    assert_close(many.forward().state, one.forward().state.double(), allowed["state[0]"], "state")
-    found, wanted = (scan.backward(Cotangents(dy, states[1])) for scan in (many, one))
+    out, expected = (Scan(term, x, config).forward() for config in (many, one))
+    assert out.state is not None and expected.state is not None
+    assert_close(out.y, expected.y.double(), allowed["y"], "y")
+    assert_close(out.state, expected.state.double(), allowed["state[0]"], "state")
+    found, wanted = (in_turns(term, x, config, Cotangents(dy, states[1])) for config in (many, one))
     for slot, name in {"q": "q", "k": "k", "v": "v", "initial": "initial_state[0]"}.items():
         assert_close(getattr(found, slot), getattr(wanted, slot).double(), allowed[name], name)
     for name, grad in found.values.items():
