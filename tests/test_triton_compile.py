@@ -60,9 +60,7 @@ def test_kernels_fit_and_take_what_the_table_says() -> None:
         assert int(row["tensor"]) <= TENSOR_MEMORY, row
         kernel, best = row["launch"].split(":")[1], TENSOR_CORES[arch]
         if kernel in ("scan", "states", "gradients"):
-            small = (
-                kernel == "gradients" and row["tokens"] == "32"
-            )  # some tiles have fewer rows than the best instruction takes
+            small = kernel == "gradients" and row["tokens"] == "32"  # tiles of fewer rows than the best instruction takes
             exact = row["instructions"] == best or (small and best in row["instructions"])
             assert row["instructions"] != "-" and (row["dtype"] == "fp32" or exact), row
         if row["launch"].endswith(":free") and (row["sm"], row["tokens"]) not in SPILLING:

@@ -20,7 +20,7 @@ from .sizes import padded
 GRADIENTS, FINISH, TOKENS = Kernel(gradients), Kernel(finish), Kernel(token_gradients)
 WHOLE = 16
 """Elements that sizes and strides are multiples of: what Triton looks at to load sixteen bytes at a time."""
-ROOM = 1 << 30
+ROOM = 2 << 30
 """Bytes of states and their cotangents to keep at once: what takes more comes in turns, by rows of the batch."""
 FULL = 2
 """Programs that a multiprocessor gets before the heads of a group are no longer split among more."""
@@ -113,10 +113,13 @@ class Backward(Scan):
 
     @property
     def rows_at_once(self) -> int:
-        """As many rows of the batch as there is room for states and their cotangents; packed rows are one."""
+        """As many rows of the batch as there is room for states and their cotangents, in even turns; packed rows are one."""
         p = self.problem
         needed = 2 * self.slots_of(self.sizes.block) * p.nheads * p.headdim * p.dstate * self.kept.itemsize
-        return p.batch if self.cu is not None else max(ROOM * p.batch // max(needed, 1), 1)
+        if self.cu is not None or needed <= ROOM:
+            return p.batch
+        turns = ceil_div(p.batch, max(ROOM * p.batch // needed, 1))
+        return ceil_div(p.batch, turns)
 
     def per_token(self, name: str) -> Tensor:
         """An operand that is there."""

@@ -28,7 +28,7 @@ class Sizes:
         tile: tokens of a block that a program of the backward pass owns, where it keeps sums of all of dstate.
         state: columns of the state, of dstate, in its first part; the rest, if any, is a second part.
         stages: how many chunks are in flight.
-        stages_back: how many heads are, where the backward pass reads states, where it gives to them, and in pairs.
+        stages_back: how many heads are, in the backward pass's parts through states, of values and of pairs.
         registers: the most that a thread of the forward scan may take; None is no limit.
     """
 

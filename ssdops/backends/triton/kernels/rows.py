@@ -66,7 +66,7 @@ def tokens_of(x, t, inside, m, SIZE: tl.constexpr, stride, DOT: tl.constexpr):
 
 @triton.jit
 def any_wide(center, first, step, count):
-    """Whether decays span more than exponents do in any of some chunks or blocks: `center` says so (`prepare`)."""
+    """Whether decays span more than exponents do in any of some chunks: `center` says so (`prepare`)."""
     found = 0.0
     for begin in range(0, count, 128):
         i = begin + tl.arange(0, 128)
