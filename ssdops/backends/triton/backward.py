@@ -13,11 +13,14 @@ from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, reduce_value, share_heads
 from .calls import Kernel
 from .kernels.gradients import KINDS, finish, gradients
+from .kernels import hopper
 from .kernels.tokens import token_gradients
 from .launch import Scan, Side, Sums, alike, ceil_div, contiguous, dense_last, or_else, strides
 from .sizes import padded
 
 GRADIENTS, FINISH, TOKENS = Kernel(gradients), Kernel(finish), Kernel(token_gradients)
+HOPPER = Kernel(hopper.gradients)
+import os
 WHOLE = 16
 """Elements that sizes and strides are multiples of: what Triton looks at to load sixteen bytes at a time."""
 ROOM = 2 << 30
@@ -154,7 +157,8 @@ class Backward(Scan):
         p, t, z, x, nothing, slots = self.problem, self.term, self.sizes, self.x, self.q, len(states)
         u, w, wanted = self.slot("rows"), self.slot("cols"), bool(x.values)
         scales = not {"rows", "cols", "log_cols"}.isdisjoint(x.values)
-        parts = 3 * (z.block // z.tile) + 1
+        on_hopper = os.environ.get("GLUON", "1") == "1" and self.dot == torch.bfloat16 and z.block == 128 and p.headdim <= 64 and p.dstate <= 128 and not (t.col_inclusive and not t.row_inclusive) and p.target.capability and p.target.capability[0] == 9
+        parts = 2 if on_hopper else 3 * (z.block // z.tile) + 1
         splits = self._splits(parts * slots)
         tokens = (p.batch, p.seqlen)
         dq_states, dk_states = (self.empty(splits, *tokens, self.groups, p.dstate) for _ in range(2))
@@ -168,7 +172,7 @@ class Backward(Scan):
         shares = (p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads)
         if self.tokens and slots:
             self.run(
-                GRADIENTS, (parts * slots, self.groups, splits),
+                HOPPER if on_hopper else GRADIENTS, (parts * slots, self.groups, splits),
                 (
                     self.q, self.k, self.v, dy, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *logs,
                     states, dstates, dq_states, dk_states, dv, dg, sums, through,
@@ -177,11 +181,11 @@ class Backward(Scan):
                     *self.packing, self.groups, *shares, self.scale, ceil_div(p.nheads, self.groups * splits),
                     *(n for x in (self.q, self.k, self.v, dy, u, w) for n in strides(x)),
                 ),
-                BLOCK=z.block, TILE=z.tile, P=p.headdim, BP=z.rows_back, BN=padded(p.dstate), CAUSAL=t.causal,
-                STRICT=int(t.strict), ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales,
-                SKIP=int(t.col_inclusive and not t.row_inclusive), NORMALIZE=self.dot == torch.float16,
-                **dict(zip(("STATE_STAGES", "VALUE_STAGES", "PAIR_STAGES"), z.stages_back, strict=True)), **self.common,
-                num_warps=8,
+                BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=padded(p.dstate), CAUSAL=t.causal,
+                STRICT=int(t.strict), ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales, num_warps=8,
+                **({**{n: self.common[n] for n in ("N", "DECAY", "APART", "PACKED")}, "STAGES": int(os.environ.get("STG","2"))} if on_hopper else
+                dict(TILE=z.tile, SKIP=int(t.col_inclusive and not t.row_inclusive), NORMALIZE=self.dot == torch.float16,
+                **dict(zip(("STATE_STAGES", "VALUE_STAGES", "PAIR_STAGES"), z.stages_back, strict=True)), **self.common)),
             )  # fmt: skip
             columns = min(padded(p.dstate), 64)
             self.run(

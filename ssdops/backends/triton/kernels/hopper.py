@@ -1,0 +1,466 @@
+"""`gradients` for Hopper, in Gluon: products that run while the program goes on.
+
+Triton waits for each product before it goes on. Here products are started, and waited for where their results are wanted, so
+that decays and sums of one are worked out while the tensor cores have the next. The formulas are those of `gradients.py`, with
+all rows of a block in a program, which has one of two parts and walks over heads:
+
+    states   dQ = Σ_h (a_i dY) S,  dK = Σ_h (b_j V) dS,  and a_i ⟨dY_i, S q_i⟩,  ⟨dS, exp(E) S⟩
+    pairs    dV = b_j K dSᵀ + (G ∘ W)ᵀ dY,  dG = Σ_h (dY Vᵀ) ∘ W,  and the other sums of tokens
+
+Pairs are rows j by columns i, so that (G ∘ W)ᵀ goes from registers to the tensor cores as it is. G is 0 where pairs do not meet,
+and for pairs (j, j), which have no decay and would drown the sums of the others: their part is added for itself.
+
+Order matters. A program's threads meet once per head, after its tiles have come; what the last head left in shared memory is
+read then, and the next tiles are sent for, as nobody reads those that they replace any more. A product must not be under way
+where a loop turns: the assembler then runs all of the kernel's products one after the other.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .rows import slot_bounds
+
+IN_PAIRS, IN_STATES, ALL_PAIRS, ALL_STATES = (gl.constexpr(kind) for kind in range(4))
+LARGE = gl.constexpr(126.0)
+"""The exponent that decays of pairs which do not meet are held below: 0 · 2^126 is 0, and 0 · ∞ is not."""
+LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def gradients(
+    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through,
+    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
+    BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr,
+    CAUSAL: gl.constexpr, STRICT: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr,
+    COLS: gl.constexpr, PACKED: gl.constexpr, SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks · 2 parts, groups, splits of a group's heads). Arguments are those of `gradients.gradients`."""
+    blocks = gl.num_programs(0) // 2
+    slot, split = gl.program_id(0) // 2, gl.program_id(2)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    if first < stop:
+        batch, t, share, g = first // seqlen, first % seqlen, nheads // groups, gl.program_id(1)
+        q += batch * q_b + t * q_t + (g * share // q_share) * q_h
+        k += batch * k_b + t * k_t + (g * share // k_share) * k_h
+        v += batch * v_b + t * v_t
+        dy += batch * y_b + t * y_t
+        u += batch * u_b + t * u_t
+        w += batch * w_b + t * w_t
+        place = ((split * tokens + first) * groups + g) * N
+        base, length, area = slot.to(gl.int64) * nheads, (stop - first).to(gl.int32), blocks.to(gl.int64) * nheads * BLOCK
+        lo, hi = g * share + split * per_split, g * share + gl.minimum((split + 1) * per_split, share)
+        if gl.program_id(0) % 2 == 0:
+            _pairs(
+                q, k, v, dy, u, w, rho, kappa, total, dstates, dv + first * nheads * P,
+                dg + ((split * blocks + slot).to(gl.int64) * groups + g) * BLOCK * BLOCK, sums, base, area, length, lo, hi,
+                nheads, v_share, scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+                BLOCK, P, BP, N, BN, CAUSAL, STRICT, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, STAGES,
+            )  # fmt: skip
+        else:
+            _states(
+                q, v, dy, u, w, rho, kappa, total, states, dstates, dq + place, dk + place, sums, through, base, area, length,
+                lo, hi, groups, v_share, scale, q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+                BLOCK, P, BP, N, BN, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, STAGES,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _states(
+    q, v, dy, u, w, rho, kappa, total, states, dstates, dq, dk, sums, through, base, area, length, lo, hi, groups, v_share, scale,
+    q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+    BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, DECAY: gl.constexpr,
+    APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SUMS: gl.constexpr, ALL_SUMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """dQ and dK through the states, the sums of rows, and what passes the block."""
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BN, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BP, 16])
+    row: gl.constexpr = gl.SliceLayout(1, narrow)
+    whole: gl.constexpr = coalesced(BP, BN)
+    AHEAD: gl.constexpr = STAGES - 1
+    v_room, y_room = tiles(STAGES, BLOCK, BP), tiles(STAGES, BLOCK, BP)
+    s_room, ds_room = tiles(STAGES, BP, BN), tiles(STAGES, BP, BN)
+    r_room, c_room = lines(STAGES, BLOCK), lines(STAGES if APART else 1, BLOCK)
+    u_room, w_room = lines(2 if ROWS else 1, BLOCK), lines(2 if COLS else 1, BLOCK)
+    passed_room = lines(2, BP)
+    own = tiles(1, BLOCK if SUMS else 16, BN if SUMS else 16).index(0)
+    if SUMS:
+        fetch(own, q, length, q_t, N)
+    for ahead in gl.static_range(AHEAD):
+        h = lo + ahead
+        if h < hi:
+            fetch(s_room.index(ahead), states + (base + h) * P * N, P, N, N)
+            _fetch(v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length, h, v_share, v_t, v_h,
+                   y_t, y_h, ahead, BLOCK, P, N, DECAY, APART)  # fmt: skip
+        async_copy.commit_group()
+    us = _ahead(u_room, u, length, lo, hi, u_t, u_h, ROWS)
+    ws = _ahead(w_room, w, length, lo, hi, w_t, w_h, COLS)
+    i = gl.arange(0, BLOCK, row)
+    dq_out, dk_out = gl.zeros([BLOCK, BN], gl.float32, wide), gl.zeros([BLOCK, BN], gl.float32, wide)
+    log, decay = gl.load(total + base + lo) if DECAY else 0.0, 1.0
+    for h in range(lo, hi):
+        stage, turn, unmoved = (h - lo) % STAGES, (h - lo) % 2, h >> 30
+        before, own_log = decay, log
+        if DECAY:
+            decay = gl.exp2(own_log)
+            log = gl.load(total + base + gl.minimum(h + 1, hi - 1))
+        async_copy.wait_group(AHEAD - 1)
+        if SUMS:
+            if h > lo:
+                _pass_on(passed_room.index(1 - turn), through + base + h - 1, before)
+        us = _next(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
+        ws = _next(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
+        if h + AHEAD < hi:
+            then = (h - lo + AHEAD) % STAGES
+            fetch(s_room.index(then), states + (base + h + AHEAD) * P * N, P, N, N)
+            _fetch(v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length + unmoved, h + AHEAD,
+                   v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h, then, BLOCK, P, N, DECAY, APART)  # fmt: skip
+        async_copy.commit_group()
+        fence_async_shared()
+        s, ds = s_room.index(stage), ds_room.index(stage)
+        if SUMS:
+            y = warpgroup_mma(own, s.permute((1, 0)), gl.zeros([BLOCK, BP], gl.float32, narrow), use_acc=False, is_async=True)
+        a, b = gl.full([BLOCK], 1.0, gl.float32, row) * scale, gl.full([BLOCK], 1.0, gl.float32, row)
+        if DECAY:
+            r = r_room.index(stage).load(row)
+            a *= gl.exp2(r)
+            b *= gl.exp2(own_log - (c_room.index(stage).load(row) if APART else r))
+        scaled = a
+        if ROWS:
+            scaled = a * u_room.index(turn).load(row)
+        if COLS:
+            b *= w_room.index(turn).load(row)
+        yt = _rows(y_room.index(stage), narrow)
+        dq_out = warpgroup_mma(_operand(yt * scaled[:, None], wide), s, dq_out, is_async=True)
+        if SUMS:
+            y = warpgroup_mma_wait(1, deps=[y])
+            crossed = gl.sum(y * yt, 1)
+            at = (base + h) * BLOCK + i
+            gl.store(sums + 2 * IN_STATES * area + at, crossed * scaled)
+            if ALL_SUMS:
+                gl.store(sums + 2 * ALL_STATES * area + at, crossed * a)
+        vt = _rows(v_room.index(stage), narrow)
+        dk_out = warpgroup_mma(_operand(vt * b[:, None], wide), ds, dk_out, is_async=True)
+        if SUMS:
+            passed_room.index(turn).store(gl.sum(s.load(whole).to(gl.float32) * ds.load(whole).to(gl.float32), 1))
+        dq_out, dk_out = warpgroup_mma_wait(0, deps=[dq_out, dk_out])
+    async_copy.wait_group(0)
+    if SUMS:
+        _pass_on(passed_room.index((hi - lo + 1) % 2), through + base + hi - 1, decay)
+    i, n = gl.arange(0, BLOCK, gl.SliceLayout(1, wide)), gl.arange(0, BN, gl.SliceLayout(0, wide))
+    place, inside = i.to(gl.int64)[:, None] * groups * N + n[None, :], (i < length)[:, None] & (n < N)[None, :]
+    gl.store(dq + place, dq_out.to(dq.dtype.element_ty), mask=inside)
+    gl.store(dk + place, dk_out.to(dk.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _pairs(
+    q, k, v, dy, u, w, rho, kappa, total, dstates, dv, dg, sums, base, area, length, lo, hi, nheads, v_share, scale,
+    q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+    BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr,
+    STRICT: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
+    SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dV, dG, and the sums of pairs and through dS."""
+    HALF: gl.constexpr = BLOCK // 2
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, HALF, 16])  # [j, i], half of the i
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BP, 16])  # [j, p]
+    row: gl.constexpr = gl.SliceLayout(1, narrow)
+    wide_row: gl.constexpr = gl.SliceLayout(1, wide)
+    wide_col: gl.constexpr = gl.SliceLayout(0, wide)
+    whole: gl.constexpr = whole_sectors(BLOCK, BP)
+    AHEAD: gl.constexpr = STAGES - 1
+    v_room, y_room, ds_room = tiles(STAGES, BLOCK, BP), tiles(STAGES, BLOCK, BP), tiles(STAGES, BP, BN)
+    r_room, c_room = lines(STAGES, BLOCK), lines(STAGES if APART else 1, BLOCK)
+    u_room, w_room = lines(2 if ROWS else 1, BLOCK), lines(2 if COLS else 1, BLOCK)
+    early_sums = gl.allocate_shared_memory(gl.float32, [2, gl.num_warps(), HALF], FLAT)
+    late_sums = gl.allocate_shared_memory(gl.float32, [2, gl.num_warps(), HALF], FLAT)
+    same_room = lines(2 if ALL_SUMS else 1, BLOCK)
+    own, scores = tiles(1, BLOCK, BN).index(0), tiles(2, BLOCK, HALF)
+    if STAGES * BP >= BLOCK:
+        q_room = ds_room._reinterpret(gl.bfloat16, [BLOCK, BN], own.layout)  # before it is wanted for dS
+    else:
+        q_room = tiles(1, BLOCK, BN).index(0)
+    fetch(own, k, length, k_t, N)
+    fetch(q_room, q, length, q_t, N)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    fence_async_shared()
+    j, i = gl.arange(0, BLOCK, wide_row), gl.arange(0, HALF, wide_col)
+    nothing, same = gl.zeros([BLOCK, HALF], gl.float32, wide), gl.zeros([BLOCK], gl.float32, row)
+    for half in gl.static_range(2):
+        full = warpgroup_mma(own, q_room.slice(half * HALF, HALF).permute((1, 0)), nothing, use_acc=False) * scale
+        apart = half * HALF + i[None, :] - j[:, None]
+        same += gl.convert_layout(gl.sum(gl.where(apart == 0, full, 0.0), 1), row)
+        scores.index(half).store(gl.where((apart > 0) if CAUSAL else (apart < 0), full, 0.0).to(gl.bfloat16))
+    for ahead in gl.static_range(AHEAD):
+        if lo + ahead < hi:
+            _fetch(v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length, lo + ahead, v_share, v_t,
+                   v_h, y_t, y_h, ahead, BLOCK, P, N, DECAY, APART)  # fmt: skip
+        async_copy.commit_group()
+    us = _ahead(u_room, u, length, lo, hi, u_t, u_h, ROWS)
+    ws = _ahead(w_room, w, length, lo, hi, w_t, w_h, COLS)
+    jn, jv, pv = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, gl.SliceLayout(1, whole)), gl.arange(0, BP, gl.SliceLayout(0, whole))
+    place, inside = jv[:, None] * (nheads * P) + pv[None, :], (jv < length)[:, None] & (pv < P)[None, :]
+    early_out, late_out = nothing, nothing
+    log = gl.load(total + base + lo) if DECAY else 0.0
+    for h in range(lo, hi):
+        stage, turn, unmoved = (h - lo) % STAGES, (h - lo) % 2, h >> 30
+        own_log, at = log, (base + h) * BLOCK
+        if DECAY:
+            log = gl.load(total + base + gl.minimum(h + 1, hi - 1))
+        async_copy.wait_group(AHEAD - 1)
+        if SUMS:
+            if h > lo:
+                _add_up(early_sums, late_sums, u_room, same_room, sums, base, area, h - 1, 1 - turn, BLOCK, ROWS, ALL_SUMS)
+        us = _next(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
+        ws = _next(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
+        if h + AHEAD < hi:
+            _fetch(v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length + unmoved, h + AHEAD,
+                   v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h, (h - lo + AHEAD) % STAGES,
+                   BLOCK, P, N, DECAY, APART)  # fmt: skip
+        async_copy.commit_group()
+        fence_async_shared()
+        vs, ys, ds = v_room.index(stage), y_room.index(stage), ds_room.index(stage)
+        rs, cs = r_room.index(stage), c_room.index(stage) if APART else r_room.index(stage)
+        early, late = ys.slice(0, HALF), ys.slice(HALF, HALF)
+        pairs = warpgroup_mma(vs, early.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        y = warpgroup_mma(own, ds.permute((1, 0)), gl.zeros([BLOCK, BP], gl.float32, narrow), use_acc=False, is_async=True)
+        pairs = warpgroup_mma_wait(1, deps=[pairs])
+        early_out, given, exchanged = _weigh(
+            pairs, early_out, scores.index(0), rs.slice(0, HALF), cs, u_room.index(turn * ROWS).slice(0, HALF),
+            w_room.index(turn * COLS), early_sums.index(turn), DECAY, ROWS, COLS, SUMS,
+        )  # fmt: skip
+        y = warpgroup_mma_wait(0, deps=[y])
+        pairs = warpgroup_mma(vs, late.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        b, own_scale, here = gl.full([BLOCK], 1.0, gl.float32, row), 1.0, same
+        if DECAY:
+            c = cs.load(row)
+            b = gl.exp2(own_log - c)
+            if APART:
+                here *= gl.exp2(rs.load(row) - c)
+        if COLS:
+            own_scale = w_room.index(turn).load(row)
+        if SUMS:
+            vt = _rows(vs, narrow)
+            crossed = gl.sum(y * vt, 1) * b
+            gl.store(sums + (2 * IN_STATES + 1) * area + at + jn, crossed * own_scale)
+            if ALL_SUMS:
+                gl.store(sums + (2 * ALL_STATES + 1) * area + at + jn, crossed)
+        y *= b[:, None]
+        if not STRICT:
+            yt = _rows(ys, narrow)
+            if ALL_SUMS:
+                met = here * gl.sum(vt * yt, 1)
+            if ROWS:
+                here *= u_room.index(turn).load(row)
+            y += here[:, None] * yt
+        y = warpgroup_mma(_operand(given, narrow), early, y, is_async=True)
+        pairs = warpgroup_mma_wait(1, deps=[pairs])
+        late_out, given, exchanged_late = _weigh(
+            pairs, late_out, scores.index(1), rs.slice(HALF, HALF), cs, u_room.index(turn * ROWS).slice(HALF, HALF),
+            w_room.index(turn * COLS), late_sums.index(turn), DECAY, ROWS, COLS, SUMS,
+        )  # fmt: skip
+        if SUMS:
+            exchanged = gl.convert_layout(exchanged + exchanged_late, row)
+            gl.store(sums + (2 * IN_PAIRS + 1) * area + at + jn, exchanged * own_scale)
+            if ALL_SUMS:
+                own_rows = exchanged
+                if STRICT:
+                    met = gl.zeros([BLOCK], gl.float32, row)
+                if ROWS:
+                    own_rows += met * u_room.index(turn).load(row)
+                else:
+                    own_rows += met
+                gl.store(sums + (2 * ALL_PAIRS + 1) * area + at + jn, own_rows)
+                same_room.index(turn).store(met * own_scale)
+        y = warpgroup_mma_wait(0, deps=[y])
+        y = warpgroup_mma(_operand(given, narrow), late, y)
+        if COLS:
+            y *= own_scale[:, None]
+        gl.store(dv + h * P + place, gl.convert_layout(y.to(dv.dtype.element_ty), whole), mask=inside)
+    async_copy.wait_group(0)
+    if SUMS:
+        _add_up(early_sums, late_sums, u_room, same_room, sums, base, area, hi - 1, (hi - lo + 1) % 2, BLOCK, ROWS, ALL_SUMS)
+    for half in gl.static_range(2):
+        after = half * HALF + i[None, :] - j[:, None] if CAUSAL else j[:, None] - half * HALF - i[None, :]
+        out = gl.where(after >= STRICT, (late_out if half else early_out) * scale, 0.0)
+        gl.store(dg + (half * HALF + i[None, :]) * BLOCK + j[:, None], out.to(dg.dtype.element_ty))
+
+
+@gluon.jit
+def _weigh(
+    pairs, out, scores, r, c, u, w, sums, DECAY: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SUMS: gl.constexpr
+):
+    """dG with a head's pairs, (G ∘ W)ᵀ without w, and the sums of R over i, without w; those over j, without u, go to `sums`."""
+    layout: gl.constexpr = pairs.type.layout
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    cols: gl.constexpr = gl.SliceLayout(0, layout)
+    given = _rows(scores, layout)
+    met = pairs
+    if DECAY:
+        decays = gl.exp2(gl.minimum(r.load(cols)[None, :] - c.load(rows)[:, None], LARGE))
+        met, given = pairs * decays, given * decays
+    exchanged = pairs * given
+    by_i, by_j = exchanged, exchanged
+    if ROWS:
+        own = u.load(cols)[None, :]
+        given, met, by_i = given * own, met * own, by_i * own
+    if COLS:
+        own = w.load(rows)[:, None]
+        met, by_j = met * own, by_j * own
+    if SUMS:
+        sums.store(_by_warp(by_j))
+    return out + met, given, gl.sum(by_i, 1)
+
+
+@gluon.jit
+def _add_up(
+    early, late, u, same, sums, base, area, h, turn, BLOCK: gl.constexpr, ROWS: gl.constexpr, ALL_SUMS: gl.constexpr
+):
+    """The sums of R by rows i, from those of each warp."""
+    HALF: gl.constexpr = BLOCK // 2
+    layout: gl.constexpr = gl.BlockedLayout([gl.num_warps(), 1], [1, 32], [1, gl.num_warps()], [1, 0])
+    line: gl.constexpr = gl.SliceLayout(0, layout)
+    for half in gl.static_range(2):
+        at = (base + h) * BLOCK + half * HALF + gl.arange(0, HALF, line)
+        total = gl.sum((late if half else early).index(turn).load(layout), 0)
+        own = total
+        if ROWS:
+            own *= u.index(turn).slice(half * HALF, HALF).load(line)
+        gl.store(sums + 2 * IN_PAIRS * area + at, own)
+        if ALL_SUMS:
+            met = same.index(turn).slice(half * HALF, HALF).load(line)
+            gl.store(sums + 2 * ALL_PAIRS * area + at, total + met)
+
+
+@gluon.jit
+def _by_warp(x):
+    """The sums of x, `[j, i]`, over the rows of each warp: half as many with every row that lanes trade for another's column."""
+    warps: gl.constexpr = gl.num_warps()
+    x = gl.sum(gl.reshape(x, [warps, 2, 8, x.shape[1]]), 1)
+    for rows in gl.static_range(3):
+        x = gl.reshape(x, [warps, 4 >> rows, 2, x.shape[2]])
+        x = gl.sum(gl.convert_layout(x, traded(rows, x.shape)), 2)
+    return gl.reshape(x, [warps, x.shape[2]])
+
+
+@gluon.jit
+def _pass_on(rows, out, decay):
+    """exp(E) ⟨dS, S⟩, from its sums by rows."""
+    EACH: gl.constexpr = max(rows.shape[0] // 32, 1)  # so that every warp has them all
+    layout: gl.constexpr = gl.BlockedLayout([EACH], [32], [gl.num_warps()], [0])
+    gl.store(out, gl.sum(rows.load(layout), 0) * decay)
+
+
+@gluon.jit
+def _rows(tile, layout: gl.constexpr):
+    """A tile in registers, as a product with as many columns has it."""
+    return gl.convert_layout(tile.load(gl.DotOperandLayout(0, layout, 2)), layout).to(gl.float32)
+
+
+@gluon.jit
+def _operand(x, layout: gl.constexpr):
+    """A product in registers as the left operand of another, whose layout is given: its rows are where they are wanted."""
+    return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, layout, 2))
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def tiles(COUNT: gl.constexpr, T: gl.constexpr, M: gl.constexpr):
+    """Room for tiles [T, M] that tensor cores read."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, M], gl.bfloat16)
+    return gl.allocate_shared_memory(gl.bfloat16, [COUNT, T, M], layout)
+
+
+@gluon.jit
+def lines(COUNT: gl.constexpr, T: gl.constexpr):
+    """Room for a number per token."""
+    return gl.allocate_shared_memory(gl.float32, [COUNT, T], LINE)
+
+
+@gluon.jit
+def fetch(tile, x, length, stride, SIZE: gl.constexpr):
+    """Send for rows 0, 1, … of x; zeros come from `length` on and past SIZE."""
+    layout: gl.constexpr = coalesced(tile.shape[0], tile.shape[1])
+    t, m = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout)), gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
+    inside = (t < length)[:, None] & (m < SIZE)[None, :]
+    async_copy.async_copy_global_to_shared(tile, x + t[:, None] * stride + m[None, :], mask=inside)
+
+
+@gluon.jit
+def _fetch(
+    v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length, h, v_share, v_t, v_h, y_t, y_h, stage,
+    BLOCK: gl.constexpr, P: gl.constexpr, N: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr,
+):  # fmt: skip
+    """Send for what both parts read of a head."""
+    fetch(v_room.index(stage), v + (h // v_share) * v_h, length, v_t, P)
+    fetch(y_room.index(stage), dy + h * y_h, length, y_t, P)
+    fetch(ds_room.index(stage), dstates + (base + h) * P * N, P, N, N)
+    if DECAY:
+        at = (base + h) * BLOCK + gl.arange(0, BLOCK, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+        async_copy.async_copy_global_to_shared(r_room.index(stage), rho + at)
+        if APART:
+            async_copy.async_copy_global_to_shared(c_room.index(stage), kappa + at)
+
+
+@gluon.jit
+def _load(x, length, h, hi, x_t, x_h, SIZE: gl.constexpr):
+    """u or w of a head, a token to a thread."""
+    t = gl.arange(0, SIZE, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    return gl.load(x + t * x_t + gl.minimum(h, hi - 1) * x_h, mask=t < length, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _ahead(room, x, length, lo, hi, x_t, x_h, THERE: gl.constexpr):
+    """Put the first head's u or w into its room; the second head's is on its way to registers."""
+    out = 0.0
+    if THERE:
+        room.index(0).store(_load(x, length, lo, hi, x_t, x_h, room.shape[1]))
+        out = _load(x, length, lo + 1, hi, x_t, x_h, room.shape[1])
+    return out
+
+
+@gluon.jit
+def _next(room, x_ahead, x, length, h, lo, hi, x_t, x_h, THERE: gl.constexpr):
+    """Put the next head's u or w into its room, and send for the one after."""
+    out = x_ahead
+    if THERE:
+        room.index((h - lo + 1) % 2).store(x_ahead)
+        out = _load(x, length, h + 2, hi, x_t, x_h, room.shape[1])
+    return out
+
+
+# --- layouts ------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def coalesced(T, M):
+    """Of tiles [T, M], sixteen bytes to a thread at a time."""
+    lanes = min(M // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [8, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def whole_sectors(T, M):
+    """As products have tiles [T, M], but for a bit of columns: what four lanes store is 32 bytes."""
+    wide = [[0, 1 << bit] for bit in range(4, M.bit_length() - 1)]
+    warps = [[16 << bit, 0] for bit in range((T // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], *wide, [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], warps, [], [T, M])
+
+
+@gluon.constexpr_function
+def traded(rows, shape):
+    """Of sums `[warp, row, 2, column]` with `rows` bits of rows summed: the next bit has gone from lanes to registers."""
+    warps, _, _, columns = shape
+    column = [[0, 0, 0, 1 << bit] for bit in range(columns.bit_length() - 1)]
+    far = column[:2:-1]
+    lanes = [*column[1:3], *far[: rows + 1], *([0, 1 << bit, 0, 0] for bit in range(2 - rows))]
+    registers = [column[0], *far[:rows:-1], [0, 0, 1, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[1 << bit, 0, 0, 0] for bit in range(warps.bit_length() - 1)], [], shape)
