@@ -59,7 +59,12 @@ def everything(s: Make) -> m.Mask:
     return m.decay(s.log()).shift(1).scale(s.factor(), s.factor(), s.log()) * s.cu
 
 
-MASKS = {"decay": plain, "everything": everything, "one": everything}
+def scaled(s: Make) -> m.Mask:
+    """All that gradients can have while every pair of tokens has a decay between it."""
+    return m.decay(s.log()).scale(s.factor(), s.factor(), s.log()) * s.cu
+
+
+MASKS = {"decay": plain, "scaled": scaled, "everything": everything, "one": everything}
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Launch:
         return compiled(self.fn, self.arguments, {**self.constants, **constants}, arch)
 
 
-BLOCKWISE: dict[str, Any] = {"passes": ("backward",), "only": ("states", "gradients")}
+BLOCKWISE: dict[str, Any] = {"passes": ("backward",), "only": ("states", "gradients", "hopper_gradients")}
 SETUPS = (
     Setup("bf16", 64, 128, passes=("forward", "segments", "every", "backward")),
     Setup("bf16", 64, 256, passes=("forward",)),
@@ -102,7 +107,11 @@ SETUPS = (
     Setup("bf16", 64, 128, 64, passes=("forward",)),
     Setup("bf16", 64, 128, mask="everything"),
     Setup("bf16", 64, 128, mask="one", seqlen=1, nheads=1),
+    Setup("bf16", 64, 128, mask="scaled", **BLOCKWISE),
+    Setup("bf16", 64, 256, mask="scaled", **BLOCKWISE),
+    Setup("bf16", 16, 16, mask="scaled", **BLOCKWISE),
     Setup("bf16", 64, 16, **BLOCKWISE),
+    Setup("bf16", 64, 256, **BLOCKWISE),
     Setup("bf16", 128, 128, **BLOCKWISE),
     Setup("bf16", 256, 256, **BLOCKWISE),
     Setup("fp16", 64, 128, passes=("forward",)),
@@ -123,7 +132,7 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
         made.append((kernel._fn, (*tensors, *numbers), constants))
 
     Kernel.__call__ = record
-    full = MASKS[setup.mask] is everything
+    full = MASKS[setup.mask] is not plain
     make = Shapes(setup.seqlen, setup.nheads, setup.dstate, setup.headdim, DTYPES[setup.dtype], "meta")
     case = make.case(MASKS[setup.mask](make))
     problem = replace(case.problem, target=Target("cuda", "", (arch // 10, arch % 10)))

@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -86,7 +87,7 @@ def build(
     options: Mapping[str, Any],
 ) -> Compiled:
     """The kernel of a signature, for sm_{arch}."""
-    source = ASTSource(fn, dict(signature), dict(constants), dict(attributes))
+    source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, dict(signature), dict(constants), dict(attributes))
     return Compiled(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options)))
 
 

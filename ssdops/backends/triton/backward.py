@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, reduce_value, share_heads
 from .calls import Kernel
 from .kernels.gradients import KINDS, finish, gradients
-from .kernels import hopper
 from .kernels.tokens import token_gradients
 from .launch import Scan, Side, Sums, alike, ceil_div, contiguous, dense_last, or_else, strides
-from .sizes import padded
+from .sizes import hopper_stages, padded
 
-GRADIENTS, FINISH, TOKENS = Kernel(gradients), Kernel(finish), Kernel(token_gradients)
-HOPPER = Kernel(hopper.gradients)
-import os
+try:
+    from .kernels.hopper import hopper_gradients
+except ImportError:  # Triton before 3.6
+    hopper_gradients = None
+
+GRADIENTS, FINISH, TOKENS, HOPPER = Kernel(gradients), Kernel(finish), Kernel(token_gradients), Kernel(hopper_gradients)
 WHOLE = 16
 """Elements that sizes and strides are multiples of: what Triton looks at to load sixteen bytes at a time."""
 ROOM = 2 << 30
@@ -157,8 +159,7 @@ class Backward(Scan):
         p, t, z, x, nothing, slots = self.problem, self.term, self.sizes, self.x, self.q, len(states)
         u, w, wanted = self.slot("rows"), self.slot("cols"), bool(x.values)
         scales = not {"rows", "cols", "log_cols"}.isdisjoint(x.values)
-        on_hopper = os.environ.get("GLUON", "1") == "1" and self.dot == torch.bfloat16 and z.block == 128 and p.headdim <= 64 and p.dstate <= 128 and not (t.col_inclusive and not t.row_inclusive) and p.target.capability and p.target.capability[0] == 9
-        parts = 2 if on_hopper else 3 * (z.block // z.tile) + 1
+        kernel, parts, switches = self._kernel()
         splits = self._splits(parts * slots)
         tokens = (p.batch, p.seqlen)
         dq_states, dk_states = (self.empty(splits, *tokens, self.groups, p.dstate) for _ in range(2))
@@ -172,7 +173,7 @@ class Backward(Scan):
         shares = (p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads)
         if self.tokens and slots:
             self.run(
-                HOPPER if on_hopper else GRADIENTS, (parts * slots, self.groups, splits),
+                kernel, (parts * slots, self.groups, splits),
                 (
                     self.q, self.k, self.v, dy, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *logs,
                     states, dstates, dq_states, dk_states, dv, dg, sums, through,
@@ -181,11 +182,8 @@ class Backward(Scan):
                     *self.packing, self.groups, *shares, self.scale, ceil_div(p.nheads, self.groups * splits),
                     *(n for x in (self.q, self.k, self.v, dy, u, w) for n in strides(x)),
                 ),
-                BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=padded(p.dstate), CAUSAL=t.causal,
-                STRICT=int(t.strict), ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales, num_warps=8,
-                **({**{n: self.common[n] for n in ("N", "DECAY", "APART", "PACKED")}, "STAGES": int(os.environ.get("STG","2"))} if on_hopper else
-                dict(TILE=z.tile, SKIP=int(t.col_inclusive and not t.row_inclusive), NORMALIZE=self.dot == torch.float16,
-                **dict(zip(("STATE_STAGES", "VALUE_STAGES", "PAIR_STAGES"), z.stages_back, strict=True)), **self.common)),
+                BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=padded(p.dstate), CAUSAL=t.causal, STRICT=int(t.strict),
+                ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales, **switches, num_warps=8,
             )  # fmt: skip
             columns = min(padded(p.dstate), 64)
             self.run(
@@ -196,6 +194,20 @@ class Backward(Scan):
                 num_warps=8,
             )  # fmt: skip
         return dq, dk, sums, through
+
+    def _kernel(self) -> tuple[Kernel, int, dict[str, Any]]:
+        """What makes gradients by blocks, into how many parts it takes a block, and the switches that are its own."""
+        z, t, c = self.sizes, self.term, self.common
+        skips = t.col_inclusive and not t.row_inclusive
+        vectors = self.decays + self.apart, (self.slot("rows") is not None) + (self.slot("cols") is not None)
+        stages = 0 if hopper_gradients is None or skips else hopper_stages(self.problem, self.dot, *vectors)
+        if stages:
+            names = ("N", "DECAY", "APART", "PACKED")
+            return HOPPER, 3 if self.problem.dstate > 128 else 2, {**{name: c[name] for name in names}, "STAGES": stages}
+        ahead = dict(zip(("STATE_STAGES", "VALUE_STAGES", "PAIR_STAGES"), z.stages_back, strict=True))
+        return GRADIENTS, 3 * (z.block // z.tile) + 1, {
+            **c, **ahead, "TILE": z.tile, "SKIP": int(skips), "NORMALIZE": self.dot == torch.float16,
+        }  # fmt: skip
 
     def _by_token(self, sums: Tensor, through: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of log_a, rows and cols, of which log_cols has one too."""

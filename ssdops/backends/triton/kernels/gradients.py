@@ -55,7 +55,7 @@ def gradients(
     parts: tl.constexpr = 3 * tiles + 1
     blocks = tl.num_programs(0) // parts
     slot, part, split = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(2)
-    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
     if first >= stop:
         return
     batch, t, share, g = first // seqlen, first % seqlen, nheads // groups, tl.program_id(1)
@@ -273,7 +273,7 @@ def finish(
     """
     tiles: tl.constexpr = (N + BN - 1) // BN
     slot, g, tile = tl.program_id(0), tl.program_id(1) // tiles, tl.program_id(1) % tiles
-    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
     if first >= stop:
         return
     batch, t, share = first // seqlen, first % seqlen, nheads // groups

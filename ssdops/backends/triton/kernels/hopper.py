@@ -1,4 +1,4 @@
-"""`gradients` for Hopper, in Gluon: products that run while the program goes on.
+"""`gradients` for Hopper in bfloat16, in Gluon: products that run while the program goes on.
 
 Triton waits for each product before it goes on. Here products are started, and waited for where their results are wanted, so
 that decays and sums of one are worked out while the tensor cores have the next. The formulas are those of `gradients.py`, with
@@ -26,11 +26,13 @@ IN_PAIRS, IN_STATES, ALL_PAIRS, ALL_STATES = (gl.constexpr(kind) for kind in ran
 LARGE = gl.constexpr(126.0)
 """The exponent that decays of pairs which do not meet are held below: 0 · 2^126 is 0, and 0 · ∞ is not."""
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+TOKEN = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
+"""A token to a thread, of 256."""
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
-def gradients(
+def hopper_gradients(
     q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through,
     n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
@@ -38,10 +40,14 @@ def gradients(
     CAUSAL: gl.constexpr, STRICT: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr,
     COLS: gl.constexpr, PACKED: gl.constexpr, SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks · 2 parts, groups, splits of a group's heads). Arguments are those of `gradients.gradients`."""
-    blocks = gl.num_programs(0) // 2
-    slot, split = gl.program_id(0) // 2, gl.program_id(2)
-    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    """Grid: (blocks · parts, groups, splits of a group's heads), with 3 parts if BN > 128, else 2.
+
+    Arguments are those of `gradients.gradients`; STAGES heads have their tiles in shared memory at once.
+    """
+    parts: gl.constexpr = 3 if BN > 128 else 2  # dQ and dK have registers in one program, or not
+    blocks = gl.num_programs(0) // parts
+    slot, part, split = gl.program_id(0) // parts, gl.program_id(0) % parts, gl.program_id(2)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, gl.arange(0, 256, TOKEN), BLOCK, PACKED)
     if first < stop:
         batch, t, share, g = first // seqlen, first % seqlen, nheads // groups, gl.program_id(1)
         q += batch * q_b + t * q_t + (g * share // q_share) * q_h
@@ -53,18 +59,24 @@ def gradients(
         place = ((split * tokens + first) * groups + g) * N
         base, length, area = slot.to(gl.int64) * nheads, (stop - first).to(gl.int32), blocks.to(gl.int64) * nheads * BLOCK
         lo, hi = g * share + split * per_split, g * share + gl.minimum((split + 1) * per_split, share)
-        if gl.program_id(0) % 2 == 0:
+        if part == 0:
             _pairs(
                 q, k, v, dy, u, w, rho, kappa, total, dstates, dv + first * nheads * P,
                 dg + ((split * blocks + slot).to(gl.int64) * groups + g) * BLOCK * BLOCK, sums, base, area, length, lo, hi,
                 nheads, v_share, scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
                 BLOCK, P, BP, N, BN, CAUSAL, STRICT, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, STAGES,
             )  # fmt: skip
+        elif part == 1:
+            _states(
+                q, v, dy, u, w, rho, kappa, total, states, dstates, dq + place, dk + place, sums, through, base, area, length,
+                lo, hi, groups, v_share, scale, q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+                BLOCK, P, BP, N, BN, True, parts == 2, DECAY, APART and parts == 2, ROWS, COLS and parts == 2, SUMS, ALL_SUMS, STAGES,
+            )  # fmt: skip
         else:
             _states(
                 q, v, dy, u, w, rho, kappa, total, states, dstates, dq + place, dk + place, sums, through, base, area, length,
                 lo, hi, groups, v_share, scale, q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
-                BLOCK, P, BP, N, BN, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, STAGES,
+                BLOCK, P, BP, N, BN, False, True, DECAY, APART, False, COLS, False, False, STAGES,
             )  # fmt: skip
 
 
@@ -72,31 +84,27 @@ def gradients(
 def _states(
     q, v, dy, u, w, rho, kappa, total, states, dstates, dq, dk, sums, through, base, area, length, lo, hi, groups, v_share, scale,
     q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
-    BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, DECAY: gl.constexpr,
-    APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SUMS: gl.constexpr, ALL_SUMS: gl.constexpr,
-    STAGES: gl.constexpr,
+    BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr,
+    DK: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SUMS: gl.constexpr,
+    ALL_SUMS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dQ and dK through the states, the sums of rows, and what passes the block."""
+    """dQ and dK through the states, or one of them; with dQ, the sums of rows and what passes the block."""
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BN, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BP, 16])
     row: gl.constexpr = gl.SliceLayout(1, narrow)
     whole: gl.constexpr = coalesced(BP, BN)
     AHEAD: gl.constexpr = STAGES - 1
+    DS: gl.constexpr = DK or SUMS
     v_room, y_room = tiles(STAGES, BLOCK, BP), tiles(STAGES, BLOCK, BP)
     s_room, ds_room = tiles(STAGES, BP, BN), tiles(STAGES, BP, BN)
-    r_room, c_room = lines(STAGES, BLOCK), lines(STAGES if APART else 1, BLOCK)
-    u_room, w_room = lines(2 if ROWS else 1, BLOCK), lines(2 if COLS else 1, BLOCK)
-    passed_room = lines(2, BP)
-    own = tiles(1, BLOCK if SUMS else 16, BN if SUMS else 16).index(0)
+    r_room, c_room = lines(STAGES, BLOCK), lines(STAGES, BLOCK)
+    u_room, w_room, passed_room = lines(2, BLOCK), lines(2, BLOCK), lines(2, BP)
+    own = tiles(1, BLOCK, BN).index(0)
     if SUMS:
         fetch(own, q, length, q_t, N)
     for ahead in gl.static_range(AHEAD):
-        h = lo + ahead
-        if h < hi:
-            fetch(s_room.index(ahead), states + (base + h) * P * N, P, N, N)
-            _fetch(v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length, h, v_share, v_t, v_h,
-                   y_t, y_h, ahead, BLOCK, P, N, DECAY, APART)  # fmt: skip
-        async_copy.commit_group()
+        _fetch(v_room, y_room, s_room, ds_room, r_room, c_room, v, dy, states, dstates, rho, kappa, base, length, lo + ahead, hi,
+               v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N, DK, DQ, DQ, DS, DECAY, APART)  # fmt: skip
     us = _ahead(u_room, u, length, lo, hi, u_t, u_h, ROWS)
     ws = _ahead(w_room, w, length, lo, hi, w_t, w_h, COLS)
     i = gl.arange(0, BLOCK, row)
@@ -114,47 +122,57 @@ def _states(
                 _pass_on(passed_room.index(1 - turn), through + base + h - 1, before)
         us = _next(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
         ws = _next(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
-        if h + AHEAD < hi:
-            then = (h - lo + AHEAD) % STAGES
-            fetch(s_room.index(then), states + (base + h + AHEAD) * P * N, P, N, N)
-            _fetch(v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length + unmoved, h + AHEAD,
-                   v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h, then, BLOCK, P, N, DECAY, APART)  # fmt: skip
-        async_copy.commit_group()
+        _fetch(v_room, y_room, s_room, ds_room, r_room, c_room, v, dy, states, dstates, rho, kappa, base, length + unmoved,
+               h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h, (h - lo + AHEAD) % STAGES,
+               BLOCK, P, N, DK, DQ, DQ, DS, DECAY, APART)  # fmt: skip
         fence_async_shared()
-        s, ds = s_room.index(stage), ds_room.index(stage)
-        if SUMS:
-            y = warpgroup_mma(own, s.permute((1, 0)), gl.zeros([BLOCK, BP], gl.float32, narrow), use_acc=False, is_async=True)
-        a, b = gl.full([BLOCK], 1.0, gl.float32, row) * scale, gl.full([BLOCK], 1.0, gl.float32, row)
+        r = gl.zeros([BLOCK], gl.float32, row)
         if DECAY:
             r = r_room.index(stage).load(row)
-            a *= gl.exp2(r)
-            b *= gl.exp2(own_log - (c_room.index(stage).load(row) if APART else r))
-        scaled = a
-        if ROWS:
-            scaled = a * u_room.index(turn).load(row)
-        if COLS:
-            b *= w_room.index(turn).load(row)
-        yt = _rows(y_room.index(stage), narrow)
-        dq_out = warpgroup_mma(_operand(yt * scaled[:, None], wide), s, dq_out, is_async=True)
+        if DQ:
+            s = s_room.index(stage)
+            if SUMS:
+                y = warpgroup_mma(own, s.permute((1, 0)), gl.zeros([BLOCK, BP], gl.float32, narrow), use_acc=False, is_async=True)
+            a = gl.exp2(r) * scale
+            scaled = a
+            if ROWS:
+                scaled = a * u_room.index(turn).load(row)
+            yt = _rows(y_room.index(stage), narrow)
+            dq_out = warpgroup_mma(_operand(yt * scaled[:, None], wide), s, dq_out, is_async=True)
+            if SUMS:
+                y = warpgroup_mma_wait(1, deps=[y])
+                crossed = gl.sum(y * yt, 1)
+                at = (base + h) * BLOCK + i
+                gl.store(sums + 2 * IN_STATES * area + at, crossed * scaled)
+                if ALL_SUMS:
+                    gl.store(sums + 2 * ALL_STATES * area + at, crossed * a)
+        if DK:
+            c = r
+            if APART:
+                c = c_room.index(stage).load(row)
+            b = gl.exp2(own_log - c)
+            if COLS:
+                b *= w_room.index(turn).load(row)
+            vt = _rows(v_room.index(stage), narrow)
+            dk_out = warpgroup_mma(_operand(vt * b[:, None], wide), ds_room.index(stage), dk_out, is_async=True)
         if SUMS:
-            y = warpgroup_mma_wait(1, deps=[y])
-            crossed = gl.sum(y * yt, 1)
-            at = (base + h) * BLOCK + i
-            gl.store(sums + 2 * IN_STATES * area + at, crossed * scaled)
-            if ALL_SUMS:
-                gl.store(sums + 2 * ALL_STATES * area + at, crossed * a)
-        vt = _rows(v_room.index(stage), narrow)
-        dk_out = warpgroup_mma(_operand(vt * b[:, None], wide), ds, dk_out, is_async=True)
-        if SUMS:
-            passed_room.index(turn).store(gl.sum(s.load(whole).to(gl.float32) * ds.load(whole).to(gl.float32), 1))
-        dq_out, dk_out = warpgroup_mma_wait(0, deps=[dq_out, dk_out])
+            passed = s.load(whole).to(gl.float32) * ds_room.index(stage).load(whole).to(gl.float32)
+            passed_room.index(turn).store(gl.sum(passed, 1))
+        if DQ and DK:
+            dq_out, dk_out = warpgroup_mma_wait(0, deps=[dq_out, dk_out])
+        elif DQ:
+            dq_out = warpgroup_mma_wait(0, deps=[dq_out])
+        else:
+            dk_out = warpgroup_mma_wait(0, deps=[dk_out])
     async_copy.wait_group(0)
     if SUMS:
         _pass_on(passed_room.index((hi - lo + 1) % 2), through + base + hi - 1, decay)
     i, n = gl.arange(0, BLOCK, gl.SliceLayout(1, wide)), gl.arange(0, BN, gl.SliceLayout(0, wide))
     place, inside = i.to(gl.int64)[:, None] * groups * N + n[None, :], (i < length)[:, None] & (n < N)[None, :]
-    gl.store(dq + place, dq_out.to(dq.dtype.element_ty), mask=inside)
-    gl.store(dk + place, dk_out.to(dk.dtype.element_ty), mask=inside)
+    if DQ:
+        gl.store(dq + place, dq_out.to(dq.dtype.element_ty), mask=inside)
+    if DK:
+        gl.store(dk + place, dk_out.to(dk.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -174,34 +192,34 @@ def _pairs(
     wide_col: gl.constexpr = gl.SliceLayout(0, wide)
     whole: gl.constexpr = whole_sectors(BLOCK, BP)
     AHEAD: gl.constexpr = STAGES - 1
-    v_room, y_room, ds_room = tiles(STAGES, BLOCK, BP), tiles(STAGES, BLOCK, BP), tiles(STAGES, BP, BN)
-    r_room, c_room = lines(STAGES, BLOCK), lines(STAGES if APART else 1, BLOCK)
-    u_room, w_room = lines(2 if ROWS else 1, BLOCK), lines(2 if COLS else 1, BLOCK)
+    SINGLE: gl.constexpr = BN > 128  # shared memory has room for one dS
+    v_room, y_room = tiles(STAGES, BLOCK, BP), tiles(STAGES, BLOCK, BP)
+    ds_room = tiles(1 if SINGLE else STAGES, BP, BN)
+    r_room, c_room = lines(STAGES, BLOCK), lines(STAGES, BLOCK)
+    u_room, w_room = lines(2, BLOCK), lines(2, BLOCK)
     early_sums = gl.allocate_shared_memory(gl.float32, [2, gl.num_warps(), HALF], FLAT)
     late_sums = gl.allocate_shared_memory(gl.float32, [2, gl.num_warps(), HALF], FLAT)
-    same_room = lines(2 if ALL_SUMS else 1, BLOCK)
+    same_room = lines(2, BLOCK)
     own, scores = tiles(1, BLOCK, BN).index(0), tiles(2, BLOCK, HALF)
-    if STAGES * BP >= BLOCK:
-        q_room = ds_room._reinterpret(gl.bfloat16, [BLOCK, BN], own.layout)  # before it is wanted for dS
+    if ds_room.shape[0] * BP >= HALF:
+        q_room = ds_room._reinterpret(gl.bfloat16, [HALF, BN], own.layout)  # before it is wanted for dS
     else:
-        q_room = tiles(1, BLOCK, BN).index(0)
+        q_room = tiles(1, HALF, BN).index(0)
     fetch(own, k, length, k_t, N)
-    fetch(q_room, q, length, q_t, N)
-    async_copy.commit_group()
-    async_copy.wait_group(0)
-    fence_async_shared()
     j, i = gl.arange(0, BLOCK, wide_row), gl.arange(0, HALF, wide_col)
     nothing, same = gl.zeros([BLOCK, HALF], gl.float32, wide), gl.zeros([BLOCK], gl.float32, row)
     for half in gl.static_range(2):
-        full = warpgroup_mma(own, q_room.slice(half * HALF, HALF).permute((1, 0)), nothing, use_acc=False) * scale
+        fetch(q_room, q + half * HALF * q_t, length - half * HALF, q_t, N)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        fence_async_shared()
+        full = warpgroup_mma(own, q_room.permute((1, 0)), nothing, use_acc=False) * scale
         apart = half * HALF + i[None, :] - j[:, None]
         same += gl.convert_layout(gl.sum(gl.where(apart == 0, full, 0.0), 1), row)
         scores.index(half).store(gl.where((apart > 0) if CAUSAL else (apart < 0), full, 0.0).to(gl.bfloat16))
     for ahead in gl.static_range(AHEAD):
-        if lo + ahead < hi:
-            _fetch(v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length, lo + ahead, v_share, v_t,
-                   v_h, y_t, y_h, ahead, BLOCK, P, N, DECAY, APART)  # fmt: skip
-        async_copy.commit_group()
+        _fetch(v_room, y_room, ds_room, ds_room, r_room, c_room, v, dy, dstates, dstates, rho, kappa, base, length, lo + ahead,
+               hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N, True, True, False, not SINGLE or ahead == 0, DECAY, APART)  # fmt: skip
     us = _ahead(u_room, u, length, lo, hi, u_t, u_h, ROWS)
     ws = _ahead(w_room, w, length, lo, hi, w_t, w_h, COLS)
     jn, jv, pv = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, gl.SliceLayout(1, whole)), gl.arange(0, BP, gl.SliceLayout(0, whole))
@@ -219,23 +237,25 @@ def _pairs(
                 _add_up(early_sums, late_sums, u_room, same_room, sums, base, area, h - 1, 1 - turn, BLOCK, ROWS, ALL_SUMS)
         us = _next(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
         ws = _next(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
-        if h + AHEAD < hi:
-            _fetch(v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length + unmoved, h + AHEAD,
-                   v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h, (h - lo + AHEAD) % STAGES,
-                   BLOCK, P, N, DECAY, APART)  # fmt: skip
-        async_copy.commit_group()
+        _fetch(v_room, y_room, ds_room, ds_room, r_room, c_room, v, dy, dstates, dstates, rho, kappa, base, length + unmoved,
+               h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h, (h - lo + AHEAD) % STAGES,
+               BLOCK, P, N, True, True, False, not SINGLE, DECAY, APART)  # fmt: skip
         fence_async_shared()
-        vs, ys, ds = v_room.index(stage), y_room.index(stage), ds_room.index(stage)
+        vs, ys, ds = v_room.index(stage), y_room.index(stage), ds_room.index(0 if SINGLE else stage)
         rs, cs = r_room.index(stage), c_room.index(stage) if APART else r_room.index(stage)
         early, late = ys.slice(0, HALF), ys.slice(HALF, HALF)
         pairs = warpgroup_mma(vs, early.permute((1, 0)), nothing, use_acc=False, is_async=True)
         y = warpgroup_mma(own, ds.permute((1, 0)), gl.zeros([BLOCK, BP], gl.float32, narrow), use_acc=False, is_async=True)
         pairs = warpgroup_mma_wait(1, deps=[pairs])
         early_out, given, exchanged = _weigh(
-            pairs, early_out, scores.index(0), rs.slice(0, HALF), cs, u_room.index(turn * ROWS).slice(0, HALF),
-            w_room.index(turn * COLS), early_sums.index(turn), DECAY, ROWS, COLS, SUMS,
+            pairs, early_out, scores.index(0), rs.slice(0, HALF), cs, u_room.index(turn).slice(0, HALF),
+            w_room.index(turn), early_sums.index(turn), DECAY, ROWS, COLS, SUMS,
         )  # fmt: skip
         y = warpgroup_mma_wait(0, deps=[y])
+        if SINGLE:
+            if h + 1 < hi:
+                fetch(ds, dstates + (base + h + 1) * P * N, P, N, N)
+            async_copy.commit_group()
         pairs = warpgroup_mma(vs, late.permute((1, 0)), nothing, use_acc=False, is_async=True)
         b, own_scale, here = gl.full([BLOCK], 1.0, gl.float32, row), 1.0, same
         if DECAY:
@@ -262,8 +282,8 @@ def _pairs(
         y = warpgroup_mma(_operand(given, narrow), early, y, is_async=True)
         pairs = warpgroup_mma_wait(1, deps=[pairs])
         late_out, given, exchanged_late = _weigh(
-            pairs, late_out, scores.index(1), rs.slice(HALF, HALF), cs, u_room.index(turn * ROWS).slice(HALF, HALF),
-            w_room.index(turn * COLS), late_sums.index(turn), DECAY, ROWS, COLS, SUMS,
+            pairs, late_out, scores.index(1), rs.slice(HALF, HALF), cs, u_room.index(turn).slice(HALF, HALF),
+            w_room.index(turn), late_sums.index(turn), DECAY, ROWS, COLS, SUMS,
         )  # fmt: skip
         if SUMS:
             exchanged = gl.convert_layout(exchanged + exchanged_late, row)
@@ -374,7 +394,7 @@ def _operand(x, layout: gl.constexpr):
 
 @gluon.jit
 def tiles(COUNT: gl.constexpr, T: gl.constexpr, M: gl.constexpr):
-    """Room for tiles [T, M] that tensor cores read."""
+    """Room for tiles [T, M] that tensor cores read. What is never used takes none."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, M], gl.bfloat16)
     return gl.allocate_shared_memory(gl.bfloat16, [COUNT, T, M], layout)
 
@@ -396,24 +416,33 @@ def fetch(tile, x, length, stride, SIZE: gl.constexpr):
 
 @gluon.jit
 def _fetch(
-    v_room, y_room, ds_room, r_room, c_room, v, dy, rho, kappa, dstates, base, length, h, v_share, v_t, v_h, y_t, y_h, stage,
-    BLOCK: gl.constexpr, P: gl.constexpr, N: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr,
+    v_room, y_room, s_room, ds_room, r_room, c_room, v, dy, states, dstates, rho, kappa, base, length, h, hi,
+    v_share, v_t, v_h, y_t, y_h, stage,
+    BLOCK: gl.constexpr, P: gl.constexpr, N: gl.constexpr, V: gl.constexpr, Y: gl.constexpr, S: gl.constexpr,
+    DS: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
-    """Send for what both parts read of a head."""
-    fetch(v_room.index(stage), v + (h // v_share) * v_h, length, v_t, P)
-    fetch(y_room.index(stage), dy + h * y_h, length, y_t, P)
-    fetch(ds_room.index(stage), dstates + (base + h) * P * N, P, N, N)
-    if DECAY:
-        at = (base + h) * BLOCK + gl.arange(0, BLOCK, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
-        async_copy.async_copy_global_to_shared(r_room.index(stage), rho + at)
-        if APART:
-            async_copy.async_copy_global_to_shared(c_room.index(stage), kappa + at)
+    """Send for what is wanted of a head, if there is one."""
+    if h < hi:
+        if V:
+            fetch(v_room.index(stage), v + (h // v_share) * v_h, length, v_t, P)
+        if Y:
+            fetch(y_room.index(stage), dy + h * y_h, length, y_t, P)
+        if S:
+            fetch(s_room.index(stage), states + (base + h) * P * N, P, N, N)
+        if DS:
+            fetch(ds_room.index(stage), dstates + (base + h) * P * N, P, N, N)
+        if DECAY:
+            at = (base + h) * BLOCK + gl.arange(0, BLOCK, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+            async_copy.async_copy_global_to_shared(r_room.index(stage), rho + at)
+            if APART:
+                async_copy.async_copy_global_to_shared(c_room.index(stage), kappa + at)
+    async_copy.commit_group()
 
 
 @gluon.jit
 def _load(x, length, h, hi, x_t, x_h, SIZE: gl.constexpr):
     """u or w of a head, a token to a thread."""
-    t = gl.arange(0, SIZE, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    t = gl.arange(0, SIZE, TOKEN)
     return gl.load(x + t * x_t + gl.minimum(h, hi - 1) * x_h, mask=t < length, other=0.0).to(gl.float32)
 
 

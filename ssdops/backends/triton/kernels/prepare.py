@@ -32,7 +32,7 @@ def prepare(
     """
     slot, part = tl.program_id(0), tl.program_id(1)
     if part < groups:
-        row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, L, PACKED)
+        row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), L, PACKED)
         if first < stop:
             b, t, i = first // seqlen, first % seqlen, tl.arange(0, L)
             q += b * q_b + t * q_t + (part // q_share) * q_h
@@ -49,7 +49,7 @@ def prepare(
             scores += (slot.to(tl.int64) * groups + part) * L * L
             tl.store(scores + i[:, None] * L + i[None, :], acc.to(DOT))
     elif slot < blocks:
-        row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+        row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
         if first < stop:
             chunk0 = first_slot(start, row, seqlen, L, PACKED) + (first - start) // L
             b, t = first // seqlen, first % seqlen

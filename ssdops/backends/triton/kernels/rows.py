@@ -21,11 +21,11 @@ def bounds(cu, row, seqlen, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
-def row_of_slot(cu, slot, n_rows, tokens, SIZE: tl.constexpr):
+def row_of_slot(cu, slot, n_rows, tokens, at_once, SIZE: tl.constexpr):
     """The packed row whose slots a slot belongs to: the last one whose first slot is not after it."""
     found = 0
-    for first in range(0, n_rows, 256):
-        row = first + tl.arange(0, 256)
+    for first in range(0, n_rows, at_once.shape[0]):
+        row = first + at_once
         start = tl.load(cu + row, mask=row < n_rows, other=0).to(tl.int64)
         start = tl.minimum(tl.maximum(start, 0), tokens)
         before = (start // SIZE + row <= slot) & (row < n_rows)
@@ -34,10 +34,13 @@ def row_of_slot(cu, slot, n_rows, tokens, SIZE: tl.constexpr):
 
 
 @triton.jit
-def slot_bounds(cu, slot, n_rows, seqlen, tokens, SIZE: tl.constexpr, PACKED: tl.constexpr):
-    """Of a slot: its row, the row's start and stop, and the slot's own first token."""
+def slot_bounds(cu, slot, n_rows, seqlen, tokens, at_once, SIZE: tl.constexpr, PACKED: tl.constexpr):
+    """Of a slot: its row, the row's start and stop, and the slot's own first token.
+
+    Packed rows are looked through as many at once as the range `at_once` counts, which a kernel makes as its language does.
+    """
     if PACKED:
-        row = row_of_slot(cu, slot, n_rows, tokens, SIZE)
+        row = row_of_slot(cu, slot, n_rows, tokens, at_once, SIZE)
         start, stop = bounds(cu, row, seqlen, tokens, PACKED)
         first = start + (slot - row - start // SIZE) * SIZE
     else:

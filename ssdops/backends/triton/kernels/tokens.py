@@ -22,7 +22,7 @@ def token_gradients(
 ):  # fmt: skip
     """Gradients of log_a, u and w, `[tokens, nheads]`, from the sums of both sides. Grid: (blocks, nheads / HEADS)."""
     slot = tl.program_id(0)
-    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, BLOCK, PACKED)
+    _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
     if first >= stop:
         return
     i = tl.arange(0, BLOCK)
