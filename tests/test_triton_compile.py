@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 import torch
 import triton
 
-from ssdops.backends.triton.sizes import chunks, sizes
+from ssdops.backends.triton.sizes import chunks, hopper_stages, sizes
 from ssdops.backends.triton.tile_mask import shared_memory
 from ssdops.ir.problem import Target
 from ssdops.testing.structures import STRUCTURES, Make
@@ -82,3 +82,26 @@ def test_blocks_hold_whole_chunks(dtype: torch.dtype, capability: tuple[int, int
     for chunk in (None, *chunks(problem)):
         found = sizes(problem, chunk)
         assert found.block % found.chunk == 0 and (chunk is None or found.chunk == chunk)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "headdim", "dstate", "stages"),
+    (
+        ((9, 0), torch.bfloat16, 64, 128, 3),
+        ((9, 0), torch.bfloat16, 48, 33, 3),
+        ((9, 0), torch.bfloat16, 64, 256, 2),
+        ((9, 0), torch.bfloat16, 65, 16, 0),  # registers of a block's 128 rows end at 64 columns
+        ((9, 0), torch.float16, 64, 128, 0),
+        ((9, 0), torch.float32, 64, 128, 0),
+        ((8, 0), torch.bfloat16, 64, 128, 0),
+        ((10, 0), torch.bfloat16, 64, 128, 0),
+        (None, torch.bfloat16, 64, 128, 0),
+    ),
+)
+def test_what_the_hopper_kernel_is_for(
+    capability: tuple[int, int] | None, dtype: torch.dtype, headdim: int, dstate: int, stages: int
+) -> None:
+    make = Make(dtype=dtype, headdim=headdim, dstate=dstate)
+    problem = replace(make.case(STRUCTURES["decay"](make)).problem, target=Target("cuda", "", capability))
+    assert hopper_stages(problem, dtype, 1, 0) == stages
+    assert hopper_stages(problem, dtype, 2, 2) <= stages  # κ, u and w take shared memory, too

@@ -100,6 +100,8 @@ def repeat_heads(x: Tensor, heads: int, axis: int) -> Tensor:
 
 def reduce_to(grad: Tensor, shape: torch.Size | tuple[int, ...], head_axis: int) -> Tensor:
     """The transpose of broadcasting to `grad.shape`: sums over broadcast axes, and over the heads that share a value."""
+    if grad.shape == shape:
+        return grad
     have, want = grad.shape[head_axis], shape[head_axis]
     if want not in (have, 1):
         grad = grad.unflatten(head_axis, (want, have // want)).sum(head_axis + 1)

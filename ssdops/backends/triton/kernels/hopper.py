@@ -7,12 +7,13 @@ all rows of a block in a program, which has one of two parts and walks over head
     states   dQ = Σ_h (a_i dY) S,  dK = Σ_h (b_j V) dS,  and a_i ⟨dY_i, S q_i⟩,  ⟨dS, exp(E) S⟩
     pairs    dV = b_j K dSᵀ + (G ∘ W)ᵀ dY,  dG = Σ_h (dY Vᵀ) ∘ W,  and the other sums of tokens
 
-Pairs are rows j by columns i, so that (G ∘ W)ᵀ goes from registers to the tensor cores as it is. G is 0 where pairs do not meet,
-and for pairs (j, j), which have no decay and would drown the sums of the others: their part is added for itself.
+Pairs are rows j by columns i, so that (G ∘ W)ᵀ goes from registers to the tensor cores as it is. G is 0 where pairs do not
+meet, and for pairs (j, j), which have no decay and would drown the sums of the others: their part is added for itself.
 
 Order matters. A program's threads meet once per head, after its tiles have come; what the last head left in shared memory is
 read then, and the next tiles are sent for, as nobody reads those that they replace any more. A product must not be under way
-where a loop turns: the assembler then runs all of the kernel's products one after the other.
+where a loop turns: the assembler then runs all of the kernel's products one after the other. `unmoved` is 0, as no compiler
+knows: addresses that are worked out with it are not kept in registers from head to head.
 """
 
 from triton.experimental import gluon
@@ -20,9 +21,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from .gradients import ALL_PAIRS, ALL_STATES, IN_PAIRS, IN_STATES
 from .rows import slot_bounds
 
-IN_PAIRS, IN_STATES, ALL_PAIRS, ALL_STATES = (gl.constexpr(kind) for kind in range(4))
 LARGE = gl.constexpr(126.0)
 """The exponent that decays of pairs which do not meet are held below: 0 · 2^126 is 0, and 0 · ∞ is not."""
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -70,7 +71,8 @@ def hopper_gradients(
             _states(
                 q, v, dy, u, w, rho, kappa, total, states, dstates, dq + place, dk + place, sums, through, base, area, length,
                 lo, hi, groups, v_share, scale, q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
-                BLOCK, P, BP, N, BN, True, parts == 2, DECAY, APART and parts == 2, ROWS, COLS and parts == 2, SUMS, ALL_SUMS, STAGES,
+                BLOCK, P, BP, N, BN, True, parts == 2, DECAY, APART and parts == 2, ROWS, COLS and parts == 2, SUMS,
+                ALL_SUMS, STAGES,
             )  # fmt: skip
         else:
             _states(
@@ -82,8 +84,8 @@ def hopper_gradients(
 
 @gluon.jit
 def _states(
-    q, v, dy, u, w, rho, kappa, total, states, dstates, dq, dk, sums, through, base, area, length, lo, hi, groups, v_share, scale,
-    q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+    q, v, dy, u, w, rho, kappa, total, states, dstates, dq, dk, sums, through, base, area, length, lo, hi, groups, v_share,
+    scale, q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr,
     DK: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SUMS: gl.constexpr,
     ALL_SUMS: gl.constexpr, STAGES: gl.constexpr,
@@ -94,17 +96,16 @@ def _states(
     row: gl.constexpr = gl.SliceLayout(1, narrow)
     whole: gl.constexpr = coalesced(BP, BN)
     AHEAD: gl.constexpr = STAGES - 1
-    DS: gl.constexpr = DK or SUMS
-    v_room, y_room = tiles(STAGES, BLOCK, BP), tiles(STAGES, BLOCK, BP)
-    s_room, ds_room = tiles(STAGES, BP, BN), tiles(STAGES, BP, BN)
-    r_room, c_room = lines(STAGES, BLOCK), lines(STAGES, BLOCK)
+    v_room, y_room = tiles(STAGES, BLOCK, BP) if DK else None, tiles(STAGES, BLOCK, BP) if DQ else None
+    s_room, ds_room = tiles(STAGES, BP, BN) if DQ else None, tiles(STAGES, BP, BN) if DK or SUMS else None
+    r_room, c_room = lines(STAGES, BLOCK) if DECAY else None, lines(STAGES, BLOCK) if APART else None
     u_room, w_room, passed_room = lines(2, BLOCK), lines(2, BLOCK), lines(2, BP)
+    rooms, tensors = (s_room, v_room, y_room, ds_room, r_room, c_room), (states, v, dy, dstates, rho, kappa)
     own = tiles(1, BLOCK, BN).index(0)
     if SUMS:
         fetch(own, q, length, q_t, N)
     for ahead in gl.static_range(AHEAD):
-        _fetch(v_room, y_room, s_room, ds_room, r_room, c_room, v, dy, states, dstates, rho, kappa, base, length, lo + ahead, hi,
-               v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N, DK, DQ, DQ, DS, DECAY, APART)  # fmt: skip
+        _fetch(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
     us = _ahead(u_room, u, length, lo, hi, u_t, u_h, ROWS)
     ws = _ahead(w_room, w, length, lo, hi, w_t, w_h, COLS)
     i = gl.arange(0, BLOCK, row)
@@ -122,9 +123,8 @@ def _states(
                 _pass_on(passed_room.index(1 - turn), through + base + h - 1, before)
         us = _next(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
         ws = _next(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
-        _fetch(v_room, y_room, s_room, ds_room, r_room, c_room, v, dy, states, dstates, rho, kappa, base, length + unmoved,
-               h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h, (h - lo + AHEAD) % STAGES,
-               BLOCK, P, N, DK, DQ, DQ, DS, DECAY, APART)  # fmt: skip
+        _fetch(rooms, tensors, base, length + unmoved, h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h,
+               (h - lo + AHEAD) % STAGES, BLOCK, P, N)  # fmt: skip
         fence_async_shared()
         r = gl.zeros([BLOCK], gl.float32, row)
         if DECAY:
@@ -132,7 +132,8 @@ def _states(
         if DQ:
             s = s_room.index(stage)
             if SUMS:
-                y = warpgroup_mma(own, s.permute((1, 0)), gl.zeros([BLOCK, BP], gl.float32, narrow), use_acc=False, is_async=True)
+                y = gl.zeros([BLOCK, BP], gl.float32, narrow)
+                y = warpgroup_mma(own, s.permute((1, 0)), y, use_acc=False, is_async=True)
             a = gl.exp2(r) * scale
             scaled = a
             if ROWS:
@@ -195,7 +196,8 @@ def _pairs(
     SINGLE: gl.constexpr = BN > 128  # shared memory has room for one dS
     v_room, y_room = tiles(STAGES, BLOCK, BP), tiles(STAGES, BLOCK, BP)
     ds_room = tiles(1 if SINGLE else STAGES, BP, BN)
-    r_room, c_room = lines(STAGES, BLOCK), lines(STAGES, BLOCK)
+    r_room, c_room = lines(STAGES, BLOCK) if DECAY else None, lines(STAGES, BLOCK) if APART else None
+    rooms, tensors = (None, v_room, y_room, None if SINGLE else ds_room, r_room, c_room), (None, v, dy, dstates, rho, kappa)
     u_room, w_room = lines(2, BLOCK), lines(2, BLOCK)
     early_sums = gl.allocate_shared_memory(gl.float32, [2, gl.num_warps(), HALF], FLAT)
     late_sums = gl.allocate_shared_memory(gl.float32, [2, gl.num_warps(), HALF], FLAT)
@@ -218,11 +220,14 @@ def _pairs(
         same += gl.convert_layout(gl.sum(gl.where(apart == 0, full, 0.0), 1), row)
         scores.index(half).store(gl.where((apart > 0) if CAUSAL else (apart < 0), full, 0.0).to(gl.bfloat16))
     for ahead in gl.static_range(AHEAD):
-        _fetch(v_room, y_room, ds_room, ds_room, r_room, c_room, v, dy, dstates, dstates, rho, kappa, base, length, lo + ahead,
-               hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N, True, True, False, not SINGLE or ahead == 0, DECAY, APART)  # fmt: skip
+        _fetch(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
+    if SINGLE:
+        fetch(ds_room.index(0), dstates + (base + lo) * P * N, P, N, N)
+        async_copy.commit_group()
     us = _ahead(u_room, u, length, lo, hi, u_t, u_h, ROWS)
     ws = _ahead(w_room, w, length, lo, hi, w_t, w_h, COLS)
-    jn, jv, pv = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, gl.SliceLayout(1, whole)), gl.arange(0, BP, gl.SliceLayout(0, whole))
+    jn, jv = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, gl.SliceLayout(1, whole))
+    pv = gl.arange(0, BP, gl.SliceLayout(0, whole))
     place, inside = jv[:, None] * (nheads * P) + pv[None, :], (jv < length)[:, None] & (pv < P)[None, :]
     early_out, late_out = nothing, nothing
     log = gl.load(total + base + lo) if DECAY else 0.0
@@ -237,19 +242,19 @@ def _pairs(
                 _add_up(early_sums, late_sums, u_room, same_room, sums, base, area, h - 1, 1 - turn, BLOCK, ROWS, ALL_SUMS)
         us = _next(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
         ws = _next(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
-        _fetch(v_room, y_room, ds_room, ds_room, r_room, c_room, v, dy, dstates, dstates, rho, kappa, base, length + unmoved,
-               h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h, (h - lo + AHEAD) % STAGES,
-               BLOCK, P, N, True, True, False, not SINGLE, DECAY, APART)  # fmt: skip
+        _fetch(rooms, tensors, base, length + unmoved, h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h,
+               (h - lo + AHEAD) % STAGES, BLOCK, P, N)  # fmt: skip
         fence_async_shared()
         vs, ys, ds = v_room.index(stage), y_room.index(stage), ds_room.index(0 if SINGLE else stage)
-        rs, cs = r_room.index(stage), c_room.index(stage) if APART else r_room.index(stage)
+        r_tile = r_room.index(stage) if DECAY else None
+        c_tile = c_room.index(stage) if APART else r_tile
         early, late = ys.slice(0, HALF), ys.slice(HALF, HALF)
         pairs = warpgroup_mma(vs, early.permute((1, 0)), nothing, use_acc=False, is_async=True)
         y = warpgroup_mma(own, ds.permute((1, 0)), gl.zeros([BLOCK, BP], gl.float32, narrow), use_acc=False, is_async=True)
         pairs = warpgroup_mma_wait(1, deps=[pairs])
         early_out, given, exchanged = _weigh(
-            pairs, early_out, scores.index(0), rs.slice(0, HALF), cs, u_room.index(turn).slice(0, HALF),
-            w_room.index(turn), early_sums.index(turn), DECAY, ROWS, COLS, SUMS,
+            pairs, early_out, scores.index(0), r_tile, c_tile, u_room.index(turn), w_room.index(turn), early_sums.index(turn),
+            0, DECAY, ROWS, COLS, SUMS,
         )  # fmt: skip
         y = warpgroup_mma_wait(0, deps=[y])
         if SINGLE:
@@ -259,10 +264,10 @@ def _pairs(
         pairs = warpgroup_mma(vs, late.permute((1, 0)), nothing, use_acc=False, is_async=True)
         b, own_scale, here = gl.full([BLOCK], 1.0, gl.float32, row), 1.0, same
         if DECAY:
-            c = cs.load(row)
+            c = c_tile.load(row)
             b = gl.exp2(own_log - c)
             if APART:
-                here *= gl.exp2(rs.load(row) - c)
+                here *= gl.exp2(r_tile.load(row) - c)
         if COLS:
             own_scale = w_room.index(turn).load(row)
         if SUMS:
@@ -282,8 +287,8 @@ def _pairs(
         y = warpgroup_mma(_operand(given, narrow), early, y, is_async=True)
         pairs = warpgroup_mma_wait(1, deps=[pairs])
         late_out, given, exchanged_late = _weigh(
-            pairs, late_out, scores.index(1), rs.slice(HALF, HALF), cs, u_room.index(turn).slice(HALF, HALF),
-            w_room.index(turn), late_sums.index(turn), DECAY, ROWS, COLS, SUMS,
+            pairs, late_out, scores.index(1), r_tile, c_tile, u_room.index(turn), w_room.index(turn), late_sums.index(turn),
+            1, DECAY, ROWS, COLS, SUMS,
         )  # fmt: skip
         if SUMS:
             exchanged = gl.convert_layout(exchanged + exchanged_late, row)
@@ -314,21 +319,27 @@ def _pairs(
 
 @gluon.jit
 def _weigh(
-    pairs, out, scores, r, c, u, w, sums, DECAY: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SUMS: gl.constexpr
-):
-    """dG with a head's pairs, (G ∘ W)ᵀ without w, and the sums of R over i, without w; those over j, without u, go to `sums`."""
+    pairs, out, scores, r, c, u, w, sums, half: gl.constexpr, DECAY: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
+    SUMS: gl.constexpr,
+):  # fmt: skip
+    """Of half of the columns i: dG with a head's pairs, (G ∘ W)ᵀ without w, and the sums of R over i without w.
+
+    Those over j, without u, go to `sums`.
+    """
+    HALF: gl.constexpr = pairs.shape[1]
     layout: gl.constexpr = pairs.type.layout
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     cols: gl.constexpr = gl.SliceLayout(0, layout)
     given = _rows(scores, layout)
     met = pairs
     if DECAY:
-        decays = gl.exp2(gl.minimum(r.load(cols)[None, :] - c.load(rows)[:, None], LARGE))
+        r = r.slice(half * HALF, HALF).load(cols)
+        decays = gl.exp2(gl.minimum(r[None, :] - c.load(rows)[:, None], LARGE))
         met, given = pairs * decays, given * decays
     exchanged = pairs * given
     by_i, by_j = exchanged, exchanged
     if ROWS:
-        own = u.load(cols)[None, :]
+        own = u.slice(half * HALF, HALF).load(cols)[None, :]
         given, met, by_i = given * own, met * own, by_i * own
     if COLS:
         own = w.load(rows)[:, None]
@@ -339,9 +350,7 @@ def _weigh(
 
 
 @gluon.jit
-def _add_up(
-    early, late, u, same, sums, base, area, h, turn, BLOCK: gl.constexpr, ROWS: gl.constexpr, ALL_SUMS: gl.constexpr
-):
+def _add_up(early, late, u, same, sums, base, area, h, turn, BLOCK: gl.constexpr, ROWS: gl.constexpr, ALL_SUMS: gl.constexpr):
     """The sums of R by rows i, from those of each warp."""
     HALF: gl.constexpr = BLOCK // 2
     layout: gl.constexpr = gl.BlockedLayout([gl.num_warps(), 1], [1, 32], [1, gl.num_warps()], [1, 0])
@@ -360,7 +369,7 @@ def _add_up(
 
 @gluon.jit
 def _by_warp(x):
-    """The sums of x, `[j, i]`, over the rows of each warp: half as many with every row that lanes trade for another's column."""
+    """The sums of x, `[j, i]`, over the rows of each warp: lanes trade a row for another's column, and are left with half."""
     warps: gl.constexpr = gl.num_warps()
     x = gl.sum(gl.reshape(x, [warps, 2, 8, x.shape[1]]), 1)
     for rows in gl.static_range(3):
@@ -416,26 +425,26 @@ def fetch(tile, x, length, stride, SIZE: gl.constexpr):
 
 @gluon.jit
 def _fetch(
-    v_room, y_room, s_room, ds_room, r_room, c_room, v, dy, states, dstates, rho, kappa, base, length, h, hi,
-    v_share, v_t, v_h, y_t, y_h, stage,
-    BLOCK: gl.constexpr, P: gl.constexpr, N: gl.constexpr, V: gl.constexpr, Y: gl.constexpr, S: gl.constexpr,
-    DS: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr,
+    rooms, tensors, base, length, h, hi, v_share, v_t, v_h, y_t, y_h, stage,
+    BLOCK: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """Send for what is wanted of a head, if there is one."""
+    """Send for what there is room for, of S, V, dY, dS, ρ and κ of a head, if there is one."""
+    s_room, v_room, y_room, ds_room, r_room, c_room = rooms
+    states, v, dy, dstates, rho, kappa = tensors
     if h < hi:
-        if V:
-            fetch(v_room.index(stage), v + (h // v_share) * v_h, length, v_t, P)
-        if Y:
-            fetch(y_room.index(stage), dy + h * y_h, length, y_t, P)
-        if S:
+        if s_room is not None:
             fetch(s_room.index(stage), states + (base + h) * P * N, P, N, N)
-        if DS:
+        if v_room is not None:
+            fetch(v_room.index(stage), v + (h // v_share) * v_h, length, v_t, P)
+        if y_room is not None:
+            fetch(y_room.index(stage), dy + h * y_h, length, y_t, P)
+        if ds_room is not None:
             fetch(ds_room.index(stage), dstates + (base + h) * P * N, P, N, N)
-        if DECAY:
-            at = (base + h) * BLOCK + gl.arange(0, BLOCK, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
-            async_copy.async_copy_global_to_shared(r_room.index(stage), rho + at)
-            if APART:
-                async_copy.async_copy_global_to_shared(c_room.index(stage), kappa + at)
+        line = (base + h) * BLOCK + gl.arange(0, BLOCK, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+        if r_room is not None:
+            async_copy.async_copy_global_to_shared(r_room.index(stage), rho + line)
+        if c_room is not None:
+            async_copy.async_copy_global_to_shared(c_room.index(stage), kappa + line)
     async_copy.commit_group()
 
 
@@ -481,7 +490,9 @@ def whole_sectors(T, M):
     """As products have tiles [T, M], but for a bit of columns: what four lanes store is 32 bytes."""
     wide = [[0, 1 << bit] for bit in range(4, M.bit_length() - 1)]
     warps = [[16 << bit, 0] for bit in range((T // 16).bit_length() - 1)]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], *wide, [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], warps, [], [T, M])
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], *wide, [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], warps, [], [T, M]
+    )
 
 
 @gluon.constexpr_function
@@ -492,4 +503,6 @@ def traded(rows, shape):
     far = column[:2:-1]
     lanes = [*column[1:3], *far[: rows + 1], *([0, 1 << bit, 0, 0] for bit in range(2 - rows))]
     registers = [column[0], *far[:rows:-1], [0, 0, 1, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[1 << bit, 0, 0, 0] for bit in range(warps.bit_length() - 1)], [], shape)
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[1 << bit, 0, 0, 0] for bit in range(warps.bit_length() - 1)], [], shape
+    )
