@@ -4,8 +4,9 @@ All sides run in one process on the same operands in bfloat16; times are medians
 anything. A side that is missing or refuses says so in its row. The figures go to a JSON file after every row, so that
 a run that is cut short leaves what it had. Exits with status 1 if a target is missed or ssdops itself refuses.
 
-The peers tune their kernels at first use, which takes minutes: `--only` and `--shapes` split a run, and compiled
-kernels stay in Triton's cache for the next. `--quick` looks at each figure for a shorter time: not for quoting.
+The peers tune their kernels at first use, mamba_ssm for about three minutes at each dstate: the sections in which they do
+come last, `--only` and `--shapes` split a run, and compiled kernels stay in Triton's cache for the next. `--quick` looks
+at each figure for a shorter time: not for quoting.
 `--device cpu --tiny` tries the script out where there is no GPU.
 """
 
@@ -27,7 +28,7 @@ from report import Figure, Section, print_figure, write_json
 from rich.console import Console
 
 SECTIONS: dict[str, Callable[[Bench], Sections]] = {
-    run.__name__: run for run in (forward, backward, kernels, graphs, attention, decode, memory, constant_tokens, error)
+    run.__name__: run for run in (kernels, attention, decode, constant_tokens, error, forward, graphs, backward, memory)
 }
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 WIDTH = 150  # of lines that no terminal shows

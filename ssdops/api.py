@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Literal, TypeAlias, overload
+from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import carry, decode, masks, ops
+from . import arguments, carry, decode, masks, ops
+from .arguments import State
 from .errors import (
-    DtypeError,
-    MaskError,
     ShapeError,
     SsdopsError,
-    UnknownBackendError,
     UnsupportedError,
 )
 from .ir import nodes as n
@@ -25,10 +23,6 @@ from .ir.problem import Problem, Target, problem_of
 from .masks import Mask
 from .plan import Plan, plan, state_terms
 from .run import Call
-
-State: TypeAlias = "Tensor | tuple[Tensor, ...]"
-"""The state of a mask: one matrix `(batch, nheads, headdim, dstate)` per linear term, bare if there is one; of a trapezoid
-(S, previous k, previous v)."""
 
 
 @overload
@@ -124,18 +118,18 @@ def ssd(
     3.5
     """
     mask = masks.causal() if mask is None else mask
-    _check_types(q, k, v, mask)
-    _check_options(scale, return_state, state_dtype, backend)
+    arguments.check_types(q, k, v, mask)
+    arguments.check_options(scale, return_state, state_dtype, backend)
     if chunk_size is not None or state_every is not None:
-        _check_counts(chunk_size, state_every)
+        arguments.check_counts(chunk_size, state_every)
         return_state = return_state or state_every is not None
-    q, k, v = _autocast(q, k, v)
-    given = states = _states(initial_state, "initial_state")
+    q, k, v = arguments.autocast(q, k, v)
+    given = states = arguments.states(initial_state, "initial_state")
     trapezoid = carry.trapezoid_of(mask.tree) if return_state or initial_state is not None else None
     if trapezoid is not None:
         states = carry.enter(trapezoid, mask.operands, given, k, v)
     name = None if state_dtype is None else str(state_dtype).removeprefix("torch.")
-    program, names = _text(mask.tree, return_state, name, backend, chunk_size, state_every)
+    program, names = arguments.text(mask.tree, return_state, name, backend, chunk_size, state_every)
     call = Call(q, k, v, [mask.operands[x] for x in names], states, program, float(scale))
     if torch.compiler.is_compiling():
         out = ops.traced(call)
@@ -225,15 +219,15 @@ def ssd_step(
     >>> y.item()
     1.5
     """
-    _check_types(q, k, v, mask)
-    _check_options(scale, return_intermediate_states, None, backend, "return_intermediate_states")
+    arguments.check_types(q, k, v, mask)
+    arguments.check_options(scale, return_intermediate_states, None, backend, "return_intermediate_states")
     single = not q.ndim == k.ndim == v.ndim == 4
     if single:
         decode.check_token(q, k, v)
         q, k, v, mask = q[:, None], k[:, None], v[:, None], decode.with_time(mask)
-    _check_recurrence(mask.tree)
-    q, k, v = _autocast(q, k, v)
-    states = _states(state, "state")
+    arguments.check_recurrence(mask.tree)
+    q, k, v = arguments.autocast(q, k, v)
+    states = arguments.states(state, "state")
     trapezoid = carry.trapezoid_of(mask.tree)
     if state_indices is not None:
         if trapezoid is not None:
@@ -243,7 +237,7 @@ def ssd_step(
         decode.check_pools(states, state_indices, q)
     if state is not None and not states and (count := len(state_terms(mask.tree))):
         raise ShapeError(f"state has 0 states; this mask carries {count}, one per linear term (None: zero)")
-    program, names = _text(mask.tree, True, None, backend, None, None)
+    program, names = arguments.text(mask.tree, True, None, backend, None, None)
     call = Call(q, k, v, [mask.operands[x] for x in names], states, program, float(scale))
     try:
         if trapezoid is None:
@@ -334,8 +328,8 @@ def explain(
     ['chunked']
     """
     mask = masks.causal() if mask is None else mask
-    _check_types(q, k, v, mask)
-    _check_counts(chunk_size, state_every)
+    arguments.check_types(q, k, v, mask)
+    arguments.check_counts(chunk_size, state_every)
     problem = problem_of(mask.tree, q, k, v, mask.operands, state_every=state_every)
     problem = problem if target is None else replace(problem, target=target)
     passes: list[tuple[str, str]] = []
@@ -347,84 +341,3 @@ def explain(
         plan=plan(Contraction(mask.tree, backend=backend, chunk_size=chunk_size, state_every=state_every), problem),
         problem=problem,
     )
-
-
-def _check_types(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    if not isinstance(mask, Mask):
-        raise MaskError(f"mask must be a Mask made by ssdops.masks, got {type(mask).__name__}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise DtypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.layout is not torch.strided:
-            raise UnsupportedError(f"{name} is {x.layout}; ssd takes dense tensors: convert it, or pack it as documents")
-
-
-def _check_options(
-    scale: float,
-    flag: bool,
-    state_dtype: torch.dtype | None,
-    backend: str,
-    flag_name: str = "return_state",
-) -> None:
-    if not isinstance(scale, int | float):
-        raise DtypeError(
-            f"scale must be a Python number, got {type(scale).__name__}; it takes no gradient: multiply v by a tensor instead"
-        )
-    if not isinstance(flag, bool):
-        raise DtypeError(f"{flag_name} must be True or False, got {type(flag).__name__}: {flag!r}")
-    if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
-        raise DtypeError(f"state_dtype must be a torch.dtype or None, got {type(state_dtype).__name__}: {state_dtype!r}")
-    if not isinstance(backend, str):
-        raise UnknownBackendError(f"backend must be a name or 'auto', got {type(backend).__name__}: {backend!r}")
-
-
-def _check_counts(chunk_size: int | None, state_every: int | None) -> None:
-    for name, count in (("chunk_size", chunk_size), ("state_every", state_every)):
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool)):
-            raise DtypeError(f"{name} must be an int or None, got {type(count).__name__}: {count!r}")
-
-
-@lru_cache(maxsize=4096)
-def _check_recurrence(tree: n.Node) -> None:
-    """Raise UnsupportedError unless every term of the mask runs forward in time, token by token."""
-    for node in n.walk(tree):
-        if isinstance(node, n.Documents):
-            raise UnsupportedError("a step has no documents: give every sequence its own batch row, and drop documents()")
-    carry.trapezoid_of(tree)
-    for term in state_terms(tree):
-        if not term.causal:
-            raise UnsupportedError(f"{term.node()} reads later tokens, so {tree} has no step; run ssd on the whole sequence")
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not ops.autocasts(q):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def _text(
-    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None, state_every: int | None
-) -> tuple[str, tuple[str, ...]]:
-    """The contraction as text, and the names of its operands, in order."""
-    if torch.compiler.is_compiling():  # it cannot trace the cache
-        return str(Contraction(tree, return_state, state_dtype, backend, chunk_size, state_every)), n.names_of(tree)
-    return _program(tree, return_state, state_dtype, backend, chunk_size, state_every)
-
-
-@lru_cache(maxsize=4096)
-def _program(
-    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None, state_every: int | None
-) -> tuple[str, tuple[str, ...]]:
-    return str(Contraction(tree, return_state, state_dtype, backend, chunk_size, state_every)), n.operand_names(tree)
-
-
-def _states(state: State | None, name: str) -> list[Tensor]:
-    if state is None:
-        return []
-    if isinstance(state, Tensor):
-        return [state]
-    if not isinstance(state, tuple | list) or not all(isinstance(x, Tensor) for x in state):
-        kinds = [type(x).__name__ for x in state] if isinstance(state, tuple | list) else type(state).__name__
-        raise DtypeError(f"{name} must be a tensor or a tuple of tensors, got {kinds}")
-    return list(state)

@@ -17,6 +17,7 @@ ROOMS = (
     ("cli", "cli_common", "cli_demo", "cli_doctor", "cli_explain", "plot"),
     ("nn", "compat", "distributed", "testing"),
     ("api",),
+    ("arguments",),
     ("ops",),
     ("adjoint", "vmap", "carry"),
     ("run", "decode"),

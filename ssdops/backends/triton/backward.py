@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -17,9 +18,9 @@ from .kernels.tokens import token_gradients
 from .launch import Scan, Side, Sums, alike, ceil_div, contiguous, dense_last, or_else, strides
 from .sizes import hopper_stages, padded
 
-try:
+if (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8):  # as far as it has been tried
     from .kernels.hopper import hopper_gradients
-except ImportError:  # Triton before 3.6
+else:
     hopper_gradients = None
 
 GRADIENTS, FINISH, TOKENS, HOPPER = Kernel(gradients), Kernel(finish), Kernel(token_gradients), Kernel(hopper_gradients)
