@@ -72,6 +72,35 @@ def test_dims(dims: tuple[int, int]) -> None:
     assert_near(call((1, 200, 4, dims[0], 2, dims[1]), torch.bfloat16), masks.decay)
 
 
+@pytest.mark.parametrize("nheads", [7, 80])
+def test_heads_that_do_not_divide(nheads: int) -> None:
+    """Few blocks: the heads of a group go to more programs, in parts that need not be of one size."""
+    assert_near(call((1, 300, nheads, 64, 1, 128), torch.bfloat16), masks.decay)
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("dstate", [16, 128, 256])
+def test_gradients_of_scales(dstate: int, dtype: torch.dtype) -> None:
+    """Of rows, columns and their logs too, some of them zero, in packed documents."""
+    inputs = call((1, 300, 6, 64, 2, dstate), dtype)
+    generator = torch.Generator("cuda").manual_seed(2)
+    rows, cols = (torch.randn(1, 300, 6, device="cuda", generator=generator) for _ in range(2))
+    rows[:, 7], cols[:, 140] = 0.0, 0.0
+    inputs += [x.requires_grad_() for x in (rows, cols, torch.randn(1, 300, 6, device="cuda", generator=generator))]
+    cu = torch.tensor([0, 130, 300], device="cuda")
+    dy = torch.randn(1, 300, 6, 64, device="cuda", generator=generator).to(dtype)
+
+    def gradients(backend: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        q, k, v, log_a, *scales = inputs
+        y = ssd(q, k, v, masks.decay(log_a).scale(*scales) * masks.documents(cu), backend=backend)
+        return torch.autograd.grad(y, inputs, dy.to(y.dtype))
+
+    found = gradients("triton", inputs)
+    wanted = gradients("naive", [x.detach().double().requires_grad_() for x in inputs])
+    for name, x, y in zip(("q", "k", "v", "log_a", "rows", "cols", "log_cols"), found, wanted, strict=True):
+        assert (x.double() - y).norm() <= RELATIVE[dtype] * y.norm(), name
+
+
 @pytest.mark.parametrize("strength", [0.0, 1e-4, 1.0, 5.0, 50.0])
 def test_strong_and_slow_decays(strength: float) -> None:
     """Chunks whose decays span more than exponents do take another way; both are right."""

@@ -11,6 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from ssdops import masks, ssd
 from ssdops.backends.triton import backend, calls, launch
+from ssdops.backends.triton.backward import split_heads
 from ssdops.backends.triton.calls import Kernel
 from ssdops.errors import UnsupportedError
 
@@ -137,3 +138,13 @@ def test_heads_too_far_apart_for_32_bits_are_brought_together() -> None:
     by_heads = torch.empty_strided(shape, (80 * seqlen * 64, 64, seqlen * 64, 1), dtype=torch.bfloat16, device="meta")
     assert launch.dense_last(by_heads).is_contiguous()
     assert launch.dense_last(by_heads[:, :, :32]) is not by_heads and not launch.dense_last(by_heads[:, :, :32]).is_contiguous()
+
+
+@pytest.mark.parametrize("heads", [1, 7, 24, 80])
+@pytest.mark.parametrize("programs", [0, 1, 8, 32, 263, 264, 10_000])
+def test_no_part_of_the_heads_is_empty(heads: int, programs: int) -> None:
+    """A program of none would still write the sums of its last head."""
+    parts = split_heads(heads, programs, 132)
+    each = -(-heads // parts)
+    assert (parts - 1) * each < heads <= parts * each
+    assert programs < 200 or parts == 1

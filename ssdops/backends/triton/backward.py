@@ -161,7 +161,7 @@ class Backward(Scan):
         u, w, wanted = self.slot("rows"), self.slot("cols"), bool(x.values)
         scales = not {"rows", "cols", "log_cols"}.isdisjoint(x.values)
         kernel, parts, switches = self._kernel()
-        splits = self._splits(parts * slots)
+        splits = split_heads(p.nheads // self.groups, parts * slots * self.groups, p.target.multiprocessors)
         tokens = (p.batch, p.seqlen)
         dq_states, dk_states = (self.empty(splits, *tokens, self.groups, p.dstate) for _ in range(2))
         dg = self.empty(splits, slots, self.groups, z.block, z.block, dtype=self.dot if splits == 1 else torch.float32)
@@ -203,8 +203,9 @@ class Backward(Scan):
         vectors = self.decays + self.apart, (self.slot("rows") is not None) + (self.slot("cols") is not None)
         stages = 0 if hopper_gradients is None or skips else hopper_stages(self.problem, self.dot, *vectors)
         if stages:
-            names = ("N", "DECAY", "APART", "PACKED")
-            return HOPPER, 3 if self.problem.dstate > 128 else 2, {**{name: c[name] for name in names}, "STAGES": stages}
+            switches = {name: c[name] for name in ("N", "DECAY", "PACKED")}
+            switches |= {"APART": self.decays and self.apart, "STAGES": stages}
+            return HOPPER, 3 if self.problem.dstate > 128 else 2, switches
         ahead = dict(zip(("STATE_STAGES", "VALUE_STAGES", "PAIR_STAGES"), z.stages_back, strict=True))
         return GRADIENTS, 3 * (z.block // z.tile) + 1, {
             **c, **ahead, "TILE": z.tile, "SKIP": int(skips), "NORMALIZE": self.dot == torch.float16,
@@ -231,7 +232,8 @@ class Backward(Scan):
             )  # fmt: skip
         return log_a, rows, cols
 
-    def _splits(self, programs: int) -> int:
-        """Into how many parts the heads of a group are taken, so that blocks fill the device."""
-        programs, share = programs * self.groups, self.problem.nheads // self.groups
-        return min(max(FULL * self.problem.target.multiprocessors // max(programs, 1), 1), share)
+
+def split_heads(heads: int, programs: int, multiprocessors: int) -> int:
+    """Into how many parts heads are taken, each by as many programs, so that these fill the device; no part is empty."""
+    wanted = min(max(FULL * multiprocessors // max(programs, 1), 1), heads)
+    return ceil_div(heads, ceil_div(heads, wanted))
