@@ -22,14 +22,25 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .gradients import ALL_PAIRS, ALL_STATES, IN_PAIRS, IN_STATES
+from .hopper_tiles import (
+    FLAT,
+    TOKEN,
+    coalesced,
+    fetch,
+    fetch_head,
+    first_lines,
+    lines,
+    next_line,
+    operand_of,
+    rows_of,
+    tiles,
+    traded,
+    whole_sectors,
+)
 from .rows import slot_bounds
 
 LARGE = gl.constexpr(126.0)
 """The exponent that decays of pairs which do not meet are held below: 0 · 2^126 is 0, and 0 · ∞ is not."""
-LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-TOKEN = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
-"""A token to a thread, of 256."""
-FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
@@ -105,9 +116,9 @@ def _states(
     if SUMS:
         fetch(own, q, length, q_t, N)
     for ahead in gl.static_range(AHEAD):
-        _fetch(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
-    us = _ahead(u_room, u, length, lo, hi, u_t, u_h, ROWS)
-    ws = _ahead(w_room, w, length, lo, hi, w_t, w_h, COLS)
+        fetch_head(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
+    us = first_lines(u_room, u, length, lo, hi, u_t, u_h, ROWS)
+    ws = first_lines(w_room, w, length, lo, hi, w_t, w_h, COLS)
     i = gl.arange(0, BLOCK, row)
     dq_out, dk_out = gl.zeros([BLOCK, BN], gl.float32, wide), gl.zeros([BLOCK, BN], gl.float32, wide)
     log, decay = gl.load(total + base + lo) if DECAY else 0.0, 1.0
@@ -121,10 +132,12 @@ def _states(
         if SUMS:
             if h > lo:
                 _pass_on(passed_room.index(1 - turn), through + base + h - 1, before)
-        us = _next(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
-        ws = _next(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
-        _fetch(rooms, tensors, base, length + unmoved, h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h,
-               (h - lo + AHEAD) % STAGES, BLOCK, P, N)  # fmt: skip
+        us = next_line(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
+        ws = next_line(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
+        fetch_head(
+            rooms, tensors, base, length + unmoved, h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h,
+            (h - lo + AHEAD) % STAGES, BLOCK, P, N,
+        )  # fmt: skip
         fence_async_shared()
         r = gl.zeros([BLOCK], gl.float32, row)
         if DECAY:
@@ -138,8 +151,8 @@ def _states(
             scaled = a
             if ROWS:
                 scaled = a * u_room.index(turn).load(row)
-            yt = _rows(y_room.index(stage), narrow)
-            dq_out = warpgroup_mma(_operand(yt * scaled[:, None], wide), s, dq_out, is_async=True)
+            yt = rows_of(y_room.index(stage), narrow)
+            dq_out = warpgroup_mma(operand_of(yt * scaled[:, None], wide), s, dq_out, is_async=True)
             if SUMS:
                 y = warpgroup_mma_wait(1, deps=[y])
                 crossed = gl.sum(y * yt, 1)
@@ -154,8 +167,8 @@ def _states(
             b = gl.exp2(own_log - c)
             if COLS:
                 b *= w_room.index(turn).load(row)
-            vt = _rows(v_room.index(stage), narrow)
-            dk_out = warpgroup_mma(_operand(vt * b[:, None], wide), ds_room.index(stage), dk_out, is_async=True)
+            vt = rows_of(v_room.index(stage), narrow)
+            dk_out = warpgroup_mma(operand_of(vt * b[:, None], wide), ds_room.index(stage), dk_out, is_async=True)
         if SUMS:
             passed = s.load(whole).to(gl.float32) * ds_room.index(stage).load(whole).to(gl.float32)
             passed_room.index(turn).store(gl.sum(passed, 1))
@@ -220,12 +233,12 @@ def _pairs(
         same += gl.convert_layout(gl.sum(gl.where(apart == 0, full, 0.0), 1), row)
         scores.index(half).store(gl.where((apart > 0) if CAUSAL else (apart < 0), full, 0.0).to(gl.bfloat16))
     for ahead in gl.static_range(AHEAD):
-        _fetch(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
+        fetch_head(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
     if SINGLE:
         fetch(ds_room.index(0), dstates + (base + lo) * P * N, P, N, N)
         async_copy.commit_group()
-    us = _ahead(u_room, u, length, lo, hi, u_t, u_h, ROWS)
-    ws = _ahead(w_room, w, length, lo, hi, w_t, w_h, COLS)
+    us = first_lines(u_room, u, length, lo, hi, u_t, u_h, ROWS)
+    ws = first_lines(w_room, w, length, lo, hi, w_t, w_h, COLS)
     jn, jv = gl.arange(0, BLOCK, row), gl.arange(0, BLOCK, gl.SliceLayout(1, whole))
     pv = gl.arange(0, BP, gl.SliceLayout(0, whole))
     place, inside = jv[:, None] * (nheads * P) + pv[None, :], (jv < length)[:, None] & (pv < P)[None, :]
@@ -240,10 +253,12 @@ def _pairs(
         if SUMS:
             if h > lo:
                 _add_up(early_sums, late_sums, u_room, same_room, sums, base, area, h - 1, 1 - turn, BLOCK, ROWS, ALL_SUMS)
-        us = _next(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
-        ws = _next(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
-        _fetch(rooms, tensors, base, length + unmoved, h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h,
-               (h - lo + AHEAD) % STAGES, BLOCK, P, N)  # fmt: skip
+        us = next_line(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
+        ws = next_line(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
+        fetch_head(
+            rooms, tensors, base, length + unmoved, h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h,
+            (h - lo + AHEAD) % STAGES, BLOCK, P, N,
+        )  # fmt: skip
         fence_async_shared()
         vs, ys, ds = v_room.index(stage), y_room.index(stage), ds_room.index(0 if SINGLE else stage)
         r_tile = r_room.index(stage) if DECAY else None
@@ -271,20 +286,20 @@ def _pairs(
         if COLS:
             own_scale = w_room.index(turn).load(row)
         if SUMS:
-            vt = _rows(vs, narrow)
+            vt = rows_of(vs, narrow)
             crossed = gl.sum(y * vt, 1) * b
             gl.store(sums + (2 * IN_STATES + 1) * area + at + jn, crossed * own_scale)
             if ALL_SUMS:
                 gl.store(sums + (2 * ALL_STATES + 1) * area + at + jn, crossed)
         y *= b[:, None]
         if not STRICT:
-            yt = _rows(ys, narrow)
+            yt = rows_of(ys, narrow)
             if ALL_SUMS:
                 met = here * gl.sum(vt * yt, 1)
             if ROWS:
                 here *= u_room.index(turn).load(row)
             y += here[:, None] * yt
-        y = warpgroup_mma(_operand(given, narrow), early, y, is_async=True)
+        y = warpgroup_mma(operand_of(given, narrow), early, y, is_async=True)
         pairs = warpgroup_mma_wait(1, deps=[pairs])
         late_out, given, exchanged_late = _weigh(
             pairs, late_out, scores.index(1), r_tile, c_tile, u_room.index(turn), w_room.index(turn), late_sums.index(turn),
@@ -304,7 +319,7 @@ def _pairs(
                 gl.store(sums + (2 * ALL_PAIRS + 1) * area + at + jn, own_rows)
                 same_room.index(turn).store(met * own_scale)
         y = warpgroup_mma_wait(0, deps=[y])
-        y = warpgroup_mma(_operand(given, narrow), late, y)
+        y = warpgroup_mma(operand_of(given, narrow), late, y)
         if COLS:
             y *= own_scale[:, None]
         gl.store(dv + h * P + place, gl.convert_layout(y.to(dv.dtype.element_ty), whole), mask=inside)
@@ -330,7 +345,7 @@ def _weigh(
     layout: gl.constexpr = pairs.type.layout
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     cols: gl.constexpr = gl.SliceLayout(0, layout)
-    given = _rows(scores, layout)
+    given = rows_of(scores, layout)
     met = pairs
     if DECAY:
         r = r.slice(half * HALF, HALF).load(cols)
@@ -384,125 +399,3 @@ def _pass_on(rows, out, decay):
     EACH: gl.constexpr = max(rows.shape[0] // 32, 1)  # so that every warp has them all
     layout: gl.constexpr = gl.BlockedLayout([EACH], [32], [gl.num_warps()], [0])
     gl.store(out, gl.sum(rows.load(layout), 0) * decay)
-
-
-@gluon.jit
-def _rows(tile, layout: gl.constexpr):
-    """A tile in registers, as a product with as many columns has it."""
-    return gl.convert_layout(tile.load(gl.DotOperandLayout(0, layout, 2)), layout).to(gl.float32)
-
-
-@gluon.jit
-def _operand(x, layout: gl.constexpr):
-    """A product in registers as the left operand of another, whose layout is given: its rows are where they are wanted."""
-    return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, layout, 2))
-
-
-# --- memory -------------------------------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def tiles(COUNT: gl.constexpr, T: gl.constexpr, M: gl.constexpr):
-    """Room for tiles [T, M] that tensor cores read. What is never used takes none."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([T, M], gl.bfloat16)
-    return gl.allocate_shared_memory(gl.bfloat16, [COUNT, T, M], layout)
-
-
-@gluon.jit
-def lines(COUNT: gl.constexpr, T: gl.constexpr):
-    """Room for a number per token."""
-    return gl.allocate_shared_memory(gl.float32, [COUNT, T], LINE)
-
-
-@gluon.jit
-def fetch(tile, x, length, stride, SIZE: gl.constexpr):
-    """Send for rows 0, 1, … of x; zeros come from `length` on and past SIZE."""
-    layout: gl.constexpr = coalesced(tile.shape[0], tile.shape[1])
-    t, m = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout)), gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
-    inside = (t < length)[:, None] & (m < SIZE)[None, :]
-    async_copy.async_copy_global_to_shared(tile, x + t[:, None] * stride + m[None, :], mask=inside)
-
-
-@gluon.jit
-def _fetch(
-    rooms, tensors, base, length, h, hi, v_share, v_t, v_h, y_t, y_h, stage,
-    BLOCK: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
-):  # fmt: skip
-    """Send for what there is room for, of S, V, dY, dS, ρ and κ of a head, if there is one."""
-    s_room, v_room, y_room, ds_room, r_room, c_room = rooms
-    states, v, dy, dstates, rho, kappa = tensors
-    if h < hi:
-        if s_room is not None:
-            fetch(s_room.index(stage), states + (base + h) * P * N, P, N, N)
-        if v_room is not None:
-            fetch(v_room.index(stage), v + (h // v_share) * v_h, length, v_t, P)
-        if y_room is not None:
-            fetch(y_room.index(stage), dy + h * y_h, length, y_t, P)
-        if ds_room is not None:
-            fetch(ds_room.index(stage), dstates + (base + h) * P * N, P, N, N)
-        line = (base + h) * BLOCK + gl.arange(0, BLOCK, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
-        if r_room is not None:
-            async_copy.async_copy_global_to_shared(r_room.index(stage), rho + line)
-        if c_room is not None:
-            async_copy.async_copy_global_to_shared(c_room.index(stage), kappa + line)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _load(x, length, h, hi, x_t, x_h, SIZE: gl.constexpr):
-    """u or w of a head, a token to a thread."""
-    t = gl.arange(0, SIZE, TOKEN)
-    return gl.load(x + t * x_t + gl.minimum(h, hi - 1) * x_h, mask=t < length, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def _ahead(room, x, length, lo, hi, x_t, x_h, THERE: gl.constexpr):
-    """Put the first head's u or w into its room; the second head's is on its way to registers."""
-    out = 0.0
-    if THERE:
-        room.index(0).store(_load(x, length, lo, hi, x_t, x_h, room.shape[1]))
-        out = _load(x, length, lo + 1, hi, x_t, x_h, room.shape[1])
-    return out
-
-
-@gluon.jit
-def _next(room, x_ahead, x, length, h, lo, hi, x_t, x_h, THERE: gl.constexpr):
-    """Put the next head's u or w into its room, and send for the one after."""
-    out = x_ahead
-    if THERE:
-        room.index((h - lo + 1) % 2).store(x_ahead)
-        out = _load(x, length, h + 2, hi, x_t, x_h, room.shape[1])
-    return out
-
-
-# --- layouts ------------------------------------------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def coalesced(T, M):
-    """Of tiles [T, M], sixteen bytes to a thread at a time."""
-    lanes = min(M // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [8, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def whole_sectors(T, M):
-    """As products have tiles [T, M], but for a bit of columns: what four lanes store is 32 bytes."""
-    wide = [[0, 1 << bit] for bit in range(4, M.bit_length() - 1)]
-    warps = [[16 << bit, 0] for bit in range((T // 16).bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], *wide, [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], warps, [], [T, M]
-    )
-
-
-@gluon.constexpr_function
-def traded(rows, shape):
-    """Of sums `[warp, row, 2, column]` with `rows` bits of rows summed: the next bit has gone from lanes to registers."""
-    warps, _, _, columns = shape
-    column = [[0, 0, 0, 1 << bit] for bit in range(columns.bit_length() - 1)]
-    far = column[:2:-1]
-    lanes = [*column[1:3], *far[: rows + 1], *([0, 1 << bit, 0, 0] for bit in range(2 - rows))]
-    registers = [column[0], *far[:rows:-1], [0, 0, 1, 0]]
-    return gl.DistributedLinearLayout(
-        registers, lanes, [[1 << bit, 0, 0, 0] for bit in range(warps.bit_length() - 1)], [], shape
-    )
