@@ -199,12 +199,12 @@ class Backward(Scan):
     def _kernel(self) -> tuple[Kernel, int, dict[str, Any]]:
         """What makes gradients by blocks, into how many parts it takes a block, and the switches that are its own."""
         z, t, c = self.sizes, self.term, self.common
-        skips = t.col_inclusive and not t.row_inclusive
-        vectors = self.decays + self.apart, (self.slot("rows") is not None) + (self.slot("cols") is not None)
-        stages = 0 if hopper_gradients is None or skips else hopper_stages(self.problem, self.dot, *vectors)
+        skips, apart = t.col_inclusive and not t.row_inclusive, self.decays and self.apart
+        lines = self.decays + apart, (self.slot("rows") is not None) + (self.slot("cols") is not None)
+        stages = 0 if hopper_gradients is None or skips else hopper_stages(self.problem, self.dot, *lines)
         if stages:
             switches = {name: c[name] for name in ("N", "DECAY", "PACKED")}
-            switches |= {"APART": self.decays and self.apart, "STAGES": stages}
+            switches |= {"APART": apart, "STAGES": stages}
             return HOPPER, 3 if self.problem.dstate > 128 else 2, switches
         ahead = dict(zip(("STATE_STAGES", "VALUE_STAGES", "PAIR_STAGES"), z.stages_back, strict=True))
         return GRADIENTS, 3 * (z.block // z.tile) + 1, {

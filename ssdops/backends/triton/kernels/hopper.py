@@ -33,8 +33,8 @@ from .hopper_tiles import (
     next_line,
     operand_of,
     rows_of,
+    sums_by_warp,
     tiles,
-    traded,
     whole_sectors,
 )
 from .rows import slot_bounds
@@ -360,7 +360,7 @@ def _weigh(
         own = w.load(rows)[:, None]
         met, by_j = met * own, by_j * own
     if SUMS:
-        sums.store(_by_warp(by_j))
+        sums.store(sums_by_warp(by_j))
     return out + met, given, gl.sum(by_i, 1)
 
 
@@ -380,17 +380,6 @@ def _add_up(early, late, u, same, sums, base, area, h, turn, BLOCK: gl.constexpr
         if ALL_SUMS:
             met = same.index(turn).slice(half * HALF, HALF).load(line)
             gl.store(sums + 2 * ALL_PAIRS * area + at, total + met)
-
-
-@gluon.jit
-def _by_warp(x):
-    """The sums of x, `[j, i]`, over the rows of each warp: lanes trade a row for another's column, and are left with half."""
-    warps: gl.constexpr = gl.num_warps()
-    x = gl.sum(gl.reshape(x, [warps, 2, 8, x.shape[1]]), 1)
-    for rows in gl.static_range(3):
-        x = gl.reshape(x, [warps, 4 >> rows, 2, x.shape[2]])
-        x = gl.sum(gl.convert_layout(x, traded(rows, x.shape)), 2)
-    return gl.reshape(x, [warps, x.shape[2]])
 
 
 @gluon.jit

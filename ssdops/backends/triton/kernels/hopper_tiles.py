@@ -1,4 +1,4 @@
-"""Tiles, lines and layouts of `hopper.py`: where what it reads of a head lies in shared memory, and how it comes there."""
+"""Tiles, lines and layouts of `hopper.py`: where what it reads of a head lies, and how it comes there and into registers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -84,6 +84,32 @@ def next_line(room, x_ahead, x, length, h, lo, hi, x_t, x_h, THERE: gl.constexpr
     return out
 
 
+# --- registers --------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def rows_of(tile, layout: gl.constexpr):
+    """A tile in registers, as a product with as many columns has it."""
+    return gl.convert_layout(tile.load(gl.DotOperandLayout(0, layout, 2)), layout).to(gl.float32)
+
+
+@gluon.jit
+def operand_of(x, layout: gl.constexpr):
+    """A product in registers as the left operand of another, whose layout is given: its rows are where they are wanted."""
+    return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, layout, 2))
+
+
+@gluon.jit
+def sums_by_warp(x):
+    """The sums of x, `[j, i]`, over the rows of each warp: lanes trade a row for another's column, and are left with half."""
+    warps: gl.constexpr = gl.num_warps()
+    x = gl.sum(gl.reshape(x, [warps, 2, 8, x.shape[1]]), 1)
+    for rows in gl.static_range(3):
+        x = gl.reshape(x, [warps, 4 >> rows, 2, x.shape[2]])
+        x = gl.sum(gl.convert_layout(x, traded(rows, x.shape)), 2)
+    return gl.reshape(x, [warps, x.shape[2]])
+
+
 # --- layouts ------------------------------------------------------------------------------------------------------------------
 
 
@@ -115,15 +141,3 @@ def traded(rows, shape):
     return gl.DistributedLinearLayout(
         registers, lanes, [[1 << bit, 0, 0, 0] for bit in range(warps.bit_length() - 1)], [], shape
     )
-
-
-@gluon.jit
-def rows_of(tile, layout: gl.constexpr):
-    """A tile in registers, as a product with as many columns has it."""
-    return gl.convert_layout(tile.load(gl.DotOperandLayout(0, layout, 2)), layout).to(gl.float32)
-
-
-@gluon.jit
-def operand_of(x, layout: gl.constexpr):
-    """A product in registers as the left operand of another, whose layout is given: its rows are where they are wanted."""
-    return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, layout, 2))
