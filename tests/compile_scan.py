@@ -64,14 +64,15 @@ def scaled(s: Make) -> m.Mask:
     return m.decay(s.log()).scale(s.factor(), s.factor(), s.log()) * s.cu
 
 
-MASKS = {"decay": plain, "scaled": scaled, "everything": everything, "one": everything}
+MASKS = {"decay": plain, "scaled": scaled, "everything": everything, "one": everything, "relay": plain}
 
 
 @dataclass(frozen=True)
 class Setup:
     """What is run: `chunk` None is the backend's choice, and `only` the kernels to look at, if not all.
 
-    With `seqlen` and `nheads` of 1, integers are constants of the kernel, as its compiler has it.
+    With `seqlen` and `nheads` of 1, integers are constants of the kernel, as its compiler has it; with enough heads, programs of the
+    scan hand states on.
     """
 
     dtype: str
@@ -105,6 +106,8 @@ SETUPS = (
     Setup("bf16", 64, 256, passes=("forward",)),
     Setup("bf16", 64, 128, 16, passes=("forward",)),
     Setup("bf16", 64, 128, 64, passes=("forward",)),
+    Setup("bf16", 64, 128, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
+    Setup("bf16", 64, 16, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
     Setup("bf16", 64, 128, mask="everything"),
     Setup("bf16", 64, 128, mask="one", seqlen=1, nheads=1),
     Setup("bf16", 64, 128, mask="scaled", **BLOCKWISE),

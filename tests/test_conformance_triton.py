@@ -3,10 +3,12 @@
 `test_cuda_triton.py` holds what compilers make of them to the same laws.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from ssdops import explain, masks, ssd
 from ssdops.backends.base import Config, Cotangents, bind
@@ -16,6 +18,7 @@ from ssdops.errors import UnsupportedError
 from ssdops.ir.terms import Linear
 from ssdops.plan import terms_of
 from ssdops.testing import Conformance, laws
+from ssdops.testing.case import Case
 from ssdops.testing.laws import Runner, twice
 from ssdops.testing.oracle import gradient_bounds, output_bounds, outputs
 from ssdops.testing.structures import Make
@@ -38,6 +41,54 @@ def test_uncounted_documents_are_refused_where_they_could_be_too_many() -> None:
     x, ids = torch.zeros(1, 2049, 1, 4), torch.zeros(1, 2049, dtype=torch.int64)
     with pytest.raises(UnsupportedError, match="give n_segments"):
         ssd(x, x, x, masks.documents(segment_ids=ids), backend="triton")
+
+
+@pytest.mark.parametrize("dstate", [6, 130])
+@pytest.mark.parametrize("make", [masks.decay, lambda log_a: masks.decay(log_a).T])
+def test_a_relay_says_what_one_pass_says(
+    make: Callable[[Tensor], masks.Mask], dstate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that hand the state on: y and final states, of rows and groups of their own, in one part of dstate or two."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 200, 2, dstate, generator=generator) for _ in range(2))
+    v, initial = torch.randn(2, 200, 6, 20, generator=generator), torch.randn(2, 6, 20, dstate, generator=generator)
+    mask = make(-0.1 * torch.rand(2, 200, 6, generator=generator))
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        return ssd(q, k, v, mask, initial_state=initial, return_state=True, backend="triton")
+
+    wanted, asked = outputs(), []
+    monkeypatch.setattr("ssdops.backends.triton.launch.relay_of", lambda problem, programs: asked.append(programs) or 3)
+    monkeypatch.setattr("ssdops.backends.triton.replay._replays", {})
+    for name, x, y in zip(("y", "state"), outputs(), wanted, strict=True):
+        assert (x - y).abs().max() <= 1e-5 * y.abs().max(), name
+    assert asked == [2 * 6 * 2]  # rows, heads, and tiles of 16 rows of headdim
+
+
+def forgetful(strength: float, gain: float) -> Tensor:
+    """Log decays (1, 600, 2): strong on 80 tokens of the first half, and what undoes some of that after them."""
+    log_a = torch.full((1, 600, 2), -0.01)
+    log_a[:, 100:180], log_a[:, 200:260] = -strength, gain
+    return log_a
+
+
+@pytest.mark.parametrize(("strength", "gain", "read"), [(2.0, 0.0, True), (2.5, 0.0, False), (2.5, 1.0, True)])
+def test_segments_read_what_they_remember(strength: float, gain: float, read: bool) -> None:
+    """A state that decays by 2^256 is 0, unless it grows again: the tokens before are not read, and else they count."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 600, 2, 8, generator=generator) for _ in range(3))
+    mask = masks.decay(forgetful(strength, gain))
+    (term,) = terms_of(mask.tree)
+    made = Case(q, k, v, mask)
+    assert isinstance(term, Linear)
+
+    def outputs(v: Tensor, segments: int) -> Tensor:
+        return Scan(term, bind(term, made.problem, q, k, v, mask.operands, None, 1.0), Config(16, segments)).forward().y
+
+    whole, parts = outputs(v, 1), outputs(v, 2)
+    assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
+    spoilt = outputs(v.index_fill(1, torch.arange(40), torch.nan), 2)
+    assert spoilt[:, 320:].isnan().all() if read else torch.equal(spoilt[:, 320:], parts[:, 320:])
 
 
 def test_segments_say_what_one_pass_says() -> None:

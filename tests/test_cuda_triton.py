@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ssdops import masks, ssd
+from ssdops.backends.triton.sizes import relay_of
 from ssdops.masks import Mask
 from ssdops.testing import Conformance
+from ssdops.testing.case import Case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,6 +117,32 @@ def test_long_slow_sequence_in_segments() -> None:
     """One head of a long row is split into segments, and says the same as one pass."""
     inputs = call((1, 4097, 2, 64, 1, 64), torch.bfloat16, 1e-3)
     assert_near(inputs, masks.decay)
+
+
+def test_segments_that_forget() -> None:
+    """Of two heads of a long row one remembers a whole segment, the other its end."""
+    q, k, v, log_a = call((1, 16384, 2, 64, 1, 64), torch.bfloat16)
+    log_a.detach().mul_(torch.tensor([0.05, 4.0], device="cuda"))
+    inputs = [q, k, v, log_a]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found, wanted = results(inputs, masks.decay, "triton"), results(exact, masks.decay, "chunked")
+    for name, x, y in zip(("y", "dq", "dk", "dv", "dlog_a"), found, wanted, strict=True):
+        assert (x.double() - y).norm() <= RELATIVE[torch.bfloat16] * y.norm(), name
+
+
+@pytest.mark.parametrize(("sizes", "segments"), [((4, 3100, 128, 64, 8, 128), 2), ((5, 3100, 80, 64, 1, 16), 3)])
+def test_a_relay(sizes: tuple[int, ...], segments: int) -> None:
+    """More programs than the device holds hand states on: right, and the same bits twice, from both sides."""
+    q, k, v, log_a = (x.detach() for x in call(sizes, torch.bfloat16))
+    device = torch.cuda.get_device_properties(0)
+    if device.multi_processor_count == 132:  # else another number may be best
+        assert relay_of(Case(q, k, v, masks.decay(log_a)).problem, sizes[0] * sizes[2]) == segments
+    for mask in (masks.decay(log_a), masks.decay(log_a).T):
+        found, again = (ssd(q, k, v, mask, return_state=True, backend="triton") for _ in range(2))
+        wanted = ssd(*(x.double() for x in (q, k, v)), mask, return_state=True, backend="chunked")
+        for name, x, y, z in zip(("y", "state"), found, again, wanted, strict=True):
+            assert torch.equal(x, y), name
+            assert (x.double() - z).norm() <= RELATIVE[torch.bfloat16] * z.norm(), name
 
 
 @pytest.mark.parametrize(

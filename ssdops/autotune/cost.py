@@ -32,7 +32,7 @@ class Rates:
 
 DEFAULT_RATES = {
     "cpu": Rates(matmul=8e10, elementwise=1e9, bandwidth=1e10, launch=6e-6),
-    "cuda": Rates(matmul=3e13, elementwise=1e12, bandwidth=1.5e12, launch=8e-6, step=1.2e-6),
+    "cuda": Rates(matmul=3e13, elementwise=1e12, bandwidth=2e12, launch=8e-6, step=1.2e-6),
 }
 
 

@@ -14,12 +14,12 @@ from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
 from . import tiles
-from .sizes import CHUNKS, MAX_DIM, chunks, sizes
+from .sizes import CHUNKS, MAX_DIM, RESIDENT, chunks, rounds, sizes
 
+START = 6
+"""Chunks that a program of the scan could take in the time that it takes to begin."""
 MAX_UNCOUNTED = 2048
 """Tokens up to which every token may be a document of its own, as far as anyone knows without reading them."""
-RESIDENT = 3
-"""Programs of the scan that a multiprocessor holds at once."""
 
 
 class Triton:
@@ -95,13 +95,11 @@ class Triton:
         if isinstance(term, Diagonal):
             return Work(0.0, 3 * tokens * p.nheads * p.headdim, 3 * touched, 6.0 + interpreted)
         size = sizes(p, config.chunk_size).chunk
-        programs = self._programs(p) * config.segments
-        waves = max(-(-programs // (RESIDENT * p.target.multiprocessors)), 1)
+        in_turn = rounds(self._programs(p) * config.segments, p.target.multiprocessors)
         chunks = -(-p.seqlen // (size * config.segments))
-        passes = 1.0 if config.segments == 1 else 1.6
-        touched *= passes
-        launches = (2.0 if config.segments == 1 else 3.0) + interpreted
-        return Work(0.0, 0.0, touched, launches, steps=waves * chunks * passes * max(p.dstate / 128, 0.5))
+        passes = 1.0 if config.segments == 1 else 1.4  # the first reads what is remembered: the usual decays forget most
+        launches = (1.0 if config.segments == 1 else 1.5) + interpreted  # two or three, each half of what one of torch takes
+        return Work(0.0, 0.0, touched, launches, steps=in_turn * (chunks + START) * passes * max(p.dstate / 128, 0.5))
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """Two launches, or three in segments."""

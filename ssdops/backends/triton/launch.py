@@ -19,7 +19,7 @@ from .calls import Grid, Kernel
 from .kernels.prepare import prepare
 from .kernels.scan import scan
 from .kernels.states import states
-from .sizes import padded, sizes
+from .sizes import padded, relay_of, sizes
 
 PREPARE, SCAN, STATES = Kernel(prepare), Kernel(scan), Kernel(states)
 SPAN = 60.0
@@ -115,8 +115,8 @@ class Scan:
 
     # --- launches -------------------------------------------------------------------------------------------------------
 
-    def prepare(self, chunks: bool, blocks: bool) -> Prepared:
-        """Scores and sums of log decays of every chunk, and sums of every block, as far as they are wanted."""
+    def prepare(self, chunks: bool, blocks: bool, turns: Tensor | None = None) -> Prepared:
+        """Scores and sums of log decays of every chunk, and sums of every block, as far as they are wanted; turns at 0."""
         p, t, z, slots, coarse = self.problem, self.term, self.sizes, self.slots, self.slots_of(self.sizes.block)
         scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot) if chunks else self.q
         by_chunk, center, by_block = Sums(*(self.q,) * 3), self.q, Sums(*(self.q,) * 3)
@@ -132,7 +132,7 @@ class Scan:
                 PREPARE, (slots if chunks else coarse, parts, 1),
                 (
                     self.q, self.k, or_else(log_a, self.q), or_else(log_cols, self.q), or_else(self.cu, self.q), scores,
-                    *by_chunk, center, *by_block,
+                    *by_chunk, center, *by_block, or_else(turns, self.q),
                 ),
                 (
                     *self.packing, groups, coarse, self.groups // p.q_heads, self.groups // p.k_heads,
@@ -140,7 +140,8 @@ class Scan:
                 ),
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
                 ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None, CHUNKS=chunks,
-                BLOCKS=blocks, SPAN=SPAN, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
+                BLOCKS=blocks, SPAN=SPAN, RUNNERS=0 if turns is None else turns.shape[1] // self.groups,
+                **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return Prepared(scores, by_chunk, center, by_block)
 
@@ -182,7 +183,7 @@ class Scan:
             ),
             (
                 *self.packing, p.nheads // p.v_heads, p.nheads // p.k_heads, p.nheads // p.q_heads, self.scale,
-                self.per_segment,
+                self.per_segment(segments),
                 *strides(s.x), *strides(k), *strides(other.x), *strides(q), *strides(u), *strides(w),
             ),
             BLOCK=z.block, PORTION=z.portion, P=p.headdim, BP=z.rows, BN=z.state, CAUSAL=t.causal, ROWS=u is not None,
@@ -193,10 +194,9 @@ class Scan:
             STAGES=z.stages + 1, **self.common, num_warps=4,
         )  # fmt: skip
 
-    @property
-    def per_segment(self) -> int:
-        """Blocks of a segment."""
-        return ceil_div(ceil_div(self.problem.seqlen, self.sizes.block), self.config.segments)
+    def per_segment(self, segments: int) -> int:
+        """Blocks of a segment, of so many."""
+        return ceil_div(ceil_div(self.problem.seqlen, self.sizes.block), segments)
 
     # --- passes ---------------------------------------------------------------------------------------------------------
 
@@ -212,23 +212,28 @@ class Scan:
 
     def _scan(self, y: Tensor, state: Tensor | None, blocks: Tensor | None) -> None:
         p, t, z, nothing, segments = self.problem, self.term, self.sizes, self.q, self.config.segments
-        prepared, initial = self.prepare(chunks=True, blocks=segments > 1), contiguous(self.x.initial)
+        runners, turns, handed = p.nheads * ceil_div(p.headdim, z.rows), None, None
+        relay = relay_of(p, self.rows * runners) if segments == 1 and self.cu is None else 1
+        if relay > 1:
+            turns, segments = self.empty(self.rows, runners, dtype=torch.int32), relay
+            handed = self.empty(self.rows, p.nheads, p.headdim, p.dstate)
+        prepared, initial = self.prepare(chunks=True, blocks=self.config.segments > 1, turns=turns), contiguous(self.x.initial)
         parts, u, w = self.walk(prepared.blocks, Side(self.v)), self.slot("rows"), self.slot("cols")
         self.run(
-            SCAN, (p.nheads * ceil_div(p.headdim, z.rows) * self.rows, 1, segments),
+            SCAN, (runners * self.rows, 1, segments),
             (
                 self.q, self.k, self.v, y, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing),
                 prepared.scores, *prepared.chunks, prepared.center, or_else(initial, nothing), or_else(state, nothing),
-                or_else(blocks, nothing), *(parts or (nothing, nothing)),
+                or_else(blocks, nothing), *(parts or (nothing, nothing)), or_else(handed, nothing), or_else(turns, nothing),
             ),
             (
                 *self.packing, self.groups, p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
-                self.per_segment * (z.block // z.chunk),
+                self.per_segment(segments) * (z.block // z.chunk),
                 *strides(self.q), *strides(self.k), *strides(self.v), *strides(y), *strides(u), *strides(w),
             ),
             L=z.chunk, BLOCK=p.state_every or z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
             CAUSAL=t.causal, ROWS=u is not None, COLS=w is not None, ENTERING=initial is not None,
-            LEAVING=state is not None, BLOCKS=blocks is not None, SEGMENTS=parts is not None,
+            LEAVING=state is not None, BLOCKS=blocks is not None, SEGMENTS=parts is not None, RELAY=relay > 1,
             ALIGN=z.block // z.chunk, FACTORED=self.factored, NORMALIZE=self.dot == torch.float16, STAGES=z.stages,
             **self.common, num_warps=4, maxnreg=z.registers if blocks is None else None,
         )  # fmt: skip

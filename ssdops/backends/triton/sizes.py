@@ -11,6 +11,8 @@ from .tile_mask import shared_memory
 
 CHUNKS = (32, 16, 64)
 """Chunk sizes, the default first: 32 tokens leave the registers of a multiprocessor room for three programs of 64 rows."""
+RESIDENT = 3
+"""Programs of the scan that a multiprocessor holds at once."""
 MAX_DIM = 256
 """The greatest headdim and dstate: a state [64, 256] in float32 takes half of a program's registers."""
 
@@ -29,7 +31,7 @@ class Sizes:
         state: columns of the state, of dstate, in its first part; the rest, if any, is a second part.
         stages: how many chunks are in flight.
         stages_back: how many heads are, in the backward pass's parts through states, of values and of pairs.
-        registers: the most that a thread of the forward scan may take; None is no limit.
+        registers: the most that a thread of the forward scan may take, so that RESIDENT fit; None is no limit.
     """
 
     chunk: int
@@ -54,7 +56,6 @@ def sizes(problem: Problem, chunk: int | None) -> Sizes:
             chunk=chunk, block=block, portion=32, rows=16, rows_back=min(p, 64), tile=32, state=min(n, 128),
             stages=2, stages_back=(1, 1, 1), registers=None,
         )  # fmt: skip
-    small = n <= 128
     # 8.x has its operands in registers, and 10.x its sums in tensor memory, where each turn of an unrolled loop over headdim
     # has its own; 9.x has room for blocks of 128 tokens up to where shared memory ends (tests/triton_resources.txt).
     block = 32 if _crowded(problem) else 128 if major == 9 and p <= 128 else 64
@@ -69,7 +70,7 @@ def sizes(problem: Problem, chunk: int | None) -> Sizes:
     )
     return Sizes(
         chunk=chunk or CHUNKS[0], block=block, portion=min(block, 64), rows=min(p, 64), rows_back=min(p, 64),
-        tile=tile, state=min(n, 128), stages=3, stages_back=back, registers=168 if small else None,
+        tile=tile, state=min(n, 128), stages=3, stages_back=back, registers=168 if 32 < n <= 128 else None,
     )  # fmt: skip
 
 
@@ -93,6 +94,27 @@ def hopper_stages(problem: Problem, dot: torch.dtype, logs: int, scales: int) ->
     if n > 128:  # dQ, dK and pairs by a program each: that of dQ has no V, no κ and no w
         return 2 if stays - lines * scales + 2 * (token + 2 * state + lines) <= room else 0
     return next((count for count in (3, 2) if stays + count * (2 * token + 2 * state + lines * logs) <= room), 0)
+
+
+def rounds(programs: int, multiprocessors: int) -> float:
+    """How long so many programs of the scan take, where RESIDENT on each multiprocessor take 1: fewer of them are faster."""
+    full, rest = divmod(programs, RESIDENT * multiprocessors)
+    return full + (0.0, 0.67, 0.75, 1.0)[-(-rest // multiprocessors)]
+
+
+def relay_of(problem: Problem, programs: int) -> int:
+    """In how many segments to walk rows that have so many programs, by as many programs that hand the state on.
+
+    It costs a tenth of a round, and pays where the last round would be a small one. With a small state it does anyway: the
+    programs of neighbouring heads, which read neighbouring lines, are not let run apart.
+    """
+    p, n, chunks = problem, padded(problem.dstate), -(-problem.seqlen // CHUNKS[0])
+    multiprocessors = p.target.multiprocessors
+    if n > 128 or chunks < 96 or programs < RESIDENT * multiprocessors:
+        return 1
+    if n <= 32:
+        return 3
+    return 2 if rounds(2 * programs, multiprocessors) / 2 + 0.1 < rounds(programs, multiprocessors) else 1
 
 
 def chunks(problem: Problem) -> tuple[int, ...]:

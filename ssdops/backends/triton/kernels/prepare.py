@@ -8,14 +8,14 @@ from .rows import first_slot, slot_bounds
 
 @triton.jit
 def prepare(
-    q, k, log_a, log_cols, cu, scores, rho, kappa, total, center, block_rho, block_kappa, block_total,
+    q, k, log_a, log_cols, cu, scores, rho, kappa, total, center, block_rho, block_kappa, block_total, turns,
     n_rows, seqlen, tokens, nheads, groups, blocks, q_share, k_share,
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h,
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
     DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
     PACKED: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, RUNNERS: tl.constexpr,
 ):  # fmt: skip
     """Scores K Qᵀ of chunks under the mask's triangle, if CHUNKS; sums of log decays of blocks, in units of log 2.
 
@@ -29,6 +29,7 @@ def prepare(
         total: `[chunks, nheads]`, the sum of a chunk. These, and scores and center, only if CHUNKS.
         center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is.
         block_rho, block_kappa, block_total: the same of blocks, if BLOCKS.
+        turns: `[rows, groups, RUNNERS]`, put to 0 for a relay of as many programs of the scan for each row and group.
     """
     slot, part = tl.program_id(0), tl.program_id(1)
     if part < groups:
@@ -48,6 +49,11 @@ def prepare(
             acc = tl.where(late > early if STRICT else late >= early, acc, 0.0)
             scores += (slot.to(tl.int64) * groups + part) * L * L
             tl.store(scores + i[:, None] * L + i[None, :], acc.to(DOT))
+            if first == start:
+                for runner in range(0, RUNNERS, 64):
+                    of_group = runner + tl.arange(0, 64)
+                    place = (row * groups + part) * RUNNERS + of_group
+                    tl.store(turns + place, tl.zeros([64], tl.int32), mask=of_group < RUNNERS)
     elif slot < blocks:
         row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
         if first < stop:

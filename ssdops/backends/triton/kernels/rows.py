@@ -7,6 +7,9 @@ the slots ⌊start / size⌋ + r and on, which no two rows share; the last of th
 import triton
 import triton.language as tl
 
+FORGOTTEN = tl.constexpr(-256.0)
+"""In units of log 2: no float32 is as large as 2^128, and 2^-128 is less than GPUs compute with."""
+
 
 @triton.jit
 def bounds(cu, row, seqlen, tokens, PACKED: tl.constexpr):
@@ -75,3 +78,22 @@ def any_wide(center, first, step, count):
         i = begin + tl.arange(0, 128)
         found = tl.maximum(found, tl.max(tl.load(center + first + i * step, mask=i < count, other=0.0), 0))
     return found > 1e29
+
+
+@triton.jit
+def remembered(logs, step, lo, hi):
+    """Of parts [lo, hi) of a walk: the first that the state after them remembers, and the sum of all their log decays.
+
+    A state that has decayed by FORGOTTEN since is 0 in float32, whatever it was. Decays may be positive: the last such counts.
+
+    Args:
+        logs, step: the sums of log decays of parts 0, 1, …, so far apart.
+    """
+    first, after = lo, 0.0
+    for stop in range(hi, lo, -64):
+        at = stop - 1 - tl.arange(0, 64)
+        own = tl.load(logs + at * step, mask=at >= lo, other=0.0).to(tl.float32)
+        since = after + tl.cumsum(own, 0)  # what has passed when the walk ends, of the state that enters each
+        first = tl.maximum(first, tl.max(tl.where(since < FORGOTTEN, at, lo), 0))
+        after += tl.sum(own, 0)
+    return first, after

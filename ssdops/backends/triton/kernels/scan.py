@@ -13,18 +13,18 @@ between chunks.
 import triton
 import triton.language as tl
 
-from .rows import any_wide, bounds, first_slot
+from .rows import any_wide, bounds, first_slot, remembered
 
 
 @triton.jit
 def scan(
-    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals,
+    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals, handed, turns,
     n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BN2: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, ENTERING: tl.constexpr,
-    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, ALIGN: tl.constexpr,
+    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, RELAY: tl.constexpr, ALIGN: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows · heads · tiles of P, 1, segments).
@@ -33,6 +33,8 @@ def scan(
         scale: the factor of Y.
         per_segment: chunks of a segment, a multiple of ALIGN, which segments begin at.
         parts, part_totals: the state that each segment makes from zero, and its E (`states`): read if SEGMENTS.
+        handed, turns: where, in a RELAY, a segment leaves the state to the next one, and whose turn it is (0 before:
+            `prepare`), of `[rows, nheads, P, N]` and of each program of a segment.
         CAUSAL: whether chunks are walked from the left.
         BLOCKS: write the state that enters each block of BLOCK tokens.
     """
@@ -66,13 +68,24 @@ def scan(
         if BN2:
             s2 += tl.load(entering + state + n2[None, :], mask=inside_p & inside_n2, other=0.0).to(tl.float32)
     if SEGMENTS:
-        for earlier in range(0, segment):
+        kept, _ = remembered(part_totals + row * nheads64 + h, n_rows * nheads64, 0, segment)
+        if kept > 0:
+            s, s2 = tl.zeros_like(s), tl.zeros_like(s2)
+        for earlier in range(kept, segment):
             part = (earlier * n_rows + row) * nheads64 + h
             decay = tl.exp2(tl.load(part_totals + part))
             place = parts + part * P * N + p[:, None] * N
             s = s * decay + tl.load(place + n[None, :], mask=inside_p & inside_n, other=0.0)
             if BN2:
                 s2 = s2 * decay + tl.load(place + n2[None, :], mask=inside_p & inside_n2, other=0.0)
+    if RELAY:
+        turns += tl.program_id(0)
+        if segment > 0:
+            while tl.atomic_add(turns, 0, sem="acquire") < segment:  # programs start in order: that one has
+                pass
+            s = tl.load(handed + state + n[None, :], mask=inside_p & inside_n, other=0.0, cache_modifier=".cg")
+            if BN2:
+                s2 = tl.load(handed + state + n2[None, :], mask=inside_p & inside_n2, other=0.0, cache_modifier=".cg")
     empty = 0 if CAUSAL else (chunks + ALIGN - 1) // ALIGN * ALIGN - chunks  # chunks at the right end that have no tokens
     lo = tl.maximum(segment * per_segment - empty, 0)
     hi = tl.minimum((segment + 1) * per_segment - empty, chunks)
@@ -99,6 +112,13 @@ def scan(
             L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, BLOCKS, False,
             NORMALIZE, DOT, PRECISION, STAGES,
         )  # fmt: skip
+    if RELAY:
+        if segment < tl.num_programs(2) - 1:
+            tl.store(handed + state + n[None, :], s, mask=inside_p & inside_n)
+            if BN2:
+                tl.store(handed + state + n2[None, :], s2, mask=inside_p & inside_n2)
+            tl.debug_barrier()
+            tl.atomic_xchg(turns, segment + 1, sem="release")
     if LEAVING:
         if segment == tl.num_programs(2) - 1:
             tl.store(leaving + state + n[None, :], s.to(leaving.dtype.element_ty), mask=inside_p & inside_n)

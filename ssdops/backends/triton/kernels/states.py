@@ -5,13 +5,14 @@ S enters a block from the side that the term is walked from, its cotangent dS fr
     S  ← exp(E) S  + Σ_j exp(E − κ_j) w_j v_j k_jᵀ
     dS ← exp(E) dS + Σ_i exp(ρ_i) u_i scale · dy_i q_iᵀ
 
-Both are one walk over other tensors. Weights are relative to the block, so that its tokens may come in portions.
+Both are one walk over other tensors. Weights are relative to the block, so that its tokens may come in portions. Where only the
+last state of a segment is wanted, what it does not remember is not read.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import bounds, first_slot
+from .rows import bounds, first_slot, remembered
 
 
 @triton.jit
@@ -70,12 +71,22 @@ def states(
         given = tl.where(reads, DLEAVING, ENTERING) if BOTH else ENTERING
         s += tl.load(entering + state + place, mask=inside & given, other=0.0).to(tl.float32)
     if SEGMENTS:
-        for earlier in range(0, segment):
+        kept, _ = remembered(part_totals + part0, n_rows * nheads64, 0, segment)
+        s = tl.where(kept > 0, 0.0, s)
+        for earlier in range(kept, segment):
             part = part0 + earlier * n_rows * nheads64
             s = s * tl.exp2(tl.load(part_totals + part)) + tl.load(parts + part * P * N + place, mask=inside, other=0.0)
     whole = (length + BLOCK - 1) // BLOCK * portions  # the last of them may be empty
     lo, hi = segment * per_segment * portions, tl.minimum((segment + 1) * per_segment * portions, whole)
-    passed = 0.0
+    if PARTS:
+        passed = 0.0
+        if DECAY:
+            walk = total + slot0 * nheads64 + h + tl.where(from_left, 0, (whole // portions - 1) * nheads64)
+            kept, passed = remembered(walk, tl.where(from_left, nheads64, -nheads64), lo // portions, hi // portions)
+            lo = kept * portions
+        if segment == tl.num_programs(2) - 1:  # nobody starts from what the last one leaves
+            hi = lo
+        tl.store(part_totals + part0 + segment * n_rows * nheads64, passed)
     for step in tl.range(lo, hi, num_stages=STAGES):
         c = tl.where(from_left, step, whole - 1 - step)
         first = c % portions == tl.where(from_left, 0, portions - 1)
@@ -92,7 +103,6 @@ def states(
             e = tl.load(total + head)
             r = tl.load(kappa + head * BLOCK + c % portions * PORTION + i)
             weight *= tl.exp2(tl.where(reads, r, e - r)).to(tl.float32)
-            passed += tl.where(first, e.to(tl.float32), 0.0)
             s *= tl.where(first, tl.exp2(e).to(tl.float32), 1.0)
         t = t0 + c0 + i
         if ROWS and BOTH:
@@ -101,9 +111,7 @@ def states(
             weight *= tl.load(w + batch * w_b + t * w_t + h * w_h, mask=here & (reads == 0), other=1.0).to(tl.float32)
         s = tl.dot((xt.to(tl.float32) * weight[None, :]).to(DOT), bt, acc=s, input_precision=PRECISION)
     if PARTS:
-        part = part0 + segment * n_rows * nheads64
-        tl.store(parts + part * P * N + place, s, mask=inside)
-        tl.store(part_totals + part, passed)
+        tl.store(parts + (part0 + segment * n_rows * nheads64) * P * N + place, s, mask=inside)
     if DENTERING:
         last = segment == tl.num_programs(2) - 1
         tl.store(dentering + state + place, s, mask=inside & last & reads)
