@@ -71,8 +71,8 @@ MASKS = {"decay": plain, "scaled": scaled, "everything": everything, "one": ever
 class Setup:
     """What is run: `chunk` None is the backend's choice, and `only` the kernels to look at, if not all.
 
-    With `seqlen` and `nheads` of 1, integers are constants of the kernel, as its compiler has it; with enough heads, programs of the
-    scan hand states on.
+    With `seqlen` and `nheads` of 1, integers are constants of the kernel, as its compiler has it; with many heads, programs
+    of the scan hand states on.
     """
 
     dtype: str
