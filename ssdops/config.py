@@ -3,6 +3,7 @@
 SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pass; 3 also generated source
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
 TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
+TVM_NUM_THREADS   (TVM's own) threads of the TVM backend; by default as many as torch has when TVM is imported
 """
 
 import os
@@ -28,3 +29,10 @@ def check_values() -> bool:
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter; Triton itself looks when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def tvm_threads(default: int) -> int:
+    """How many threads TVM is to have: it looks when it makes them. Left alone it takes one, and binds the process to cores."""
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    return int(os.environ.setdefault("TVM_NUM_THREADS", str(default)))

@@ -165,6 +165,9 @@ def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
         return _named(term, contraction, problem)
     candidates, rejected = [], []
     for name in registry.names():
+        if name in registry.BY_NAME:
+            rejected.append(Rejection(name, registry.BY_NAME[name]))
+            continue
         found = list(_candidates(term, name, contraction, problem))
         candidates += [step for step in found if isinstance(step, Step)]
         rejected += [r for r in found if isinstance(r, Rejection)]

@@ -13,7 +13,10 @@ BACKENDS: dict[str, str] = {
     "chunked": "ssdops.backends.chunked:Chunked",
     "recurrent": "ssdops.backends.recurrent:Recurrent",
     "naive": "ssdops.backends.naive:Naive",
+    "tvm": "ssdops.backends.tvm.backend:Tvm",
 }
+BY_NAME = {"tvm": "compiles for seconds at its first call, so it runs only where it is named"}
+"""Backends that "auto" does not take, and why."""
 
 
 def names() -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""The TVM backend: scans as scheduled tensor programs."""

@@ -1,0 +1,181 @@
+"""The TVM backend keeps every law on LLVM, and says what it does not run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssdops import explain, masks, ssd
+from ssdops.backends import registry
+from ssdops.backends.tvm import backend
+from ssdops.backends.tvm.backend import Tvm
+from ssdops.errors import UnsupportedError
+from ssdops.ir.problem import Problem, Target
+from ssdops.ir.terms import Diagonal, Linear
+from ssdops.testing import Conformance
+from ssdops.testing.structures import Make
+
+needs_tvm = pytest.mark.skipif(
+    not backend._installed().ok, reason="TVM is not installed; torch backends keep the same laws without it"
+)
+
+
+@needs_tvm
+@pytest.mark.tvm
+class TestTvm(Conformance):
+    backend = "tvm"
+    kind = "scalar"
+    every_multiple = 16
+    chunk_sizes = (32, 16, 64)
+
+
+def inputs(
+    batch: int = 2, seqlen: int = 70, nheads: int = 4, groups: int = 2, headdim: int = 5, dstate: int = 7
+) -> list[Tensor]:
+    """q, k, v and log decays."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch, seqlen, groups, dstate, generator=generator) for _ in range(2))
+    v = torch.randn(batch, seqlen, nheads, headdim, generator=generator)
+    return [q, k, v, -torch.rand(batch, seqlen, nheads, generator=generator)]
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_one_program_serves_every_length_and_number_of_heads() -> None:
+    """Gradients of another batch, length and number of heads and groups compile nothing; another padded size does."""
+    from ssdops.backends.tvm.build import program
+
+    def run(**sizes: int) -> int:
+        q, k, v, log_a = (x.requires_grad_() for x in inputs(**sizes))
+        ssd(q, k, v, masks.decay(log_a), backend="tvm").sum().backward()
+        return program.cache_info().misses
+
+    compiled = run()
+    assert run(batch=3, seqlen=131, nheads=6, groups=1) == compiled
+    assert run(headdim=3, dstate=12) == compiled  # tiles of 16 hold them, too
+    assert run(dstate=17) > compiled
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_heads_some_at_a_time_say_what_all_at_once_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass takes a few heads at a time, whichever operands they share."""
+    for groups in (1, 2, 8):
+        leaves = [x.requires_grad_() for x in inputs(nheads=8, groups=groups)]
+
+        def gradients(leaves: list[Tensor] = leaves) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(ssd(*leaves[:3], masks.decay(leaves[3]), backend="tvm").square().sum(), leaves)
+
+        monkeypatch.setattr("ssdops.backends.tvm.scan.MOST", 8)
+        wanted = gradients()
+        monkeypatch.setattr("ssdops.backends.tvm.scan.MOST", 2)
+        for x, y in zip(gradients(), wanted, strict=True):
+            assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_threads_are_given_back() -> None:
+    """Torch has one thread during a pass, and as many as before after it, even if it fails; passes may overlap."""
+    from ssdops.backends.tvm.build import Alone
+
+    before = torch.get_num_threads()
+    with Alone(), Alone():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(RuntimeError), Alone():
+        raise RuntimeError
+    assert torch.get_num_threads() == before
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_scores_lower_to_this_program() -> None:
+    """The program of scores, read against an expected text: TVM prints it the same on every machine."""
+    from ssdops.backends.tvm import lower
+
+    text = lower.scores(lower.Tile("float32", 16, 32, 0)).script()
+    assert text.strip() == Path(__file__).with_name("tvm_scores.txt").read_text().strip()
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_products_are_vectors() -> None:
+    """On x86 the products of a walk are fused multiply-adds of whole vectors, and nothing multiplies single numbers in them."""
+    import platform
+
+    import tvm
+
+    from ssdops.backends.tvm import lower, rules
+
+    if platform.machine() != "x86_64":
+        pytest.skip("looks at x86 assembly; conformance covers other processors")
+    scheduled = rules.schedule(lower.walk(lower.Tile("float32", 32, 128, 64, whole=True)), 4)
+    built = tvm.compile(scheduled, target=tvm.target.Target({"kind": "llvm", "mcpu": "haswell"}))
+    assembly = built.mod.inspect_source("asm")
+    vectors, single = (sum(name in line for line in assembly.splitlines()) for name in ("ps\t", "ss\t"))
+    fused = [line for line in assembly.splitlines() if "vfmadd" in line and "ps" in line and "ymm" in line]
+    assert len(fused) >= 3 * 8 * 4  # three products, of eight sums in registers, four steps written out
+    assert vectors > 4 * single
+
+
+PLAIN, PROBLEM = Linear(log_a="log_a"), Make().case(masks.decay(Make().log())).problem
+BAD: dict[str, tuple[Linear | Diagonal, Callable[[Problem], Problem], str]] = {
+    "device": (PLAIN, lambda p: replace(p, target=Target("cuda", "H100", (9, 0))), "'triton' runs on CUDA GPUs"),
+    "channel": (Linear(channel="a"), lambda p: p, "per channel; 'recurrent' and 'naive' run it"),
+    "headdim": (PLAIN, lambda p: replace(p, headdim=257), "headdim from 1 to 256, got 257; 'chunked' has no such limit"),
+    "dstate": (PLAIN, lambda p: replace(p, dstate=300), "dstate from 1 to 256, got 300"),
+    "every": (PLAIN, lambda p: replace(p, state_every=24), "state_every=24 is between them; 'chunked' has no such limit"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_it_does_not_run(name: str) -> None:
+    """The reason says what does."""
+    term, change, reason = BAD[name]
+    support = Tvm().supports(term, change(PROBLEM))
+    assert not support.ok and reason in support.reason
+
+
+@pytest.mark.parametrize("versions", [{}, {"apache-tvm": "0.27.0.post1"}, {"apache-tvm": "0.28.0", "apache-tvm-ffi": "0.1.14"}])
+def test_what_to_install(versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """TVM absent, without its FFI, or of another version: never an ImportError, and `ssd` says what to install."""
+
+    def version(package: str) -> str:
+        if package not in versions:
+            raise PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(backend, "version", version)
+    backend._installed.cache_clear()
+    try:
+        with pytest.raises(UnsupportedError, match=r"pip install 'ssdops\[tvm\]'"):
+            q, k, v, log_a = inputs(seqlen=90 + len(versions))  # calls like one before are not planned again
+            ssd(q, k, v, masks.decay(log_a), backend="tvm")
+    finally:
+        monkeypatch.undo()
+        backend._installed.cache_clear()
+
+
+def test_chunk_sizes_that_there_are() -> None:
+    q, k, v, log_a = inputs()
+    with pytest.raises(UnsupportedError, match="chunks of 16, 32, 64 tokens, and chunk_size=48"):
+        ssd(q, k, v, masks.decay(log_a), backend="tvm", chunk_size=48)
+
+
+def test_auto_leaves_it_to_be_named() -> None:
+    """It compiles for seconds, so "auto" says why it is not taken; planning imports no TVM."""
+    q, k, v, log_a = inputs()
+    (step,) = explain(q, k, v, masks.decay(log_a)).plan.steps
+    assert step.backend != "tvm" and any(r.backend == "tvm" and "named" in r.reason for r in step.rejected)
+    assert "tvm" in registry.names()
+    if "tvm" not in sys.modules:
+        Tvm().supports(PLAIN, PROBLEM)
+        assert "tvm" not in sys.modules
