@@ -2,12 +2,14 @@
 
 SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pass; 3 also generated source
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
+SSDOPS_CACHE_DIR  where compiled programs are kept; by default the platform's cache directory
 TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
 TVM_NUM_THREADS   (TVM's own) threads of the TVM backend; by default as many as torch has when TVM is imported
 """
 
 import os
 from functools import lru_cache
+from pathlib import Path
 
 VERSION = "0.1.0"
 
@@ -29,6 +31,15 @@ def check_values() -> bool:
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter; Triton itself looks when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def cache_dir() -> Path:
+    """Where to keep what is worth keeping (SSDOPS_CACHE_DIR)."""
+    import platformdirs
+
+    chosen = os.environ.get("SSDOPS_CACHE_DIR")
+    return Path(chosen) if chosen else platformdirs.user_cache_path("ssdops")
 
 
 @lru_cache(maxsize=1)

@@ -1,10 +1,12 @@
 """Hypothesis profiles, `default` (fast, always the same) and `thorough`; and Triton's interpreter where there is no GPU."""
 
 import os
+from pathlib import Path
 
 import torch
 from hypothesis import Phase, settings
 
+os.environ.setdefault("SSDOPS_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "ssdops"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported, as its decorator looks at it
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ from ssdops import explain, masks, ssd
 from ssdops.backends import registry
 from ssdops.backends.tvm import backend
 from ssdops.backends.tvm.backend import Tvm
+from ssdops.backends.tvm.tile import Tile
 from ssdops.errors import UnsupportedError
 from ssdops.ir.problem import Problem, Target
 from ssdops.ir.terms import Diagonal, Linear
@@ -63,6 +66,40 @@ def test_one_program_serves_every_length_and_number_of_heads() -> None:
     assert run(dstate=17) > compiled
 
 
+AGAIN = """
+import sys, torch
+from ssdops import masks, ssd
+x, log_a = torch.ones(1, 40, 2, 3), -torch.ones(1, 40, 2)
+y = ssd(x, x, x, masks.decay(log_a), backend="tvm")
+assert torch.allclose(y, ssd(x, x, x, masks.decay(log_a), backend="chunked"))
+print("tvm" in sys.modules)
+"""
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """It does not even import TVM. A kept program that is broken is made anew; where none can be kept, each process does it."""
+
+    def run(directory: Path) -> tuple[str, str]:
+        """Whether TVM was imported, and what was warned of."""
+        environment = {**os.environ, "SSDOPS_CACHE_DIR": str(directory)}
+        done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, env=environment)
+        assert not done.returncode, done.stderr
+        return done.stdout.strip(), done.stderr
+
+    assert (run(tmp_path), run(tmp_path)) == (("True", ""), ("False", ""))
+    kept = sorted((tmp_path / "tvm").iterdir())
+    assert [path.name.split("-")[0] for path in kept] == ["scores", "walk"]
+    kept[0].write_bytes(b"no library")
+    imported, warned = run(tmp_path)
+    assert imported == "True" and "cannot be loaded, and is made anew" in warned
+    assert run(tmp_path) == ("False", "")
+    (tmp_path / "file").write_text("in the way")
+    imported, warned = run(tmp_path / "file")
+    assert imported == "True" and warned.count("compiled in every process") == 1
+
+
 @needs_tvm
 @pytest.mark.tvm
 def test_heads_some_at_a_time_say_what_all_at_once_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +138,7 @@ def test_scores_lower_to_this_program() -> None:
     """The program of scores, read against an expected text: TVM prints it the same on every machine."""
     from ssdops.backends.tvm import lower
 
-    text = lower.scores(lower.Tile("float32", 16, 32, 0)).script()
+    text = lower.scores(Tile("float32", 16, 32, 0)).script()
     assert text.strip() == Path(__file__).with_name("tvm_scores.txt").read_text().strip()
 
 
@@ -117,7 +154,7 @@ def test_products_are_vectors() -> None:
 
     if platform.machine() != "x86_64":
         pytest.skip("looks at x86 assembly; conformance covers other processors")
-    scheduled = rules.schedule(lower.walk(lower.Tile("float32", 32, 128, 64, whole=True)), 4)
+    scheduled = rules.schedule(lower.walk(Tile("float32", 32, 128, 64, whole=True)), 4)
     built = tvm.compile(scheduled, target=tvm.target.Target({"kind": "llvm", "mcpu": "haswell"}))
     assembly = built.mod.inspect_source("asm")
     vectors, single = (sum(name in line for line in assembly.splitlines()) for name in ("ps\t", "ss\t"))

@@ -1,21 +1,32 @@
-"""Compiled programs: each made once in a process, for the CPU it is on."""
+"""Compiled programs: kept on disk, so that no process compiles what another has, or needs TVM to run it.
+
+A kept program is a shared library, loaded by TVM's FFI and its runtime alone, which takes milliseconds where TVM takes seconds.
+It is named by all that it follows from: the sources that make it, versions, the processor, and its `Tile`.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import os
+import platform
+import tempfile
+import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import torch
-import tvm
-from tvm.target import codegen
 
-from ...config import tvm_threads
-from . import lower, rules
-from .lower import Tile
+from ...config import cache_dir, tvm_threads
+from .backend import PACKAGES
+from .tile import Tile
 
 THREADS = tvm_threads(torch.get_num_threads())
+SOURCES = ("lower.py", "rules.py", "tile.py")
 
 
 class Alone:
@@ -42,24 +53,79 @@ class Alone:
 
 
 @cache
-def program(make: Callable[[Tile], Any], tile: Tile) -> Callable[..., None]:
+def program(name: str, tile: Tile) -> Callable[..., None]:
     """A program of `lower.py`, to be called with tensors that are contiguous, and numbers."""
+    path = cache_dir() / "tvm" / f"{name}-{_key(tile)}.so"
+    if path.exists():
+        try:
+            return _load(path)
+        except (OSError, RuntimeError, AttributeError) as error:
+            warnings.warn(f"{path} cannot be loaded, and is made anew: {error}", stacklevel=2)
+    return _compile(name, tile, path)
+
+
+def _compile(name: str, tile: Tile, path: Path) -> Callable[..., None]:
+    """Make a program and keep it; where it cannot be kept, this process has it all the same."""
+    import tvm
+    from tvm.target import codegen
+
+    from . import lower, rules
+
     target = tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
-    scheduled = rules.schedule(make(tile), getattr(torch, tile.dtype).itemsize)
-    run: Callable[..., None] = tvm.compile(scheduled, target=target)["main"]  # looking it up costs more than a call of it
+    scheduled = rules.schedule(getattr(lower, name)(tile), getattr(torch, tile.dtype).itemsize)
+    made = tvm.compile(scheduled, target=target)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as room:
+            made.export_library(os.path.join(room, path.name))  # which needs a linker
+            os.replace(os.path.join(room, path.name), path)  # at once, so that nobody loads half of it
+    except (OSError, RuntimeError) as error:
+        _warn_once(f"programs of 'tvm' are not kept in {path.parent}, and are compiled in every process: {error}")
+    run: Callable[..., None] = made["main"]  # looking it up costs more than a call of it
     return run
 
 
-def scores(tile: Tile) -> Callable[..., None]:
-    """`lower.scores`, compiled."""
-    return program(lower.scores, tile)
+def _load(path: Path) -> Callable[..., None]:
+    """A program that was kept."""
+    import tvm_ffi  # before the runtime, which wants its library
+
+    _runtime()
+    run: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
+    return run
 
 
-def walk(tile: Tile) -> Callable[..., None]:
-    """`lower.walk`, compiled."""
-    return program(lower.walk, tile)
+@cache
+def _runtime() -> ctypes.CDLL:
+    """TVM's runtime, which has the threads, without TVM."""
+    spec = find_spec("tvm")
+    assert spec is not None and spec.origin is not None  # supports() says so
+    name = {"Darwin": "libtvm_runtime.dylib", "Windows": "tvm_runtime.dll"}.get(platform.system(), "libtvm_runtime.so")
+    return ctypes.CDLL(str(Path(spec.origin).parent / "lib" / name), ctypes.RTLD_GLOBAL)
 
 
-def exchange(tile: Tile) -> Callable[..., None]:
-    """`lower.exchange`, compiled."""
-    return program(lower.exchange, tile)
+def _key(tile: Tile) -> str:
+    """Of everything that a program follows from."""
+    return hashlib.sha256(f"{_common()} {tile}".encode()).hexdigest()[:24]
+
+
+@cache
+def _common() -> str:
+    """What all programs of this machine and installation share."""
+    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
+    versions = [version(package) for package in PACKAGES]
+    return f"{hashlib.sha256(sources).hexdigest()} {versions} {platform.system()} {platform.machine()} {_processor()}"
+
+
+def _processor() -> str:
+    """What a processor can do, as far as this platform says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    told = {line.split(":")[0].strip(): line for line in lines if ":" in line}
+    return " ".join(told.get(field, "") for field in ("model name", "flags", "Features", "CPU part"))
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)

@@ -22,7 +22,7 @@ from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value
 from . import build
-from .lower import KEPT, LANES, MET, Tile
+from .tile import KEPT, LANES, MET, Tile
 
 CHUNK = 32
 """Tokens of a chunk by default."""
@@ -119,7 +119,7 @@ class Scan:
         """⟨q, k⟩ of the tokens of each chunk, `[slots, heads, chunk, chunk]`."""
         out = torch.empty(self.slots, heads.number, self.chunk, self.chunk, dtype=self.acc)
         if self.tokens:
-            build.scores(self.tile(q.shape[2]))(q, k, self.begin, out, heads.first, heads.of)
+            build.program("scores", self.tile(q.shape[2]))(q, k, self.begin, out, heads.first, heads.of)
         return out
 
     def walk(
@@ -138,7 +138,7 @@ class Scan:
         leaving, dots = torch.empty(shape, dtype=self.acc), self.empty(self.tokens, heads.number)
         kept = entering if kept is None else kept  # what a mode does not touch is any tensor of such a shape
         through = torch.empty(len(kept), heads.number, dtype=self.acc)
-        build.walk(self.tile(shape[2], shape[3], term is not self.term, mode))(
+        build.program("walk", self.tile(shape[2], shape[3], term is not self.term, mode))(
             q, k, v, g.values, self.d, *sides.tensors, self.begin, entering, y.values, leaving, v if own is None else own, dots,
             kept, kept, through, heads.first, y.first, g.first, g.share, *numbers(term),
         )  # fmt: skip
@@ -225,7 +225,7 @@ class Scan:
     ) -> None:
         """Gradients by token and head, of some heads: of log decays, and of what weighs rows and columns."""
         apart = 2 if self.term.col_inclusive and not self.term.row_inclusive else 1
-        build.exchange(self.tile(0))(
+        build.program("exchange", self.tile(0))(
             qk.values, yv.values, self.d, *self.sides.tensors, self.begin, entering, leaving, through,
             out["log_a"], out["rows"], out["cols"], heads.first, *numbers(self.term), apart,
         )  # fmt: skip
