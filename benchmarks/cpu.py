@@ -28,6 +28,7 @@ from workload import (
     mamba2_inputs,
     recurrence_float64,
     set_up,
+    tvm,
 )
 
 from ssdops.backends import registry
@@ -63,6 +64,27 @@ def speed(quick: bool) -> Section:
             parts = {"chunked ms": times.first * 1e3, "Listing 1 ms": times.second * 1e3} | _spread(times)
             figures.append(Figure(f"{shape} {name}", times.ratio, "×", "at least", 3, parts))
     return Section("Speed against Listing 1", figures)
+
+
+def compiled(quick: bool) -> Section:
+    """How many times faster TVM's programs are than `chunked`, and what share of sgemm's rate their products reach.
+
+    FLOPs are those of chunks of 32 tokens, scores once per group, everything else once per head.
+    """
+    figures, square = [], torch.randn(1024, 1024)
+    for shape in SHAPES:
+        inputs, s = mamba2_inputs(shape), shape
+        for name, direction in DIRECTIONS.items():
+            times = paired(direction(tvm, inputs), direction(chunked, inputs), rounds=3 if quick else 9)
+            parts = {"tvm ms": times.first * 1e3, "chunked ms": times.second * 1e3} | _spread(times)
+            figures.append(Figure(f"{shape} {name}", times.ratio, "×", "at least", 2, parts))
+        per_token = 2 * 32 * s.ngroups * s.dstate + s.nheads * (2 * 32 * s.headdim + 4 * s.dstate * s.headdim)
+        flops = float(s.batch * s.seqlen * per_token)
+        times = paired(forward(tvm, inputs), lambda: square @ square, rounds=3 if quick else 9)
+        rates = {"tvm GFLOP/s": flops / times.first / 1e9, "sgemm GFLOP/s": 2 * 1024**3 / times.second / 1e9}
+        share = rates["tvm GFLOP/s"] / rates["sgemm GFLOP/s"]
+        figures.append(Figure(f"{shape} forward, share of sgemm's rate", share, "", "at least", 0.6, rates))
+    return Section("TVM's programs against chunked", figures)
 
 
 def _spread(times: Paired) -> dict[str, float]:
@@ -189,7 +211,7 @@ def extreme_inputs() -> Inputs:
 
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
-    run.__name__: run for run in (speed, memory, linearity, overhead, accuracy, extremes)
+    run.__name__: run for run in (speed, compiled, memory, linearity, overhead, accuracy, extremes)
 }
 
 

@@ -61,6 +61,14 @@ def listing1(inputs: Inputs) -> Tensor:
     return ssd_listing1(*inputs)[0]
 
 
+def tvm(inputs: Inputs) -> Tensor:
+    """The same by programs that TVM has compiled."""
+    q, k, v, log_a = inputs
+    y = ssd(q, k, v, decay(log_a), backend="tvm")
+    assert isinstance(y, Tensor)  # the pair (y, state) comes only when asked for
+    return y
+
+
 SIDES: dict[str, Side] = {"chunked": chunked, "listing1": listing1}
 
 

@@ -37,6 +37,8 @@ def schedule(program: Any, itemsize: int) -> Any:
     for name in BY_ROWS:
         if there(sch, name):
             vectorize(sch, name, VECTOR // itemsize)
+    if there(sch, "load_k"):
+        transpose(sch, "load_k", VECTOR // itemsize)
     for name in SUMS:
         if there(sch, name):
             accumulate(sch, name, VECTOR // itemsize)
@@ -84,3 +86,11 @@ def accumulate(sch: Schedule, name: str, vector: int) -> None:
     sch.reorder(outer, step, inner)
     sch.vectorize(inner)
     sch.decompose_reduction(block, step)
+
+
+def transpose(sch: Schedule, name: str, vector: int) -> None:
+    """A tile that is read by columns: few rows at a time, so that their lines stay in the nearest cache."""
+    step, lane = sch.get_loops(sch.get_sblock(name))[-2:]
+    outer, inner = sch.split(lane, [None, vector])
+    sch.reorder(outer, step, inner)
+    sch.vectorize(inner)

@@ -26,7 +26,7 @@ from .tile import KEPT, LANES, MET, Tile
 
 CHUNK = 32
 """Tokens of a chunk by default."""
-MOST = 8
+MOST = 4
 """Heads of a backward pass at once, if they fill the threads."""
 
 
