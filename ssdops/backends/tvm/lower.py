@@ -61,20 +61,31 @@ def all_of(lanes: Any, row: Any) -> Any:
 
 
 @T.macro
-def sum_logs(d, begin, rho, kappa, total, row, head, first, C, causal, row_inclusive, col_inclusive):  # type: ignore[no-untyped-def]
-    """ρ, κ and E of the chunk whose first token is given."""
+def sum_logs(logs, sums, begin, row, head, first, C, causal, row_inclusive, col_inclusive):  # type: ignore[no-untyped-def]
+    """ρ + r, κ − c and E of the chunk whose first token is given."""
+    d, r, c = T.meta_var(logs)
+    rho, kappa, total = T.meta_var(sums)
     total[0] = T.float64(0)
     for s in range(C):
         i = T.meta_var(T.Select(causal == 1, s, C - 1 - s))
         rho[i] = total[0]
         kappa[i] = total[0]
-        total[0] = total[0] + T.if_then_else(
-            first + i < begin[row + 1], d[T.min(first + i, begin[row + 1] - 1), head], T.float64(0)
-        )
+        if first + i < begin[row + 1]:
+            total[0] = total[0] + d[first + i, head]
         if row_inclusive == 1:
             rho[i] = total[0]
         if col_inclusive == 1:
             kappa[i] = total[0]
+        if first + i < begin[row + 1]:
+            rho[i] = rho[i] + r[first + i, head]
+            kappa[i] = kappa[i] - c[first + i, head]
+
+
+@T.macro
+def read_line(line, values, begin, row, head, first, C):  # type: ignore[no-untyped-def]
+    """What there is per token and head, of a chunk's tokens: 0 past the row's end."""
+    for i in range(C):
+        line[i] = T.if_then_else(first + i < begin[row + 1], values[first + i, head], T.Cast(values.dtype, 0))
 
 
 def scores(tile: Tile) -> Any:
@@ -206,16 +217,10 @@ def walk(tile: Tile) -> Any:
                         slot = T.meta_var(begin[row] // C + row + chunk)
                         with T.sblock("sums"):
                             sum_logs(
-                                d, begin, rho, kappa, total, row, head0 + h, first, C, causal, row_inclusive, col_inclusive
-                            )
-                            for i in range(C):
-                                rho[i] = rho[i] + T.if_then_else(
-                                    first + i < begin[row + 1], r[first + i, head0 + h], T.float64(0)
-                                )
-                                kappa[i] = kappa[i] - T.if_then_else(
-                                    first + i < begin[row + 1], c[first + i, head0 + h], T.float64(0)
-                                )
-                                wt[i] = T.if_then_else(first + i < begin[row + 1], w[first + i, head0 + h], T.Cast(dtype, 0))
+                                (d, r, c), (rho, kappa, total), begin, row, head0 + h, first, C,
+                                causal, row_inclusive, col_inclusive,
+                            )  # fmt: skip
+                            read_line(wt, w, begin, row, head0 + h, first, C)
                             passed[0] = exp(total[0], dtype)
                         for i in range(C):
                             with T.sblock("factors_in"):
@@ -402,17 +407,11 @@ def exchange(tile: Tile) -> Any:
                         slot = T.meta_var(begin[row] // C + row + chunk)
                         with T.sblock("sums"):
                             sum_logs(
-                                d, begin, rho, kappa, total, row, head0 + h, first, C, causal, row_inclusive, col_inclusive
-                            )
-                            for i in range(C):
-                                rho[i] = rho[i] + T.if_then_else(
-                                    first + i < begin[row + 1], r[first + i, head0 + h], T.float64(0)
-                                )
-                                kappa[i] = kappa[i] - T.if_then_else(
-                                    first + i < begin[row + 1], c[first + i, head0 + h], T.float64(0)
-                                )
-                                ut[i] = T.if_then_else(first + i < begin[row + 1], u[first + i, head0 + h], T.Cast(dtype, 0))
-                                wt[i] = T.if_then_else(first + i < begin[row + 1], w[first + i, head0 + h], T.Cast(dtype, 0))
+                                (d, r, c), (rho, kappa, total), begin, row, head0 + h, first, C,
+                                causal, row_inclusive, col_inclusive,
+                            )  # fmt: skip
+                            read_line(ut, u, begin, row, head0 + h, first, C)
+                            read_line(wt, w, begin, row, head0 + h, first, C)
                         for i, j in T.grid(C, C):
                             with T.sblock("pairs"):
                                 vi, vj = T.axis.remap("SS", [i, j])
