@@ -29,15 +29,16 @@ def exp(x: Any, dtype: str) -> Any:
     """
     if dtype == "float64":
         return T.exp(T.min(x, T.float64(709.0)))
-    x = T.Cast("float32", T.max(T.min(x, T.float64(88.0)), T.float64(-104.0)))
-    power = T.floor(x * T.float32(1.4426950408889634) + T.float32(0.5))
-    # Cody and Waite's two parts of log 2, then the Taylor polynomial of degree 7: 1e-8 within half of log 2
-    rest = (x - power * T.float32(0.693359375)) + power * T.float32(2.12194440e-4)
+    x = T.max(T.min(x, T.float64(88.0)), T.float64(-104.0))
+    power = T.floor(x * T.float64(1.4426950408889634) + T.float64(0.5))
+    rest = T.Cast(
+        "float32", x - power * T.float64(0.6931471805599453)
+    )  # in float32 x itself would be off by as much as it is large
     value = T.float32(1.0 / 5040)
-    for factorial in (720, 120, 24, 6, 2, 1, 1):
+    for factorial in (720, 120, 24, 6, 2, 1, 1):  # Taylor's polynomial of degree 7: off by 1e-8 within half of log 2
         value = value * rest + T.float32(1.0 / factorial)
     scaled = value * T.reinterpret("float32", (T.Cast("int32", power) + 127) << 23)
-    return T.Select(x < T.float32(-87.0), T.float32(0.0), scaled)
+    return T.Select(x < T.float64(-87.0), T.float32(0.0), scaled)
 
 
 def meets(i: Any, j: Any, causal: Any, distance: Any) -> Any:
