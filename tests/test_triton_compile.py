@@ -20,9 +20,11 @@ pytest.importorskip("triton")
 import torch
 import triton
 
-from ssdops.backends.triton.sizes import chunks, hopper_stages, sizes
+from ssdops import explain, masks
+from ssdops.backends.triton.sizes import chunks, hopper_stages, relay_of, sizes
 from ssdops.backends.triton.tile_mask import shared_memory
-from ssdops.ir.problem import Target
+from ssdops.ir import nodes as n
+from ssdops.ir.problem import Target, problem_of
 from ssdops.testing.structures import STRUCTURES, Make
 
 TABLE = Path(__file__).with_name("triton_resources.txt")
@@ -105,3 +107,26 @@ def test_what_the_hopper_kernel_is_for(
     problem = replace(make.case(STRUCTURES["decay"](make)).problem, target=Target("cuda", "", capability))
     assert hopper_stages(problem, dtype, 1, 0) == stages
     assert hopper_stages(problem, dtype, 2, 2) <= stages  # κ, u and w take shared memory, too
+
+
+@pytest.mark.parametrize(
+    ("sizes", "segments", "relay"),
+    [
+        ((8, 4096, 80, 64, 1, 128), 1, 1),
+        ((1, 2048, 80, 64, 1, 128), 4, 1),
+        ((1, 65536, 80, 64, 1, 128), 8, 1),
+        ((4, 4096, 128, 64, 8, 128), 1, 2),
+        ((8, 4096, 80, 64, 1, 256), 1, 1),
+        ((8, 4096, 80, 64, 1, 16), 1, 3),
+        ((1, 16384, 24, 64, 1, 128), 16, 1),
+    ],
+)
+def test_schedules_are_those_that_were_fastest(sizes: tuple[int, ...], segments: int, relay: int) -> None:
+    """On 132 multiprocessors: segments where rows are few, a relay where the last round of programs would be a small one."""
+    batch, seqlen, nheads, headdim, groups, dstate = sizes
+    q = torch.empty(batch, seqlen, groups, dstate, dtype=torch.bfloat16, device="meta")
+    v, log_a = q.new_empty(batch, seqlen, nheads, headdim), torch.empty(batch, seqlen, nheads, device="meta")
+    target = Target("cuda", "H100", (9, 0))
+    (step,) = explain(q, q, v, masks.decay(log_a), backend="triton", target=target).plan.steps
+    problem = replace(problem_of(n.Decay("log_a"), q, q, v, {"log_a": log_a}), target=target)
+    assert (step.config.segments, relay_of(problem, batch * nheads)) == (segments, relay)
