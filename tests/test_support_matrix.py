@@ -22,7 +22,7 @@ from ssdops.testing.case import Case, token
 from ssdops.testing.structures import STRUCTURES, Make
 
 TABLE = Path(__file__).with_name("support_matrix.txt")
-TARGETS = {"naive": "cpu", "recurrent": "cpu", "chunked": "cpu", "triton": "cpu"}
+TARGETS = {"naive": "cpu", "recurrent": "cpu", "chunked": "cpu", "triton": "cpu", "tvm": "cpu"}
 """Backend → the device type that its columns are about; Triton's kernels are interpreted there (`conftest.py`)."""
 DIRECTIONS = ("forward", "backward", "step", "states", "every")
 DTYPES = {"d": torch.float64, "s": torch.float32, "b": torch.bfloat16, "h": torch.float16}

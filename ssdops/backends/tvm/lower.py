@@ -31,9 +31,8 @@ def exp(x: Any, dtype: str) -> Any:
         return T.exp(T.min(x, T.float64(709.0)))
     x = T.max(T.min(x, T.float64(88.0)), T.float64(-104.0))
     power = T.floor(x * T.float64(1.4426950408889634) + T.float64(0.5))
-    rest = T.Cast(
-        "float32", x - power * T.float64(0.6931471805599453)
-    )  # in float32 x itself would be off by as much as it is large
+    # in float64, as x in float32 would be off by as much as it is large
+    rest = T.Cast("float32", x - power * T.float64(0.6931471805599453))
     value = T.float32(1.0 / 5040)
     for factorial in (720, 120, 24, 6, 2, 1, 1):  # Taylor's polynomial of degree 7: off by 1e-8 within half of log 2
         value = value * rest + T.float32(1.0 / factorial)

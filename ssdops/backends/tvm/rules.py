@@ -7,21 +7,14 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 PRODUCTS = ("product", "reads", "values", "update")
+"""Blocks that are matrix products."""
 BY_ROWS = (
-    "load_q",
-    "load_v",
-    "weigh",
-    "store",
-    "carry",
-    "enter",
-    "turn",
-    "leave",
-    "factors_in",
-    "factors_out",
-    "pairs",
-    "keep",
-)
+    "load_q", "load_v", "factors_in", "factors_out", "weigh", "pairs", "store",
+    "enter", "keep", "carry", "turn", "leave",
+)  # fmt: skip
+"""Blocks that work on rows of a tile, whose last axis is a vector."""
 SUMS = ("dot_lanes", "passing", "all_cols", "cols", "all_row_lanes", "row_lanes")
+"""Blocks that add vectors up."""
 ROWS, BYTES, DEPTH = 4, 64, 4
 """Of a product: rows and bytes of columns that are summed in registers, and steps of the sum that are written out."""
 VECTOR = 32
