@@ -26,7 +26,7 @@ from .backend import PACKAGES
 from .tile import Tile
 
 THREADS = tvm_threads(torch.get_num_threads())
-SOURCES = ("lower.py", "rules.py", "tile.py")
+SOURCES = ("lower.py", "exchange.py", "parts.py", "rules.py", "tile.py")
 
 
 class Alone:
@@ -54,7 +54,7 @@ class Alone:
 
 @cache
 def program(name: str, tile: Tile) -> Callable[..., None]:
-    """A program of `lower.py`, to be called with tensors that are contiguous, and numbers."""
+    """One of `lower.py` or `exchange.py`, to be called with tensors that are contiguous, and numbers."""
     path = cache_dir() / "tvm" / f"{name}-{_key(tile)}.so"
     if path.exists():
         try:
@@ -69,10 +69,11 @@ def _compile(name: str, tile: Tile, path: Path) -> Callable[..., None]:
     import tvm
     from tvm.target import codegen
 
-    from . import lower, rules
+    from . import exchange, lower, rules
 
     target = tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
-    scheduled = rules.schedule(getattr(lower, name)(tile), getattr(torch, tile.dtype).itemsize)
+    make = {"scores": lower.scores, "walk": lower.walk, "exchange": exchange.exchange}[name]
+    scheduled = rules.schedule(make(tile), getattr(torch, tile.dtype).itemsize)
     made = tvm.compile(scheduled, target=target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
