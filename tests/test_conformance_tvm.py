@@ -119,6 +119,23 @@ def test_heads_some_at_a_time_say_what_all_at_once_say(monkeypatch: pytest.Monke
 
 @needs_tvm
 @pytest.mark.tvm
+@pytest.mark.parametrize("make", [masks.decay, lambda log_a: masks.decay(log_a).shift(1), lambda log_a: masks.decay(log_a).T])
+def test_pairs_without_decay_do_not_drown_the_others(make: Callable[[Tensor], masks.Mask]) -> None:
+    """Strong decays leave pairs a millionth of those that do not decay: gradients of log decays are right all the same."""
+    q, k, v, log_a = inputs(seqlen=64)
+
+    def gradient(backend: str, dtype: torch.dtype) -> Tensor:
+        leaf = (log_a - 15).to(dtype).requires_grad_()
+        y = ssd(*(x.to(dtype) for x in (q, k, v)), make(leaf), backend=backend)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return torch.autograd.grad(y, leaf, weights)[0]
+
+    found, wanted = gradient("tvm", torch.float32), gradient("naive", torch.float64)
+    assert (found - wanted).norm() <= 2e-6 * wanted.norm()
+
+
+@needs_tvm
+@pytest.mark.tvm
 def test_threads_are_given_back() -> None:
     """Torch has one thread during a pass, and as many as before after it, even if it fails; passes may overlap."""
     from ssdops.backends.tvm.build import Alone
