@@ -4,7 +4,7 @@ SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pas
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
 SSDOPS_CACHE_DIR  where compiled programs are kept; by default the platform's cache directory
 TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
-TVM_NUM_THREADS   (TVM's own) threads of the TVM backend; by default as many as torch has when TVM is imported
+TVM_NUM_THREADS   (TVM's own) threads of the TVM backend; by default as many as torch has when that backend first runs
 """
 
 import os

@@ -19,7 +19,7 @@ from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Diagonal, Linear, Term
 from .base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reduce_value, reject_scan, without_chunks
 from .rows import Rows
-from .scan import Every, diagonal_backward, diagonal_forward
+from .scan import Every, diagonal_backward, diagonal_forward, diagonal_work
 
 
 class Recurrent:
@@ -39,8 +39,7 @@ class Recurrent:
         """Every step touches the whole state."""
         p = problem
         if isinstance(term, Diagonal):
-            touched = float(p.batch * p.nheads * (p.headdim + p.dstate)) * p.seqlen
-            return Work(0.0, 3 * touched, 8 * touched, 6.0)
+            return diagonal_work(p)
         touched = float(p.batch * p.nheads * p.headdim * p.dstate) * p.seqlen
         return Work(0.0, 5 * touched, 12 * touched, 12.0 * p.seqlen)
 

@@ -8,7 +8,7 @@ from math import ceil
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
-from ..scan import Every, diagonal_backward, diagonal_forward
+from ..scan import Every, diagonal_backward, diagonal_forward, diagonal_work
 from .backward import Backward
 from .forward import SIZES, SPAN, Kept, Scan
 
@@ -36,8 +36,7 @@ class Chunked:
         p, size = problem, config.chunk_size or SIZES[0]
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
-            touched = tokens * p.nheads * (p.headdim + p.dstate)
-            return Work(0.0, 3 * touched, 8 * touched, 6.0)
+            return diagonal_work(p)
         scores = 2 * size * p.dstate * common_heads(p)
         per_head = 2 * size * p.headdim + 4 * p.dstate * p.headdim
         chunks = ceil(p.seqlen / size) if p.seqlen else 0

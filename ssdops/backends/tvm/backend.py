@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
-from ..scan import diagonal_backward, diagonal_forward
+from ..scan import diagonal_backward, diagonal_forward, diagonal_work
 
 CHUNKS = (32, 16, 64)
 """Chunk sizes, the default first."""
@@ -57,8 +57,7 @@ class Tvm:
         p, size = problem, config.chunk_size or CHUNKS[0]
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
-            touched = tokens * p.nheads * (p.headdim + p.dstate)
-            return Work(0.0, 3 * touched, 8 * touched, 6.0)
+            return diagonal_work(p)
         scores, per_head = 2 * size * p.dstate * common_heads(p), 2 * size * p.headdim + 4 * p.dstate * p.headdim
         touched = 4 * tokens * ((p.q_heads + p.k_heads) * p.dstate + 2 * p.nheads * p.headdim)
         return Work(tokens * (scores + p.nheads * per_head), tokens * p.nheads * 4 * size, touched, 20.0)

@@ -52,6 +52,10 @@ class Alone:
                 torch.set_num_threads(Alone._threads)
 
 
+_told: set[Path] = set()
+"""Directories of which a warning has said that nothing can be kept there."""
+
+
 @cache
 def program(name: str, tile: Tile) -> Callable[..., None]:
     """One of `lower.py` or `exchange.py`, to be called with tensors that are contiguous, and numbers."""
@@ -81,7 +85,11 @@ def _compile(name: str, tile: Tile, path: Path) -> Callable[..., None]:
             made.export_library(os.path.join(room, path.name))  # which needs a linker
             os.replace(os.path.join(room, path.name), path)  # at once, so that nobody loads half of it
     except (OSError, RuntimeError) as error:
-        _warn_once(f"programs of 'tvm' are not kept in {path.parent}, and are compiled in every process: {error}")
+        if path.parent not in _told:
+            _told.add(path.parent)
+            warnings.warn(
+                f"programs of 'tvm' are not kept in {path.parent}, but compiled in every process: {error}", stacklevel=3
+            )
     run: Callable[..., None] = made["main"]  # looking it up costs more than a call of it
     return run
 
@@ -125,8 +133,3 @@ def _processor() -> str:
         return platform.processor()
     told = {line.split(":")[0].strip(): line for line in lines if ":" in line}
     return " ".join(told.get(field, "") for field in ("model name", "flags", "Features", "CPU part"))
-
-
-@cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
