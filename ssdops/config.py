@@ -36,10 +36,11 @@ def triton_interpreted() -> bool:
 @lru_cache(maxsize=1)
 def cache_dir() -> Path:
     """Where to keep what is worth keeping (SSDOPS_CACHE_DIR)."""
+    if chosen := os.environ.get("SSDOPS_CACHE_DIR"):
+        return Path(chosen)
     import platformdirs
 
-    chosen = os.environ.get("SSDOPS_CACHE_DIR")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("ssdops")
+    return platformdirs.user_cache_path("ssdops")
 
 
 @lru_cache(maxsize=1)

@@ -90,7 +90,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
     assert (run(tmp_path), run(tmp_path)) == (("True", ""), ("False", ""))
     kept = sorted((tmp_path / "tvm").iterdir())
-    assert [path.name.split("-")[0] for path in kept] == ["scores", "walk"]
+    assert [path.name.split("-")[0] for path in kept] == ["scores", "sums", "walk"]
     kept[0].write_bytes(b"no library")
     imported, warned = run(tmp_path)
     assert imported == "True" and "cannot be loaded, and is made anew" in warned
@@ -141,10 +141,10 @@ def test_threads_are_given_back() -> None:
     from ssdops.backends.tvm.build import Alone
 
     before = torch.get_num_threads()
-    with Alone(), Alone():
+    with Alone(CPU), Alone(CPU):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
-    with pytest.raises(RuntimeError), Alone():
+    with pytest.raises(RuntimeError), Alone(CPU):
         raise RuntimeError
     assert torch.get_num_threads() == before
 
@@ -155,7 +155,7 @@ def test_scores_lower_to_this_program() -> None:
     """The program of scores, read against an expected text: TVM prints it the same on every machine."""
     from ssdops.backends.tvm import lower
 
-    text = lower.scores(Tile("float32", 16, 32, 0)).script()
+    text = lower.scores(Tile("cpu", "float32", "float32", 16, 32)).script()
     assert text.strip() == Path(__file__).with_name("tvm_scores.txt").read_text().strip()
 
 
@@ -171,7 +171,7 @@ def test_products_are_vectors() -> None:
 
     if platform.machine() != "x86_64":
         pytest.skip("looks at x86 assembly; conformance covers other processors")
-    scheduled = rules.schedule(lower.walk(Tile("float32", 32, 128, 64, whole=True)), 4)
+    scheduled = rules.schedule(lower.walk(tile := Tile("cpu", "float32", "float32", 32, 128, 64, whole=True)), tile)
     built = tvm.compile(scheduled, target=tvm.target.Target({"kind": "llvm", "mcpu": "haswell"}))
     assembly = built.mod.inspect_source("asm")
     vectors, single = (sum(name in line for line in assembly.splitlines()) for name in ("ps\t", "ss\t"))
@@ -180,9 +180,11 @@ def test_products_are_vectors() -> None:
     assert vectors > 4 * single
 
 
+CPU = torch.device("cpu")
 PLAIN, PROBLEM = Linear(log_a="log_a"), Make().case(masks.decay(Make().log())).problem
 BAD: dict[str, tuple[Linear | Diagonal, Callable[[Problem], Problem], str]] = {
-    "device": (PLAIN, lambda p: replace(p, target=Target("cuda", "H100", (9, 0))), "'triton' runs on CUDA GPUs"),
+    "device": (PLAIN, lambda p: replace(p, target=Target("mps")), "runs on CPUs and CUDA GPUs, and the tensors are on mps"),
+    "capability": (PLAIN, lambda p: replace(p, target=Target("cuda", "T4", (7, 5))), "needs compute capability 8.0"),
     "channel": (Linear(channel="a"), lambda p: p, "per channel; 'recurrent' and 'naive' run it"),
     "headdim": (PLAIN, lambda p: replace(p, headdim=257), "headdim from 1 to 256, got 257; 'chunked' has no such limit"),
     "dstate": (PLAIN, lambda p: replace(p, dstate=300), "dstate from 1 to 256, got 300"),

@@ -6,61 +6,72 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import diagonal_backward, diagonal_forward, diagonal_work
 
-CHUNKS = (32, 16, 64)
-"""Chunk sizes, the default first."""
+CHUNKS = {"cpu": (32, 16, 64), "cuda": (64, 32)}
+"""Chunk sizes, the default first, by device."""
 MAX_DIM = 256
 """The greatest headdim and dstate that tiles are made for."""
+OLDEST = (8, 0)
+"""Compute capability from which tensor cores multiply bfloat16."""
 PACKAGES = {"apache-tvm": "0.27.", "apache-tvm-ffi": "0.1.14."}
 """Versions that work together: later FFIs end in a segmentation fault where TVM looks for intrinsics."""
 
 
 class Tvm:
-    """Tensor programs for CPUs, compiled by TVM through LLVM."""
+    """Tensor programs, compiled by TVM through LLVM for CPUs and through CUDA for GPUs."""
 
     name = "tvm"
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Scans with scalar decay, and diagonals, on a CPU."""
+        """Scans with scalar decay, and diagonals."""
         p = problem
         if isinstance(term, Linear) and term.channel is not None:
             return Support.no("'tvm' has scalar decays only, and this one is per channel; 'recurrent' and 'naive' run it")
-        if p.target.device != "cpu":
-            return Support.no(
-                f"'tvm' runs on CPUs so far, and the tensors are on {p.target.device}; 'triton' runs on CUDA GPUs"
-            )
+        if p.target.device not in ("cpu", "cuda"):
+            return Support.no(f"'tvm' runs on CPUs and CUDA GPUs, and the tensors are on {p.target.device}")
+        if p.target.device == "cuda" and (p.target.capability or (0, 0)) < OLDEST:
+            return Support.no(f"'tvm' needs compute capability 8.0, and this GPU has {p.target.capability}; 'chunked' runs on it")
+        if p.target.device == "cuda" and p.accumulate == torch.float64:
+            return Support.no("'tvm' has no float64 on GPUs; 'chunked' computes in float64")
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):
             if isinstance(size, int) and not 1 <= size <= MAX_DIM:  # while tracing sizes may be symbolic, and are not compared
                 return Support.no(f"'tvm' takes {name} from 1 to {MAX_DIM}, got {size}; 'chunked' has no such limit")
-        if p.state_every is not None and p.state_every % min(CHUNKS):
-            return _between_chunks(p.state_every)
+        if p.state_every is not None and p.state_every % min(chunks(p)):
+            return _between_chunks(p)
         return reject_scan(term, self.name) or _installed()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Chunk sizes at whose ends states are wanted, or the one asked for."""
         if isinstance(term, Diagonal):
             return (Config(),)
-        if chunk_size is not None and chunk_size not in CHUNKS:
-            known = ", ".join(map(str, sorted(CHUNKS)))
+        if chunk_size is not None and chunk_size not in chunks(problem):
+            known = ", ".join(map(str, sorted(chunks(problem))))
             return Support.no(f"'tvm' has chunks of {known} tokens, and chunk_size={chunk_size} was asked for")
         every = problem.state_every
-        sizes = CHUNKS if chunk_size is None else (chunk_size,)
+        sizes = chunks(problem) if chunk_size is None else (chunk_size,)
         fitting = tuple(Config(size) for size in sizes if every is None or every % size == 0)
-        return fitting or _between_chunks(every or 0)
+        if problem.target.device == "cuda":
+            fitting = fitting[:1]  # larger chunks are faster than their arithmetic says
+        return fitting or _between_chunks(problem)
 
     def work(self, term: Term, problem: Problem, config: Config) -> Work:
         """Linear in seqlen; the scores of a chunk once per group, everything else once per head."""
-        p, size = problem, config.chunk_size or CHUNKS[0]
+        p, size = problem, config.chunk_size or chunks(problem)[0]
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
             return diagonal_work(p)
         scores, per_head = 2 * size * p.dstate * common_heads(p), 2 * size * p.headdim + 4 * p.dstate * p.headdim
         touched = 4 * tokens * ((p.q_heads + p.k_heads) * p.dstate + 2 * p.nheads * p.headdim)
-        return Work(tokens * (scores + p.nheads * per_head), tokens * p.nheads * 4 * size, touched, 20.0)
+        flops, elementwise = tokens * (scores + p.nheads * per_head), tokens * p.nheads * 4 * size
+        if p.target.device == "cpu":
+            return Work(flops, elementwise, touched, 20.0)
+        return Work(flops, elementwise, touched / 2, 4.0, steps=p.seqlen / size)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """Scores, then a walk."""
@@ -85,11 +96,18 @@ def _passes() -> tuple[Callable[[Linear, Inputs, Config], Output], Callable[[Lin
     return forward, backward
 
 
-def _between_chunks(every: int) -> Support:
+def chunks(problem: Problem) -> tuple[int, ...]:
+    """Chunk sizes that there are, the default first: on a GPU, float32 has room for small ones only."""
+    if problem.target.device == "cuda" and problem.dtype == torch.float32:
+        return CHUNKS["cuda"][1:]
+    return CHUNKS[problem.target.device]
+
+
+def _between_chunks(problem: Problem) -> Support:
     """States are wanted where no chunk ends."""
     return Support.no(
-        f"'tvm' has states where its chunks end, of {min(CHUNKS)} tokens or more, and state_every={every} is between them; "
-        "'chunked' has no such limit"
+        f"'tvm' has states where its chunks end, of {min(chunks(problem))} tokens or more, and "
+        f"state_every={problem.state_every} is between them; 'chunked' has no such limit"
     )
 
 

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -18,15 +19,19 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 
 from ...config import cache_dir, tvm_threads
+from ...errors import UnsupportedError
 from .backend import PACKAGES
 from .tile import Tile
 
 THREADS = tvm_threads(torch.get_num_threads())
-SOURCES = ("lower.py", "exchange.py", "parts.py", "rules.py", "tile.py")
+LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
+"""Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
+SOURCES = ("lower.py", "exchange.py", "parts.py", "rules.py", "rules_cpu.py", "rules_cuda.py", "tensor_cores.py", "tile.py")
 
 
 class Alone:
@@ -38,7 +43,12 @@ class Alone:
 
     _lock, _inside, _threads = Lock(), 0, 1
 
+    def __init__(self, device: torch.device) -> None:
+        self.needed = device.type == "cpu"
+
     def __enter__(self) -> None:
+        if not self.needed:
+            return
         with Alone._lock:
             if not Alone._inside:
                 Alone._threads = torch.get_num_threads()
@@ -46,6 +56,8 @@ class Alone:
             Alone._inside += 1
 
     def __exit__(self, *exception: object) -> None:
+        if not self.needed:
+            return
         with Alone._lock:
             Alone._inside -= 1
             if not Alone._inside:
@@ -59,7 +71,8 @@ _told: set[Path] = set()
 @cache
 def program(name: str, tile: Tile) -> Callable[..., None]:
     """One of `lower.py` or `exchange.py`, to be called with tensors that are contiguous, and numbers."""
-    path = cache_dir() / "tvm" / f"{name}-{_key(tile)}.so"
+    kind = "cpu" if tile.target == "cpu" else "cuda"
+    path = cache_dir() / "tvm" / f"{name}-{kind}-{_key(tile)}.so"
     if path.exists():
         try:
             return _load(path)
@@ -70,15 +83,7 @@ def program(name: str, tile: Tile) -> Callable[..., None]:
 
 def _compile(name: str, tile: Tile, path: Path) -> Callable[..., None]:
     """Make a program and keep it; where it cannot be kept, this process has it all the same."""
-    import tvm
-    from tvm.target import codegen
-
-    from . import exchange, lower, rules
-
-    target = tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
-    make = {"scores": lower.scores, "walk": lower.walk, "exchange": exchange.exchange}[name]
-    scheduled = rules.schedule(make(tile), getattr(torch, tile.dtype).itemsize)
-    made = tvm.compile(scheduled, target=target)
+    made = compiled(name, tile)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as room:
@@ -94,27 +99,84 @@ def _compile(name: str, tile: Tile, path: Path) -> Callable[..., None]:
     return run
 
 
+def compiled(name: str, tile: Tile) -> Any:
+    """What TVM makes of a program."""
+    import tvm
+    from tvm.target import Target, codegen
+
+    from . import exchange, lower, rules
+
+    make = {"sums": lower.sums, "scores": lower.scores, "walk": lower.walk, "exchange": exchange.exchange}[name]
+    scheduled = rules.schedule(make(tile), tile)
+    if tile.target == "cpu":
+        return tvm.compile(scheduled, target=Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}))
+    find_compiler()
+    target = Target({"kind": "cuda", "arch": tile.target, **LIMITS}, host="llvm")
+    # the program has its own barriers, and its tiles may lie over one another where those allow it
+    with target, tvm.transform.PassContext(
+        config={"tirx.disable_storage_rewrite": True}, disabled_pass=["s_tir.ThreadSync"]
+    ):
+        return tvm.compile(scheduled, target=target)
+
+
+def find_compiler() -> None:
+    """Tell TVM what compiles CUDA here: NVRTC, which needs cuda-bindings and CUDA's headers, or nvcc.
+
+    Raises:
+        UnsupportedError: neither is here; what to install.
+    """
+    home = cuda_home()
+    nvrtc = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    if home is None or not (nvrtc or shutil.which("nvcc")):
+        raise UnsupportedError(
+            "'tvm' compiles for CUDA with NVRTC or nvcc, and found "
+            + ("no CUDA toolkit: set CUDA_PATH to one" if home is None else "neither: pip install cuda-bindings")
+            + "; 'triton' needs none"
+        )
+    os.environ.setdefault("CUDA_PATH", str(home))
+    if not nvrtc:
+        os.environ.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
+
+
+@cache
+def cuda_home() -> Path | None:
+    """Where CUDA's headers are: as said, at the usual place, beside nvcc, or in NVIDIA's packages."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    places += [str(Path(place) / f"cu{torch.version.cuda.split('.')[0]}") for place in _nvidia()] if torch.version.cuda else []
+    return next((Path(place) for place in places if place and (Path(place) / "include" / "cuda_runtime.h").exists()), None)
+
+
+def _nvidia() -> list[str]:
+    """Where NVIDIA's packages are installed."""
+    spec = find_spec("nvidia")
+    return list(spec.submodule_search_locations or []) if spec else []
+
+
 def _load(path: Path) -> Callable[..., None]:
     """A program that was kept."""
     import tvm_ffi  # before the runtime, which wants its library
 
-    _runtime()
+    for library in ("tvm_runtime", *(("tvm_runtime_cuda",) if "cuda" in path.name else ())):
+        _runtime(library)
     run: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
     return run
 
 
 @cache
-def _runtime() -> ctypes.CDLL:
-    """TVM's runtime, which has the threads, without TVM."""
+def _runtime(library: str) -> ctypes.CDLL:
+    """TVM's runtime, which has the threads, or its part for CUDA, without TVM."""
     spec = find_spec("tvm")
     assert spec is not None and spec.origin is not None  # supports() says so
-    name = {"Darwin": "libtvm_runtime.dylib", "Windows": "tvm_runtime.dll"}.get(platform.system(), "libtvm_runtime.so")
+    name = {"Darwin": f"lib{library}.dylib", "Windows": f"{library}.dll"}.get(platform.system(), f"lib{library}.so")
     return ctypes.CDLL(str(Path(spec.origin).parent / "lib" / name), ctypes.RTLD_GLOBAL)
 
 
 def _key(tile: Tile) -> str:
     """Of everything that a program follows from."""
-    return hashlib.sha256(f"{_common()} {tile}".encode()).hexdigest()[:24]
+    processor = _processor() if tile.target == "cpu" else ""  # what calls a GPU is made for any
+    return hashlib.sha256(f"{_common()} {processor} {tile}".encode()).hexdigest()[:24]
 
 
 @cache
@@ -122,9 +184,10 @@ def _common() -> str:
     """What all programs of this machine and installation share."""
     sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
     versions = [version(package) for package in PACKAGES]
-    return f"{hashlib.sha256(sources).hexdigest()} {versions} {platform.system()} {platform.machine()} {_processor()}"
+    return f"{hashlib.sha256(sources).hexdigest()} {versions} {platform.system()} {platform.machine()}"
 
 
+@cache
 def _processor() -> str:
     """What a processor can do, as far as this platform says."""
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .parts import all_of, exp, meets, read_line, sizes, sum_logs
+from .parts import barrier, chunk_begin, chunk_end, exp, meets, near, number, shared, sizes, summed
 from .tile import LANES, Tile
 
 
@@ -20,130 +20,154 @@ def exchange(tile: Tile) -> Any:
     of these sums: strong decays would drown the others in it.
 
     Parameters, in order: g `[slots, heads of its own, C, C]`, other `[slots, count, C, C]`, of the count heads from head0 on;
-    d, u, w, r, c as of a walk; begin; entering, leaving `[tokens, count]`, without u and w; through `[slots, count]`; dlog,
-    du, dw `[tokens, nheads]`; and the numbers head0, causal, row_inclusive, col_inclusive, strict, distance.
+    ρ, κ, u, w as of a walk; chunks; entering, leaving `[tokens, count, parts of their own]`, to be summed over parts, without u
+    and w; through `[slots, count, parts]`; dlog, du, dw `[tokens, nheads]`; and the numbers head0, causal, row_inclusive,
+    col_inclusive, strict, distance.
     """
-    C, dtype = T.int64(tile.chunk), tile.dtype
+    C, acc, exact = T.int64(tile.chunk), tile.acc, tile.data == tile.acc
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def main(
-        g_: T.handle, other_: T.handle, d_: T.handle, u_: T.handle, w_: T.handle, r_: T.handle, c_: T.handle, begin_: T.handle,
+        g_: T.handle, other_: T.handle, rho_: T.handle, kappa_: T.handle, u_: T.handle, w_: T.handle, chunks_: T.handle,
         entering_: T.handle, leaving_: T.handle, through_: T.handle, dlog_: T.handle, du_: T.handle, dw_: T.handle,
-        head0: T.int64, causal: T.int64, row_inclusive: T.int64, col_inclusive: T.int64, strict: T.int64, distance: T.int64,
+        scale: T.float64, seqlen: T.int64, head0: T.int64, causal: T.int64, row_inclusive: T.int64, col_inclusive: T.int64, strict: T.int64, distance: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        tokens, slots, ends, nheads, count, g_heads = sizes(6)
-        g = T.match_buffer(g_, (slots, g_heads, C, C), dtype)
-        other = T.match_buffer(other_, (slots, count, C, C), dtype)
-        d = T.match_buffer(d_, (tokens, nheads), "float64")
-        u = T.match_buffer(u_, (tokens, nheads), dtype)
-        w = T.match_buffer(w_, (tokens, nheads), dtype)
-        r = T.match_buffer(r_, (tokens, nheads), "float64")
-        c = T.match_buffer(c_, (tokens, nheads), "float64")
-        begin = T.match_buffer(begin_, (ends,), "int64")
-        entering = T.match_buffer(entering_, (tokens, count), dtype)
-        leaving = T.match_buffer(leaving_, (tokens, count), dtype)
-        through = T.match_buffer(through_, (slots, count), dtype)
-        dlog = T.match_buffer(dlog_, (tokens, nheads), dtype)
-        du = T.match_buffer(du_, (tokens, nheads), dtype)
-        dw = T.match_buffer(dw_, (tokens, nheads), dtype)
-        for row_, head_ in T.grid(ends - 1, count):
-            with T.sblock("row"):
-                row, h = T.axis.remap("SS", [row_, head_])
-                for at in range((begin[row + 1] - begin[row] + C - 1) // C):
-                    with T.sblock("chunk"):
-                        chunk = T.axis.spatial(1 << 40, at)
-                        rho = T.sblock_alloc_buffer((C,), "float64")
-                        kappa = T.sblock_alloc_buffer((C,), "float64")
-                        total = T.sblock_alloc_buffer((1,), "float64")
-                        ut = T.sblock_alloc_buffer((C,), dtype)
-                        wt = T.sblock_alloc_buffer((C,), dtype)
-                        pairs = T.sblock_alloc_buffer((C, C), dtype)
-                        all_rows = T.sblock_alloc_buffer((C,), dtype)
-                        all_cols = T.sblock_alloc_buffer((C,), dtype)
-                        rows = T.sblock_alloc_buffer((C,), dtype)
-                        cols = T.sblock_alloc_buffer((C,), dtype)
-                        lanes = T.sblock_alloc_buffer((C, LANES), dtype)
-                        all_lanes = T.sblock_alloc_buffer((C, LANES), dtype)
-                        late = T.sblock_alloc_buffer((1,), "float64")
-                        early = T.sblock_alloc_buffer((1,), "float64")
-                        log_sums = T.sblock_alloc_buffer((C,), "float64")
-                        first = T.meta_var(begin[row] + chunk * C)
-                        slot = T.meta_var(begin[row] // C + row + chunk)
-                        with T.sblock("sums"):
-                            sum_logs(
-                                (d, r, c), (rho, kappa, total), begin, row, head0 + h, first, C,
-                                causal, row_inclusive, col_inclusive,
-                            )  # fmt: skip
-                            read_line(ut, u, begin, row, head0 + h, first, C)
-                            read_line(wt, w, begin, row, head0 + h, first, C)
-                        for i, j in T.grid(C, C):
-                            with T.sblock("pairs"):
-                                vi, vj = T.axis.remap("SS", [i, j])
-                                pairs[vi, vj] = T.Select(
-                                    meets(vi, vj, causal, strict),
-                                    g[slot, (head0 + h) // (nheads // g_heads), vi, vj] * other[slot, h, vi, vj]
-                                    * exp(rho[vi] - kappa[vj], dtype),
-                                    T.Cast(dtype, 0),
-                                )  # fmt: skip
-                        for j, i in T.grid(C, C):
-                            with T.sblock("all_cols"):
-                                vj, vi = T.axis.remap("SR", [j, i])
-                                with T.init():
-                                    all_cols[vj] = T.Cast(dtype, 0)
-                                all_cols[vj] = all_cols[vj] + pairs[vi, vj] * ut[vi]
-                        for j, i in T.grid(C, C):
-                            with T.sblock("cols"):
-                                vj, vi = T.axis.remap("SR", [j, i])
-                                with T.init():
-                                    cols[vj] = T.Cast(dtype, 0)
-                                cols[vj] = cols[vj] + T.Select(
-                                    meets(vi, vj, causal, distance), pairs[vi, vj] * ut[vi], T.Cast(dtype, 0)
-                                )
-                        for i, lane, j in T.grid(C, LANES, C // LANES):
-                            with T.sblock("all_row_lanes"):
-                                vi, vl, vj = T.axis.remap("SSR", [i, lane, j])
-                                with T.init():
-                                    all_lanes[vi, vl] = T.Cast(dtype, 0)
-                                all_lanes[vi, vl] = all_lanes[vi, vl] + pairs[vi, vj * LANES + vl] * wt[vj * LANES + vl]
-                        for i, lane, j in T.grid(C, LANES, C // LANES):
-                            with T.sblock("row_lanes"):
-                                vi, vl, vj = T.axis.remap("SSR", [i, lane, j])
-                                with T.init():
-                                    lanes[vi, vl] = T.Cast(dtype, 0)
-                                lanes[vi, vl] = lanes[vi, vl] + T.Select(
-                                    meets(vi, vj * LANES + vl, causal, distance),
-                                    pairs[vi, vj * LANES + vl] * wt[vj * LANES + vl],
-                                    T.Cast(dtype, 0),
-                                )
-                        with T.sblock("rows"):
-                            for i in range(C):
-                                all_rows[i] = all_of(all_lanes, i)
-                                rows[i] = all_of(lanes, i)
-                        with T.sblock("tokens"):
-                            late[0] = T.float64(0)
-                            early[0] = T.float64(0)
-                            for s in range(C):
-                                i = T.meta_var(T.Select(causal == 1, C - 1 - s, s))
-                                if first + i < begin[row + 1]:
-                                    du[first + i, head0 + h] = all_rows[i] + entering[first + i, h]
-                                    dw[first + i, head0 + h] = all_cols[i] + leaving[first + i, h]
-                                    if row_inclusive == 1:
-                                        late[0] = late[0] + T.Cast("float64", ut[i] * (rows[i] + entering[first + i, h]))
-                                    if col_inclusive == 1:
-                                        late[0] = late[0] - T.Cast("float64", wt[i] * cols[i])
-                                    log_sums[i] = late[0] + T.Cast("float64", through[slot, h])
-                                    if row_inclusive == 0:
-                                        late[0] = late[0] + T.Cast("float64", ut[i] * (rows[i] + entering[first + i, h]))
-                                    if col_inclusive == 0:
-                                        late[0] = late[0] - T.Cast("float64", wt[i] * cols[i])
-                            for s in range(C):
-                                i = T.meta_var(T.Select(causal == 1, s, C - 1 - s))
-                                if first + i < begin[row + 1]:
-                                    if col_inclusive == 0:
-                                        early[0] = early[0] + T.Cast("float64", wt[i] * leaving[first + i, h])
-                                    dlog[first + i, head0 + h] = T.Cast(dtype, log_sums[i] + early[0])
-                                    if col_inclusive == 1:
-                                        early[0] = early[0] + T.Cast("float64", wt[i] * leaving[first + i, h])
+        tokens, slots, nheads, count, g_heads, entering_parts, leaving_parts, through_parts = sizes(8)
+        scale_tokens, scale_heads, table = sizes(3)
+        g = T.match_buffer(g_, (slots, g_heads, C, C), acc)
+        other = T.match_buffer(other_, (slots, count, C, C), acc)
+        rho = T.match_buffer(rho_, (tokens, nheads), "float64")
+        kappa = T.match_buffer(kappa_, (tokens, nheads), "float64")
+        u = T.match_buffer(u_, (scale_tokens, scale_heads), acc)
+        w = T.match_buffer(w_, (scale_tokens, scale_heads), acc)
+        chunks = T.match_buffer(chunks_, (table, 2), "int64")
+        entering = T.match_buffer(entering_, (tokens, count, entering_parts), acc)
+        leaving = T.match_buffer(leaving_, (tokens, count, leaving_parts), acc)
+        through = T.match_buffer(through_, (slots, count, through_parts), acc)
+        dlog = T.match_buffer(dlog_, (tokens, nheads), acc)
+        du = T.match_buffer(du_, (tokens, nheads), acc)
+        dw = T.match_buffer(dw_, (tokens, nheads), acc)
+        for slot_, head_ in T.grid(slots, count):
+            with T.sblock("program"):
+                slot, h = T.axis.remap("SS", [slot_, head_])
+                rho_t = T.sblock_alloc_buffer((C,), "float64")
+                kappa_t = T.sblock_alloc_buffer((C,), "float64")
+                u_t = T.sblock_alloc_buffer((C,), acc)
+                w_t = T.sblock_alloc_buffer((C,), acc)
+                entered = T.sblock_alloc_buffer((C,), acc)
+                left = T.sblock_alloc_buffer((C,), acc)
+                crossed = T.sblock_alloc_buffer((1,), acc)
+                pairs = T.sblock_alloc_buffer((C, C), acc)
+                lanes = T.sblock_alloc_buffer((C, LANES), acc)
+                all_lanes = T.sblock_alloc_buffer((C, LANES), acc)
+                rows = T.sblock_alloc_buffer((C,), acc)
+                all_rows = T.sblock_alloc_buffer((C,), acc)
+                cols = T.sblock_alloc_buffer((C,), acc)
+                all_cols = T.sblock_alloc_buffer((C,), acc)
+                gained = T.sblock_alloc_buffer((C,), "float64")
+                given = T.sblock_alloc_buffer((C,), "float64")
+                logs = T.sblock_alloc_buffer((C,), "float64")
+                first = T.meta_var(chunk_begin(chunks, slot, seqlen, C))
+                end = T.meta_var(chunk_end(chunks, slot, seqlen, C))
+                inside = T.meta_var(lambda i: first + i < end)
+                for i in range(C):
+                    with T.sblock("load_lines"):
+                        vi = T.axis.spatial(C, i)
+                        rho_t[vi] = rho[near(first + vi, end), head0 + h]
+                        kappa_t[vi] = kappa[near(first + vi, end), head0 + h]
+                        u_t[vi] = T.Cast(acc, scale) * T.if_then_else(inside(vi), u[first + vi, head0 + h] if tile.scaled else number(1, acc), number(0, acc))
+                        w_t[vi] = T.if_then_else(inside(vi), w[first + vi, head0 + h] if tile.scaled else number(1, acc), number(0, acc))
+                for i, part in T.grid(C, entering_parts):
+                    with T.sblock("entered"):
+                        vi, vp = T.axis.remap("SR", [i, part])
+                        with T.init():
+                            entered[vi] = number(0, acc)
+                        entered[vi] = entered[vi] + T.if_then_else(inside(vi), entering[first + vi, h, vp], number(0, acc))
+                for i, part in T.grid(C, leaving_parts):
+                    with T.sblock("left"):
+                        vi, vp = T.axis.remap("SR", [i, part])
+                        with T.init():
+                            left[vi] = number(0, acc)
+                        left[vi] = left[vi] + T.if_then_else(inside(vi), leaving[first + vi, h, vp], number(0, acc))
+                for i, part in T.grid(1, through_parts):
+                    with T.sblock("crossed"):
+                        vi, vp = T.axis.remap("SR", [i, part])
+                        with T.init():
+                            crossed[vi] = number(0, acc)
+                        crossed[vi] = crossed[vi] + through[slot, h, vp]
+                barrier(tile)
+                for i, j in T.grid(C, C):
+                    with T.sblock("pairs"):
+                        vi, vj = T.axis.remap("SS", [i, j])
+                        pairs[vi, vj] = T.Select(
+                            meets(vi, vj, causal, strict),
+                            g[slot, shared(head0 + h, nheads, g_heads), vi, vj] * other[slot, h, vi, vj]
+                            * exp(rho_t[vi] - kappa_t[vj], acc, exact),
+                            number(0, acc),
+                        )  # fmt: skip
+                barrier(tile)
+                for j, i in T.grid(C, C):
+                    with T.sblock("all_cols"):
+                        vj, vi = T.axis.remap("SR", [j, i])
+                        with T.init():
+                            all_cols[vj] = number(0, acc)
+                        all_cols[vj] = all_cols[vj] + pairs[vi, vj] * u_t[vi]
+                for j, i in T.grid(C, C):
+                    with T.sblock("cols"):
+                        vj, vi = T.axis.remap("SR", [j, i])
+                        with T.init():
+                            cols[vj] = number(0, acc)
+                        cols[vj] = cols[vj] + T.Select(meets(vi, vj, causal, distance), pairs[vi, vj] * u_t[vi], number(0, acc))
+                for i, lane, j in T.grid(C, LANES, C // LANES):
+                    with T.sblock("all_row_lanes"):
+                        vi, vl, vj = T.axis.remap("SSR", [i, lane, j])
+                        with T.init():
+                            all_lanes[vi, vl] = number(0, acc)
+                        all_lanes[vi, vl] = all_lanes[vi, vl] + pairs[vi, vj * LANES + vl] * w_t[vj * LANES + vl]
+                for i, lane, j in T.grid(C, LANES, C // LANES):
+                    with T.sblock("row_lanes"):
+                        vi, vl, vj = T.axis.remap("SSR", [i, lane, j])
+                        with T.init():
+                            lanes[vi, vl] = number(0, acc)
+                        lanes[vi, vl] = lanes[vi, vl] + T.Select(
+                            meets(vi, vj * LANES + vl, causal, distance),
+                            pairs[vi, vj * LANES + vl] * w_t[vj * LANES + vl],
+                            number(0, acc),
+                        )
+                barrier(tile)
+                for i in range(C):
+                    with T.sblock("rows"):
+                        vi = T.axis.spatial(C, i)
+                        all_rows[vi] = summed(LANES, lambda lane: all_lanes[vi, lane])
+                        rows[vi] = summed(LANES, lambda lane: lanes[vi, lane])
+                barrier(tile)
+                for i in range(C):
+                    with T.sblock("tokens"):
+                        vi = T.axis.spatial(C, i)
+                        gained[vi] = T.Cast("float64", u_t[vi] * (rows[vi] + entered[vi]))
+                        given[vi] = T.Cast("float64", w_t[vi] * cols[vi])
+                barrier(tile)
+                for i, t in T.grid(C, C):
+                    with T.sblock("logs"):
+                        vi, vt = T.axis.remap("SR", [i, t])
+                        with T.init():
+                            logs[vi] = T.Cast("float64", crossed[0])
+                        logs[vi] = (
+                            logs[vi]
+                            + T.Select(meets(vt, vi, causal, 1 - row_inclusive), gained[vt], T.float64(0))
+                            - T.Select(meets(vt, vi, causal, 1 - col_inclusive), given[vt], T.float64(0))
+                            + T.Select(
+                                meets(vi, vt, causal, col_inclusive), T.Cast("float64", w_t[vt] * left[vt]), T.float64(0)
+                            )
+                        )
+                barrier(tile)
+                for i in range(C):
+                    with T.sblock("store_lines"):
+                        vi = T.axis.spatial(C, i)
+                        T.where(first + i < end)
+                        dlog[first + vi, head0 + h] = T.Cast(acc, logs[vi])
+                        du[first + vi, head0 + h] = T.Cast(acc, scale) * (all_rows[vi] + entered[vi])
+                        dw[first + vi, head0 + h] = all_cols[vi] + left[vi]
 
     return main

@@ -1,21 +1,23 @@
-"""What tensor programs share: exp, which pairs of tokens meet, sums of logs, and reading what there is per token."""
+"""What tensor programs share: exp, which pairs of tokens meet, and which tokens there are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
 
-from .tile import LANES
 
-
-def exp(x: Any, dtype: str) -> Any:
+def exp(x: Any, dtype: str, exact: bool = True) -> Any:
     """exp(x) of a float64, in dtype: in float32 by a polynomial, as the C library's takes one number at a time.
 
-    What is less than the least normal number is 0; beyond the greatest it stays there.
+    What is less than the least normal number is 0; beyond the greatest it stays there. Where it need not be exact to more
+    than 16 bits, x is rounded to float32 before.
     """
     if dtype == "float64":
         return T.exp(T.min(x, T.float64(709.0)))
+    if not exact:
+        return T.exp(T.min(T.Cast("float32", x), T.float32(88.0)))
     x = T.max(T.min(x, T.float64(88.0)), T.float64(-104.0))
     power = T.floor(x * T.float64(1.4426950408889634) + T.float64(0.5))
     # in float64, as x in float32 would be off by as much as it is large
@@ -25,6 +27,11 @@ def exp(x: Any, dtype: str) -> Any:
         value = value * rest + T.float32(1.0 / factorial)
     scaled = value * T.reinterpret("float32", (T.Cast("int32", power) + 127) << 23)
     return T.Select(x < T.float64(-87.0), T.float32(0.0), scaled)
+
+
+def number(value: float, dtype: str) -> Any:
+    """A constant of a dtype of sums."""
+    return T.float64(value) if dtype == "float64" else T.float32(value)
 
 
 def meets(i: Any, j: Any, causal: Any, distance: Any) -> Any:
@@ -37,39 +44,64 @@ def sizes(count: int) -> tuple[Any, ...]:
     return tuple(T.int64() for _ in range(count))
 
 
+def within(whole: bool, inside: Any, value: Any, dtype: str) -> Any:
+    """A value inside a tensor, and 0 where the tile is larger; without a question where it is not."""
+    return value if whole else T.if_then_else(inside, value, T.Cast(dtype, 0))
+
+
 def fits(whole: bool, index: Any, size: Any) -> Any:
     """Whether an index of a tile is one of the tensor's."""
     return T.bool(True) if whole else index < size
 
 
-def all_of(lanes: Any, row: Any) -> Any:
-    """The sum of a row of partial sums."""
-    return sum((lanes[row, lane] for lane in range(1, LANES)), lanes[row, 0])
+def near(token: Any, end: Any) -> Any:
+    """The token, or past the end of its row the last one: a load that asks nothing can be a vector."""
+    return T.max(T.min(token, end - 1), 0)
+
+
+def summed(count: int, term: Callable[[int], Any]) -> Any:
+    """The sum of so many terms."""
+    return sum((term(index) for index in range(1, count)), term(0))
+
+
+def shared(head: Any, nheads: Any, heads: Any) -> Any:
+    """The head of an operand with so many that a head out of nheads has: divided as numbers that are not negative can be."""
+    return T.truncdiv(head, T.truncdiv(nheads, heads))
 
 
 @T.macro
-def sum_logs(logs, sums, begin, row, head, first, C, causal, row_inclusive, col_inclusive):  # type: ignore[no-untyped-def]
-    """ρ + r, κ − c and E of the chunk whose first token is given."""
-    d, r, c = T.meta_var(logs)
-    rho, kappa, total = T.meta_var(sums)
-    total[0] = T.float64(0)
-    for s in range(C):
-        i = T.meta_var(T.Select(causal == 1, s, C - 1 - s))
-        rho[i] = total[0]
-        kappa[i] = total[0]
-        if first + i < begin[row + 1]:
-            total[0] = total[0] + d[first + i, head]
-        if row_inclusive == 1:
-            rho[i] = total[0]
-        if col_inclusive == 1:
-            kappa[i] = total[0]
-        if first + i < begin[row + 1]:
-            rho[i] = rho[i] + r[first + i, head]
-            kappa[i] = kappa[i] - c[first + i, head]
+def barrier(tile):  # type: ignore[no-untyped-def]
+    """Threads of a GPU wait for one another here, before they read what others wrote, or write over what they read."""
+    if tile.target != "cpu":
+        with T.sblock("barrier"):
+            with T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", tile.resident):
+                T.evaluate(T.tvm_storage_sync("shared.dyn"))
 
 
-@T.macro
-def read_line(line, values, begin, row, head, first, C):  # type: ignore[no-untyped-def]
-    """What there is per token and head, of a chunk's tokens: 0 past the row's end."""
-    for i in range(C):
-        line[i] = T.if_then_else(first + i < begin[row + 1], values[first + i, head], T.Cast(values.dtype, 0))
+# Rows are seqlen tokens each, or, with a negative seqlen, documents that `begin` bounds, whose chunks are in a table.
+
+
+def bound(begin: Any, row: Any, seqlen: Any) -> Any:
+    """The first token of a row, or the end of the one before."""
+    return T.if_then_else(seqlen >= 0, row * seqlen, begin[row])
+
+
+def per_row_of(seqlen: Any, size: Any) -> Any:
+    """Chunks of a row, or any number but 0 for documents, as what is not taken is worked out too."""
+    return T.max((seqlen + size - 1) // size, 1)
+
+
+def first_slot(begin: Any, row: Any, seqlen: Any, size: Any) -> Any:
+    """The slot of a row's first chunk; the row's chunks follow one another, and no two rows share one."""
+    return T.if_then_else(seqlen >= 0, row * per_row_of(seqlen, size), begin[row] // size + row)
+
+
+def chunk_begin(chunks: Any, slot: Any, seqlen: Any, size: Any) -> Any:
+    """The first token of the chunk in a slot."""
+    per_row = per_row_of(seqlen, size)
+    return T.if_then_else(seqlen >= 0, T.truncdiv(slot, per_row) * seqlen + T.truncmod(slot, per_row) * size, chunks[slot, 0])
+
+
+def chunk_end(chunks: Any, slot: Any, seqlen: Any, size: Any) -> Any:
+    """Where the row of the chunk in a slot ends; not behind its beginning, where there is no chunk."""
+    return T.if_then_else(seqlen >= 0, (T.truncdiv(slot, per_row_of(seqlen, size)) + 1) * seqlen, chunks[slot, 1])

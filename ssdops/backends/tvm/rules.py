@@ -1,89 +1,18 @@
-"""Schedules for CPUs: small rules for kinds of blocks, found by name, and what applies them to a program."""
+"""From a tensor program to one for a machine."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tvm.s_tir import Schedule
+import torch
 
-PRODUCTS = ("product", "reads", "values", "update")
-"""Blocks that are matrix products."""
-BY_ROWS = (
-    "load_q", "load_v", "factors_in", "factors_out", "weigh", "pairs", "store",
-    "enter", "keep", "carry", "turn", "leave",
-)  # fmt: skip
-"""Blocks that work on rows of a tile, whose last axis is a vector."""
-SUMS = ("dot_lanes", "passing", "all_cols", "cols", "all_row_lanes", "row_lanes")
-"""Blocks that add vectors up."""
-ROWS, BYTES, DEPTH = 4, 64, 4
-"""Of a product: rows and bytes of columns that are summed in registers, and steps of the sum that are written out."""
-VECTOR = 32
-"""Bytes of a vector."""
+from .tile import Tile
 
 
-def schedule(program: Any, itemsize: int) -> Any:
-    """A program for the threads and vectors of a CPU."""
-    sch = Schedule(program)
-    for name in PRODUCTS:
-        if there(sch, name):
-            product(sch, name, BYTES // itemsize, VECTOR // itemsize)
-    for name in BY_ROWS:
-        if there(sch, name):
-            vectorize(sch, name, VECTOR // itemsize)
-    if there(sch, "load_k"):
-        transpose(sch, "load_k", VECTOR // itemsize)
-    for name in SUMS:
-        if there(sch, name):
-            accumulate(sch, name, VECTOR // itemsize)
-    sch.parallel(sch.fuse(*sch.get_loops(sch.get_sblock("row"))))
-    return sch.mod
+def schedule(program: Any, tile: Tile) -> Any:
+    """By the rules of the machine's kind."""
+    from . import rules_cpu, rules_cuda
 
-
-def there(sch: Schedule, name: str) -> bool:
-    """Whether a program has that block."""
-    try:
-        sch.get_sblock(name)
-    except Exception:  # TVM says by an error of its own that it has none
-        return False
-    return True
-
-
-def product(sch: Schedule, name: str, lanes: int, vector: int) -> None:
-    """A product whose sums stay in registers: broadcasts of one operand, vectors of the other."""
-    block = sch.get_sblock(name)
-    out = sch.cache_write(block, 0, "local")
-    i, j, m = sch.get_loops(block)[-3:]
-    (i0, i1), (j0, j1), (m0, m1) = sch.split(i, [None, ROWS]), sch.split(j, [None, lanes]), sch.split(m, [None, DEPTH])
-    sch.reorder(j0, i0, m0, m1, i1, j1)
-    halves, lane = sch.split(j1, [None, vector])
-    sch.vectorize(lane)
-    for loop in (halves, i1, m1):
-        sch.unroll(loop)
-    sch.reverse_compute_at(out, i0)
-    _, lane = sch.split(sch.get_loops(out)[-1], [None, vector])
-    sch.vectorize(lane)
-    sch.decompose_reduction(block, m0)
-
-
-def vectorize(sch: Schedule, name: str, vector: int) -> None:
-    """The last axis of a block by vectors."""
-    _, lane = sch.split(sch.get_loops(sch.get_sblock(name))[-1], [None, vector])
-    sch.vectorize(lane)
-
-
-def accumulate(sch: Schedule, name: str, vector: int) -> None:
-    """A sum of vectors, its last axis but the summed one, in registers."""
-    block = sch.get_sblock(name)
-    lane, step = sch.get_loops(block)[-2:]
-    outer, inner = sch.split(lane, [None, vector])
-    sch.reorder(outer, step, inner)
-    sch.vectorize(inner)
-    sch.decompose_reduction(block, step)
-
-
-def transpose(sch: Schedule, name: str, vector: int) -> None:
-    """A tile that is read by columns: few rows at a time, so that their lines stay in the nearest cache."""
-    step, lane = sch.get_loops(sch.get_sblock(name))[-2:]
-    outer, inner = sch.split(lane, [None, vector])
-    sch.reorder(outer, step, inner)
-    sch.vectorize(inner)
+    if tile.target == "cpu":
+        return rules_cpu.schedule(program, getattr(torch, tile.acc).itemsize)
+    return rules_cuda.schedule(program, tile)

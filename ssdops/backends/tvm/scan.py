@@ -6,14 +6,15 @@
     | dV | k, q, dY   | ⟨q, k⟩ᵀ    | the other's | cols, rows    | dfinal → dinitial  |
     | dK | v, dY, q   | ⟨dY, v⟩ᵀ   | the other's | cols, rows    | dfinalᵀ            |
 
-with the whole factor in `rows`, and log_cols beside cols. States are [dstate, headdim] here, or [headdim, dstate] in dQ and dK.
+with log_cols beside cols. States are [dstate, headdim] here, or [headdim, dstate] in dQ and dK.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,31 +23,17 @@ from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value
 from . import build
-from .tile import KEPT, LANES, MET, Tile
+from .machine import machine
+from .tile import EVERY, KEPT, MET, Tile
 
 CHUNK = 32
-"""Tokens of a chunk by default."""
+"""Tokens of a chunk by default, on a CPU."""
 MOST = 4
-"""Heads of a backward pass at once, if they fill the threads."""
-
-
-@dataclass(frozen=True)
-class Sides:
-    """What weighs rows and columns: u and w, and logs that are added to ρ and taken from κ; `[tokens, nheads]` all."""
-
-    u: Tensor
-    w: Tensor
-    r: Tensor
-    c: Tensor
-
-    def swapped(self) -> Sides:
-        """Of the transposed mask."""
-        return Sides(self.w, self.u, self.c, self.r)
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In the order that programs take them."""
-        return self.u, self.w, self.r, self.c
+"""Heads of a backward pass at once on a CPU, if they fill the threads."""
+ROOM = 1 << 29
+"""Bytes of scores and states that a backward pass on a GPU holds at once."""
+ALIGNED = 16
+"""Bytes that a vector's address is a multiple of."""
 
 
 class Heads(NamedTuple):
@@ -72,27 +59,62 @@ class Scores(NamedTuple):
     share: int
 
 
+@dataclass(frozen=True)
+class Sides:
+    """A term's view of its decays: sums ρ, κ `[tokens, nheads]` and E `[slots, nheads]`, scales u of rows
+    and w of columns, and factors of each."""
+
+    term: Linear
+    sums: tuple[Tensor, Tensor, Tensor]
+    scales: tuple[Tensor, Tensor]
+    factors: tuple[float, float]
+
+
 class Scan:
     """A linear term on its tensors."""
 
     def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
         p = x.problem
-        self.term, self.x, self.problem, self.acc, self.chunk = term, x, p, p.accumulate, config.chunk_size or CHUNK
+        self.term, self.x, self.problem, self.device = term, x, p, x.q.device
+        self.machine = machine(p)
+        self.chunk = config.chunk_size or self.machine.chunk
+        self.acc, self.data = p.accumulate, self.machine.data
         self.tokens, self.scale = p.batch * p.seqlen, float(term.sign * x.scale)
         self.q, self.k, self.v = (self.flat(t) for t in (x.q, x.k, x.v))
-        rows = torch.arange(p.batch + 1) * p.seqlen if x.boundaries is None else x.boundaries
-        self.begin = rows.to(torch.int64).contiguous()
-        self.rows = len(rows) - 1
+        self.scaled = any(slot in x.values for slot in ("rows", "cols", "log_cols"))
+        self.lay_rows()
+        log_a = self.slot("log_a", torch.float64)
+        self.d = torch.zeros(self.tokens, p.nheads, dtype=torch.float64, device=self.device) if log_a is None else log_a
+        self.log_cols = self.slot("log_cols", torch.float64)
+        if self.scaled:
+            rows, cols = (self.ones() if (value := self.slot(name, self.acc)) is None else value for name in ("rows", "cols"))
+        else:
+            rows = cols = self.new(1, 1)  # which nobody reads
+        self.scales = rows, cols
+
+    def lay_rows(self) -> None:
+        """Where rows begin and which chunk is in which slot: a table for documents, nothing for rows of one length."""
+        p, bounds = self.problem, self.x.boundaries
+        if bounds is None:
+            self.rows, self.seqlen, self.slots = p.batch, p.seqlen, p.batch * -(-p.seqlen // self.chunk)
+            self.begin = torch.empty(1, dtype=torch.int64, device=self.device)
+            self.chunks = self.begin.view(1, 1).expand(1, 2).contiguous()
+            return
+        self.begin = bounds.to(torch.int64).contiguous()
+        self.rows, self.seqlen = len(self.begin) - 1, -1
         self.slots = self.tokens // self.chunk + self.rows
-        zeros = torch.zeros(self.tokens, p.nheads, dtype=torch.float64)
-        logs = {name: zeros if (log := self.slot(name, torch.float64)) is None else log for name in ("log_a", "log_cols")}
-        scales = {name: self.ones() if (value := self.slot(name, self.acc)) is None else value for name in ("rows", "cols")}
-        self.d = logs["log_a"]
-        self.sides = Sides(scales["rows"] * self.scale, scales["cols"], zeros, logs["log_cols"])
+        first = self.begin[:-1] // self.chunk + torch.arange(self.rows, device=self.device)  # the slot of a row's first chunk
+        slots = torch.arange(self.slots, device=self.device)
+        row = torch.searchsorted(first, slots, right=True) - 1
+        inside = row.clamp(min=0)
+        end = self.begin[1:][inside]
+        begin = torch.where(row < 0, end, self.begin[inside] + (slots - first[inside]) * self.chunk)
+        self.chunks = torch.stack((begin.minimum(end), end), 1).contiguous()
 
     def flat(self, x: Tensor) -> Tensor:
-        """`(batch, seqlen, heads, size)` as `[tokens, heads, size]`, in the dtype of arithmetic."""
-        return x.to(self.acc).contiguous().view(self.tokens, *x.shape[2:])
+        """`(batch, seqlen, heads, size)` as `[tokens, heads, size]`, in the dtype of products, where vectors can be read."""
+        x = x.to(self.data).contiguous().view(self.tokens, *x.shape[2:])
+        return x if x.data_ptr() % ALIGNED == 0 else x.clone()
 
     def slot(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """An operand per token and head, `[tokens, nheads]`."""
@@ -101,46 +123,74 @@ class Scan:
 
     def ones(self) -> Tensor:
         """A scale of 1."""
-        return torch.ones(self.tokens, self.problem.nheads, dtype=self.acc)
+        return torch.ones(self.tokens, self.problem.nheads, dtype=self.acc, device=self.device)
 
-    def empty(self, *shape: int) -> Tensor:
-        """Memory; zeros where documents may leave tokens out."""
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory that a program fills."""
+        return torch.empty(shape, dtype=dtype or self.acc, device=self.device)
+
+    def covered(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of which a program fills what rows have: zeros where documents may leave tokens out."""
         make = torch.empty if self.x.documents is None else torch.zeros
-        return make(shape, dtype=self.acc)
+        return make(shape, dtype=dtype or self.acc, device=self.device)
 
     # --- programs -------------------------------------------------------------------------------------------------------
 
-    def tile(self, inner: int, outer: int = 0, flipped: bool = False, mode: str = "") -> Tile:
-        """What to compile for."""
-        whole = padded(inner) == inner and padded(outer) == outer
-        return Tile(str(self.acc).removeprefix("torch."), self.chunk, padded(inner), padded(outer), whole, flipped, mode)
+    def program(self, name: str, **fields: Any) -> Callable[..., None]:
+        """A compiled one."""
+        data, acc = (str(dtype).removeprefix("torch.") for dtype in (self.data, self.acc))
+        return build.program(name, Tile(self.machine.target, data, acc, self.chunk, scaled=self.scaled, **fields))
+
+    def sides(self, term: Linear) -> Sides:
+        """Sums of the term's decays; of this one's transpose what is added to ρ and κ changes places."""
+        d, (u, w) = self.d, self.scales
+        rho, kappa, total = (self.new(n, self.problem.nheads, dtype=torch.float64) for n in (self.tokens, self.tokens, self.slots))
+        mine = term is self.term
+        if self.tokens:
+            r = torch.zeros_like(d) if self.scaled else d  # what is not scaled does not read it
+            c = r if self.log_cols is None else self.log_cols
+            self.program("sums")(
+                d, *((r, c) if mine else (c, r)), self.chunks, rho, kappa, total, self.seqlen, int(term.causal),
+                int(term.row_inclusive), int(term.col_inclusive),
+            )  # fmt: skip
+        u, w, factors = (u, w, (self.scale, 1.0)) if mine else (w, u, (1.0, self.scale))
+        return Sides(term, (rho, kappa, total), (u, w), factors)
 
     def scores(self, q: Tensor, k: Tensor, heads: Heads) -> Tensor:
         """⟨q, k⟩ of the tokens of each chunk, `[slots, heads, chunk, chunk]`."""
-        out = torch.empty(self.slots, heads.number, self.chunk, self.chunk, dtype=self.acc)
+        out = self.new(self.slots, heads.number, self.chunk, self.chunk)
         if self.tokens:
-            build.program("scores", self.tile(q.shape[2]))(q, k, self.begin, out, heads.first, heads.of)
+            inner = self.machine.inner(q.shape[2])
+            self.program("scores", inner=inner, whole=inner == q.shape[2])(
+                q, k, self.chunks, out, self.seqlen, heads.first, heads.of
+            )
         return out
 
     def walk(
-        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, term: Linear, sides: Sides,
-        heads: Heads, y: Place, own: Tensor | None = None, mode: str = "", kept: Tensor | None = None,
+        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, sides: Sides, heads: Heads, y: Place,
+        own: Tensor | None = None, mode: str = "", kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Write y to its place.
 
         Returns:
-            The state that leaves, and with a mode what is exchanged through states: by tokens, and by chunks.
+            The state that leaves, and with a mode what is exchanged through states: by tokens, and by chunks, in parts.
         """
         (q, k, v), shape = roles, (self.rows, heads.number, roles[0].shape[2], roles[2].shape[2])
-        entering = torch.zeros(shape, dtype=self.acc) if entering is None else entering
+        inner = self.machine.inner(shape[2])
+        outer = self.machine.outer(inner, shape[3], self.chunk)
+        parts, leaving = -(-shape[3] // outer), self.new(*shape)
+        dots = self.covered(self.tokens if mode in (KEPT, MET) else 1, heads.number, parts)  # else nobody writes it
+        kept = self.new(1, *shape[1:], dtype=self.data) if kept is None else kept  # which nobody reads then
+        through = self.new(len(kept), heads.number, parts)
         if not self.tokens:
-            return entering, self.empty(0, heads.number), torch.empty(0, heads.number, dtype=self.acc)
-        leaving, dots = torch.empty(shape, dtype=self.acc), self.empty(self.tokens, heads.number)
-        kept = entering if kept is None else kept  # what a mode does not touch is any tensor of such a shape
-        through = torch.empty(len(kept), heads.number, dtype=self.acc)
-        build.program("walk", self.tile(shape[2], shape[3], term is not self.term, mode))(
-            q, k, v, g.values, self.d, *sides.tensors, self.begin, entering, y.values, leaving, v if own is None else own, dots,
-            kept, kept, through, heads.first, y.first, g.first, g.share, *numbers(term),
+            return leaving.zero_() if entering is None else entering, dots, through
+        whole = inner == shape[2] and not shape[3] % outer
+        flipped, resident = sides.term is not self.term, self.machine.resident(inner, outer, self.chunk)
+        self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, resident=resident)(
+            q, k, v, g.values, *sides.sums, *sides.scales, self.begin, leaving if entering is None else entering, y.values,
+            leaving, v if own is None else own, dots, kept, kept, through,
+            heads.first, y.first, g.first, g.share, *sides.factors, int(entering is not None), self.seqlen,
+            int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip
         return leaving, dots, through
 
@@ -150,10 +200,10 @@ class Scan:
         """Y, the final states, and those between."""
         p, every, heads = self.problem, self.problem.state_every, Heads(0, self.problem.nheads, self.problem.nheads)
         initial = None if self.x.initial is None else swapped(self.x.initial.to(self.acc))
-        kept = None if every is None else torch.empty(self.slots, p.nheads, p.dstate, p.headdim, dtype=self.acc)
-        y = self.empty(self.tokens, p.nheads, p.headdim)
-        roles, mode = (self.q, self.k, self.v), "" if every is None else KEPT
-        final, _, _ = self.walk(roles, self.shared_scores(), initial, self.term, self.sides, heads, Place(y), None, mode, kept)
+        kept = None if every is None else self.new(self.slots, p.nheads, p.dstate, p.headdim)
+        y = self.covered(self.tokens, p.nheads, p.headdim, dtype=self.data)
+        roles, mode = (self.q, self.k, self.v), "" if every is None else EVERY
+        final, _, _ = self.walk(roles, self.shared_scores(), initial, self.sides(self.term), heads, Place(y), None, mode, kept)
         between = None if kept is None else self.every(kept, final)
         return Output(y.view(p.batch, p.seqlen, p.nheads, p.headdim), final.transpose(-1, -2), every=between)
 
@@ -166,68 +216,70 @@ class Scan:
         """The states after every `state_every` tokens: each enters the chunk after them, or is the last."""
         p, every = self.problem, self.problem.state_every
         assert every is not None  # states were kept for it
-        out = torch.empty(p.batch, p.seqlen // every, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype)
-        for row in range(p.batch):
-            first = row * p.seqlen // self.chunk + row
-            for index in range(p.seqlen // every):
-                end = (index + 1) * every
-                out[row, index] = (final[row] if end == p.seqlen else kept[first + end // self.chunk]).transpose(-1, -2)
+        out = self.new(p.batch, p.seqlen // every, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype)
+        by_row = kept.unflatten(0, (p.batch, self.slots // max(p.batch, 1)))
+        for index in range(p.seqlen // every):
+            end = (index + 1) * every
+            out[:, index] = (final if end == p.seqlen else by_row[:, end // self.chunk]).transpose(-1, -2)
         return out
 
     def backward(self, cotangents: Cotangents) -> Gradients:
         """Gradients of everything: dV of all heads, the rest of some heads at a time, in memory that is used again."""
-        p, x, other, back = self.problem, self.x, self.term.transpose(), self.sides.swapped()
+        p, x = self.problem, self.x
+        mine, other = self.sides(self.term), self.sides(self.term.transpose())
         dy, dfinal = self.flat(cotangents.y), None if cotangents.state is None else cotangents.state.to(self.acc)
         initial = None if x.initial is None else x.initial.to(self.acc)
         qk, whole = self.shared_scores(), Heads(0, p.nheads, p.nheads)
         sizes = ((p.q_heads, p.dstate), (p.k_heads, p.dstate), (p.v_heads, p.headdim))
         dq, dk, dv = (Total(self, heads, size) for heads, size in sizes)
-        dinitial, _, _ = self.walk(
-            (self.k, self.q, dy), qk, None if dfinal is None else swapped(dfinal), other, back, whole, dv.place(whole)
-        )
+        leaving = None if dfinal is None else swapped(dfinal)
+        dinitial, _, _ = self.walk((self.k, self.q, dy), qk, leaving, other, whole, dv.place(whole))
         dv.add(whole)
-        by_token = {name: self.empty(self.tokens, p.nheads) for name in ("log_a", "rows", "cols")} if x.values else {}
+        by_token = {name: self.covered(self.tokens, p.nheads) for name in ("log_a", "rows", "cols")} if x.values else {}
         count = self.heads_at_once()
-        kept = torch.empty(self.slots, count, p.headdim, p.dstate, dtype=self.acc) if x.values else None
+        kept = self.new(self.slots, count, p.headdim, p.dstate, dtype=self.data) if x.values else None
         for first in range(0, p.nheads, count):
             heads = Heads(first, count, p.nheads)
             before, after = (None if s is None else s[:, first : first + count].contiguous() for s in (initial, dfinal))
             yv = Scores(self.scores(dy, self.v, heads), first, 1)
             _, entering, _ = self.walk(
-                (dy, self.v, self.k), yv, before, self.term, self.sides, heads, dq.place(heads), self.q,
-                KEPT if x.values else "", kept,
-            )  # fmt: skip
+                (dy, self.v, self.k), yv, before, mine, heads, dq.place(heads), self.q, KEPT if x.values else "", kept
+            )
             dq.add(heads)
             _, leaving, through = self.walk(
-                (self.v, dy, self.q), yv, after, other, back, heads, dk.place(heads), self.k, MET if x.values else "", kept
+                (self.v, dy, self.q), yv, after, other, heads, dk.place(heads), self.k, MET if x.values else "", kept
             )
             dk.add(heads)
             if x.values and self.tokens:
-                self.exchange(heads, qk, yv, entering, leaving, through, by_token)
+                self.exchange(heads, qk, yv, mine, entering, leaving, through, by_token)
         grads = Gradients(dq.gradient, dk.gradient, dv.gradient, None if initial is None else dinitial.transpose(-1, -2))
-        if "rows" in x.values:
-            by_token["rows"] *= self.scale
         if "log_cols" in x.values:
-            by_token["log_cols"] = by_token["cols"] * self.sides.w
+            by_token["log_cols"] = by_token["cols"] * self.scales[1]
         grads.values = {
             slot: reduce_value(by_token[slot].view(p.batch, p.seqlen, p.nheads), value) for slot, value in x.values.items()
         }
         return grads
 
     def heads_at_once(self) -> int:
-        """So few heads that what they hand on stays in cache, which share operands with one another or with none beside."""
+        """So few heads that what they hand on stays in cache, or in `ROOM`; they share operands with one another or none."""
         p = self.problem
         shared = gcd(*(p.nheads // heads for heads in (p.q_heads, p.k_heads) if heads < p.nheads)) or p.nheads
-        return max((n for n in range(1, MOST + 1) if shared % n == 0 and n * self.rows >= build.THREADS), default=shared)
+        if self.device.type == "cpu":
+            return max((n for n in range(1, MOST + 1) if shared % n == 0 and n * self.rows >= build.THREADS), default=shared)
+        each = self.slots * (self.chunk**2 * self.acc.itemsize + p.headdim * p.dstate * self.data.itemsize)
+        return max((n for n in range(1, p.nheads + 1) if p.nheads % n == 0 and suits(n, shared) and n * each <= ROOM), default=1)
 
     def exchange(
-        self, heads: Heads, qk: Scores, yv: Scores, entering: Tensor, leaving: Tensor, through: Tensor, out: dict[str, Tensor]
-    ) -> None:
+        self, heads: Heads, qk: Scores, yv: Scores, sides: Sides, entering: Tensor, leaving: Tensor, through: Tensor,
+        out: dict[str, Tensor],
+    ) -> None:  # fmt: skip
         """Gradients by token and head, of some heads: of log decays, and of what weighs rows and columns."""
-        apart = 2 if self.term.col_inclusive and not self.term.row_inclusive else 1
-        build.program("exchange", self.tile(0))(
-            qk.values, yv.values, self.d, *self.sides.tensors, self.begin, entering, leaving, through,
-            out["log_a"], out["rows"], out["cols"], heads.first, *numbers(self.term), apart,
+        term = self.term
+        apart = 2 if term.col_inclusive and not term.row_inclusive else 1
+        self.program("exchange")(
+            qk.values, yv.values, *sides.sums[:2], *sides.scales, self.chunks, entering, leaving, through, out["log_a"],
+            out["rows"], out["cols"], self.scale, self.seqlen, heads.first, int(term.causal), int(term.row_inclusive),
+            int(term.col_inclusive), int(term.strict), apart,
         )  # fmt: skip
 
 
@@ -237,9 +289,10 @@ class Total:
     def __init__(self, scan: Scan, heads: int, size: int) -> None:
         self.scan, self.heads, self.size = scan, heads, size
         self.share = scan.problem.nheads // heads
-        self.total = (
-            torch.zeros(scan.tokens, heads, size, dtype=scan.acc) if self.share > 1 else scan.empty(scan.tokens, heads, size)
-        )
+        if self.share > 1:
+            self.total = torch.zeros(scan.tokens, heads, size, dtype=scan.acc, device=scan.device)
+        else:
+            self.total = scan.covered(scan.tokens, heads, size, dtype=scan.data)
         self.room: Tensor | None = None
 
     def place(self, heads: Heads) -> Place:
@@ -247,15 +300,20 @@ class Total:
         if self.share == 1:
             return Place(self.total, heads.first)
         if self.room is None:
-            self.room = self.scan.empty(self.scan.tokens, heads.number, self.size)
+            self.room = self.scan.covered(self.scan.tokens, heads.number, self.size, dtype=self.scan.data)
         return Place(self.room)
 
     def add(self, heads: Heads) -> None:
         """What a walk has written."""
         if self.room is None:
             return
-        for index in range(heads.number):  # a sum over an axis between others takes torch more than twice as long
-            self.total[:, (heads.first + index) // self.share] += self.room[:, index]
+        if self.scan.device.type == "cpu":
+            for index in range(heads.number):  # a sum over an axis between others takes torch more than twice as long there
+                self.total[:, (heads.first + index) // self.share] += self.room[:, index]
+            return
+        share = min(self.share, heads.number)
+        first, number = heads.first // self.share, heads.number // share
+        self.total[:, first : first + number] += self.room.view(-1, number, share, self.size).sum(2, dtype=self.scan.acc)
 
     @property
     def gradient(self) -> Tensor:
@@ -266,19 +324,14 @@ class Total:
 
 def forward(term: Linear, x: Inputs, config: Config) -> Output:
     """Y, the final states, and those between."""
-    with build.Alone():
+    with build.Alone(x.q.device):
         return Scan(term, x, config).forward()
 
 
 def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
     """Gradients of everything."""
-    with build.Alone():
+    with build.Alone(x.q.device):
         return Scan(term, x, config).backward(cotangents)
-
-
-def numbers(term: Linear) -> tuple[int, int, int, int]:
-    """The flags of a term as programs take them."""
-    return int(term.causal), int(term.row_inclusive), int(term.col_inclusive), int(term.strict)
 
 
 def swapped(state: Tensor) -> Tensor:
@@ -286,6 +339,6 @@ def swapped(state: Tensor) -> Tensor:
     return state.transpose(-1, -2).contiguous()
 
 
-def padded(size: int) -> int:
-    """The tile that holds a size."""
-    return -(-size // LANES) * LANES
+def suits(number: int, shared: int) -> bool:
+    """Whether so many heads share with one another, or are whole groups that do."""
+    return shared % number == 0 or number % shared == 0

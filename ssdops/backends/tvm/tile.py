@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 LANES = 16
 """Partial sums of a dot product side by side; tiles are padded to multiples of it."""
-KEPT, MET = "kept", "met"
-"""What a walk does beside y: keep the states that enter chunks, or meet those that another has kept."""
+KEPT, EVERY, MET = "kept", "every", "met"
+"""What a walk does beside y: keep the states that enter chunks, for another walk or in full precision, or meet those kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,18 +15,26 @@ class Tile:
     """What a program is compiled for.
 
     Attributes:
-        dtype: of everything but log decays, which are float64.
+        target: "cpu", or a CUDA architecture such as "sm_90".
+        data: dtype of q, k, v and y, and of what products multiply.
+        acc: dtype of sums, states and scales. Log decays and their sums are float64.
         chunk: tokens of a chunk.
-        inner, outer: of a walk, the sizes of q and k, and of v, padded; of scores only inner counts.
+        inner, outer: of a walk, the size of q and k, padded, and how much of v's one program walks; of scores only inner counts.
+        scaled: whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
-        mode: of a walk, KEPT or MET or neither.
+        mode: of a walk, KEPT, EVERY or MET, or none of them.
+        resident: programs that a multiprocessor is to hold at once: registers are kept for so many.
     """
 
-    dtype: str
+    target: str
+    data: str
+    acc: str
     chunk: int
-    inner: int
-    outer: int
+    inner: int = 0
+    outer: int = 0
+    scaled: bool = False
     whole: bool = False
     flipped: bool = False
     mode: str = ""
+    resident: int = 1
