@@ -106,7 +106,7 @@ def compiled(name: str, tile: Tile) -> Any:
 
     from . import exchange, lower, rules
 
-    make = {"sums": lower.sums, "scores": lower.scores, "walk": lower.walk, "exchange": exchange.exchange}[name]
+    make = {"lines": lower.lines, "scores": lower.scores, "walk": lower.walk, "exchange": exchange.exchange}[name]
     scheduled = rules.schedule(make(tile), tile)
     if tile.target == "cpu":
         return tvm.compile(scheduled, target=Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}))

@@ -1,20 +1,21 @@
-"""Tensor programs of a linear term, in TVM's TensorIR: sums of log decays, scores, and walks.
+"""Tensor programs of a linear term, in TVM's TensorIR: what there is per token, scores, and walks.
 
-A row is a document, or a batch row: tokens begin[row] to end of all, cut into chunks of C tokens. ρ and κ are sums
+A row is a document, or a batch row: tokens begin[row] to begin[row + 1] of all, cut into chunks of C tokens. ρ and κ are sums
 of a chunk's log decays in walking order (`ir/terms.py`), with logs that are added to them; E is the sum of the whole chunk:
 
-    sums       ρ_i = r_i + Σ d_t, t up to i     κ_j = Σ d_t − c_j, t up to j     E = Σ d_t
+    lines      ρ_i = r_i + Σ d_t, t up to i     κ_j = Σ d_t − c_j, t up to j     E = Σ d_t     u, w
     scores     G_ij = ⟨q_i, k_j⟩
     walk       y_i  = u_i [ Σ_j exp(ρ_i − κ_j) w_j G_ij v_j + exp(ρ_i) Sᵀ q_i ]
                S    ← exp(E) S + Σ_j exp(E − κ_j) w_j k_j v_jᵀ
 
 `scan.py` makes Y and every gradient of these, and of what tokens exchange (`exchange.py`). Numbers of rows, tokens and heads
-are symbolic, and so are sizes of a head, which tiles hold padded: what is compiled in is `Tile`. The slots of a row's chunks
-are ⌊begin / C⌋ + row and on, which no two rows share; `chunks` has the first token of each, and the end of its row. Rows read
-their last token again where a chunk is longer than they are, with a weight of 0.
+are symbolic, and so are sizes of a head, which tiles hold padded: what is compiled in is `Tile`. A slot is a chunk's place in
+what there is per chunk: no two rows share one. Rows read their last token again where a chunk is longer than they are, with a
+weight of 0.
 
 `rules.py` schedules blocks by their names. No block reads what it writes, and none writes what another accumulates in: then
-each can be moved. Tiles are held as tokens come, `[tokens, size]`; a rule may turn them.
+each can be moved. Tiles are held as tokens come, `[tokens, size]`; a rule may turn them. Where threads have barriers, what is
+written between two of them is not read before the second, nor is what is read written.
 """
 
 from __future__ import annotations
@@ -23,75 +24,130 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .parts import barrier, bound, chunk_begin, chunk_end, exp, first_slot, fits, meets, near, number, shared, sizes, summed, within
-from .tile import EVERY, KEPT, LANES, MET, Tile
+from .parts import barrier, bound, chunk_begin, chunk_end, decay, exp, first_slot, fits, meets, near, number, one_if, shared, sizes, summed, under, within
+from .tile import (
+    EVERY, INTO, KAPPA, KAPPA_LOW, KEPT, LANES, LINES, MET, OUT_OF, RHO, RHO_LOW, U, W, Tile,
+)  # fmt: skip
+
+ABREAST, STRETCH = 8, 8
+"""Heads whose lines are worked out together, and tokens whose logs are summed first."""
 
 
-def sums(tile: Tile) -> Any:
-    """ρ, κ and E of every chunk and head.
+def lines(tile: Tile) -> Any:
+    """What there is per token, of every chunk and head.
 
-    Parameters, in order: d, r, c `[tokens, nheads]`, chunks `[slots, 2]`; ρ and κ `[tokens, nheads]`, E `[slots, nheads]`,
-    all but chunks float64; and the numbers causal, row_inclusive, col_inclusive.
+    Parameters, in order: d, r, c `[tokens, nheads]` float64, u, w `[tokens, nheads]`, of which r, c, u and w are read only
+    where the tile is scaled; chunks `[slots, 2]`; lines `[slots, nheads, 8, C]`, E `[slots, nheads]` float64; and the numbers
+    by which u and w are multiplied, seqlen, causal, row_inclusive, col_inclusive.
     """
-    C = T.int64(tile.chunk)
+    C, acc, exact, SCALED, line = tile.chunk, tile.acc, tile.exact, tile.scaled, tile.line
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def main(
-        d_: T.handle, r_: T.handle, c_: T.handle, chunks_: T.handle, rho_: T.handle, kappa_: T.handle, total_: T.handle,
-        seqlen: T.int64, causal: T.int64, row_inclusive: T.int64, col_inclusive: T.int64,
+        d_: T.handle, r_: T.handle, c_: T.handle, u_: T.handle, w_: T.handle, chunks_: T.handle, lines_: T.handle,
+        total_: T.handle, u_scale: T.float64, w_scale: T.float64, seqlen: T.int64, causal: T.int64, row_inclusive: T.int64,
+        col_inclusive: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        tokens, slots, nheads, table = sizes(4)
+        tokens, slots, nheads, table, scale_tokens, scale_heads = sizes(6)
         d = T.match_buffer(d_, (tokens, nheads), "float64")
         r = T.match_buffer(r_, (tokens, nheads), "float64")
         c = T.match_buffer(c_, (tokens, nheads), "float64")
+        u = T.match_buffer(u_, (scale_tokens, scale_heads), acc)
+        w = T.match_buffer(w_, (scale_tokens, scale_heads), acc)
         chunks = T.match_buffer(chunks_, (table, 2), "int64")
-        rho = T.match_buffer(rho_, (tokens, nheads), "float64")
-        kappa = T.match_buffer(kappa_, (tokens, nheads), "float64")
+        out = T.match_buffer(lines_, (slots, nheads, LINES, C), line)
         total = T.match_buffer(total_, (slots, nheads), "float64")
-        for slot_, head_ in T.grid(slots, nheads):
+        for slot_, some_ in T.grid(slots, (nheads + ABREAST - 1) // ABREAST):
             with T.sblock("program"):
-                slot, h = T.axis.remap("SS", [slot_, head_])
-                logs = T.sblock_alloc_buffer((C,), "float64")
-                row_sums = T.sblock_alloc_buffer((C,), "float64")
-                col_sums = T.sblock_alloc_buffer((C,), "float64")
-                all_sum = T.sblock_alloc_buffer((1,), "float64")
-                first = T.meta_var(chunk_begin(chunks, slot, seqlen, C))
-                end = T.meta_var(chunk_end(chunks, slot, seqlen, C))
-                for i in range(C):
-                    with T.sblock("load_line"):
-                        vi = T.axis.spatial(C, i)
-                        logs[vi] = T.if_then_else(first + vi < end, d[first + vi, h], T.float64(0))
-                barrier(tile)
-                for i, t in T.grid(C, C):
-                    with T.sblock("row_sums"):
-                        vi, vt = T.axis.remap("SR", [i, t])
-                        with T.init():
-                            row_sums[vi] = T.float64(0)
-                        row_sums[vi] = row_sums[vi] + T.Select(meets(vi, vt, causal, 1 - row_inclusive), logs[vt], T.float64(0))
-                for i, t in T.grid(C, C):
-                    with T.sblock("col_sums"):
-                        vi, vt = T.axis.remap("SR", [i, t])
-                        with T.init():
-                            col_sums[vi] = T.float64(0)
-                        col_sums[vi] = col_sums[vi] + T.Select(meets(vi, vt, causal, 1 - col_inclusive), logs[vt], T.float64(0))
-                for i, t in T.grid(1, C):
-                    with T.sblock("all_sum"):
-                        vi, vt = T.axis.remap("SR", [i, t])
-                        with T.init():
-                            all_sum[vi] = T.float64(0)
-                        all_sum[vi] = all_sum[vi] + logs[vt]
-                barrier(tile)
-                for i in range(C):
-                    with T.sblock("store_lines"):
-                        vi = T.axis.spatial(C, i)
-                        T.where(first + i < end)
-                        rho[first + vi, h] = row_sums[vi] + (r[first + vi, h] if tile.scaled else T.float64(0))
-                        kappa[first + vi, h] = col_sums[vi] - (c[first + vi, h] if tile.scaled else T.float64(0))
+                slot, some = T.axis.remap("SS", [slot_, some_])
+                logs = T.sblock_alloc_buffer((C, ABREAST), "float64")
+                rho = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                kappa = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                before = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                stretches = T.sblock_alloc_buffer((ABREAST, C // STRETCH), "float64")
+                all_sum = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                place = T.sblock_alloc_buffer((2,), "int64")
+                first = T.meta_var(place[0])
+                end = T.meta_var(place[1])
                 for i in range(1):
-                    with T.sblock("store_total"):
+                    with T.sblock("place"):
                         vi = T.axis.spatial(1, i)
-                        total[slot, h] = all_sum[vi]
+                        place[vi] = chunk_begin(chunks, slot, seqlen, C)
+                        place[vi + 1] = chunk_end(chunks, slot, seqlen, C)
+                head = T.meta_var(lambda h: T.min(some * ABREAST + h, nheads - 1))
+                for i, h in T.grid(C, ABREAST):
+                    with T.sblock("load_logs"):
+                        vi, vh = T.axis.remap("SS", [i, h])
+                        logs[vi, vh] = T.if_then_else(first + vi < end, d[near(first + vi, end), head(vh)], T.float64(0))
+                barrier(tile)
+                for h, i, t in T.grid(ABREAST, C // STRETCH, STRETCH):
+                    with T.sblock("stretches"):
+                        vh, vi, vt = T.axis.remap("SSR", [h, i, t])
+                        with T.init():
+                            stretches[vh, vi] = T.float64(0)
+                        stretches[vh, vi] = stretches[vh, vi] + logs[vi * STRETCH + vt, vh]
+                barrier(tile)
+                for h, i, t in T.grid(ABREAST, C, STRETCH):
+                    with T.sblock("row_sums"):
+                        vh, vi, vt = T.axis.remap("SSR", [h, i, t])
+                        with T.init():
+                            rho[vh, vi] = T.float64(0)
+                        rho[vh, vi] = rho[vh, vi] + logs[vi // STRETCH * STRETCH + vt, vh] * one_if(
+                            meets(vi % STRETCH, vt, causal, 1 - row_inclusive), "float64"
+                        )
+                for h, i, t in T.grid(ABREAST, C, STRETCH):
+                    with T.sblock("col_sums"):
+                        vh, vi, vt = T.axis.remap("SSR", [h, i, t])
+                        with T.init():
+                            kappa[vh, vi] = T.float64(0)
+                        kappa[vh, vi] = kappa[vh, vi] + logs[vi // STRETCH * STRETCH + vt, vh] * one_if(
+                            meets(vi % STRETCH, vt, causal, 1 - col_inclusive), "float64"
+                        )
+                for h, i, t in T.grid(ABREAST, C, C // STRETCH):
+                    with T.sblock("before"):  # of stretches before the token's
+                        vh, vi, vt = T.axis.remap("SSR", [h, i, t])
+                        with T.init():
+                            before[vh, vi] = T.float64(0)
+                        before[vh, vi] = before[vh, vi] + stretches[vh, vt] * one_if(
+                            meets(vi // STRETCH, vt, causal, 1), "float64"
+                        )
+                for h, i, t in T.grid(ABREAST, C, C // STRETCH):
+                    with T.sblock("all_sum"):  # E, by all that want it
+                        vh, vi, vt = T.axis.remap("SSR", [h, i, t])
+                        with T.init():
+                            all_sum[vh, vi] = T.float64(0)
+                        all_sum[vh, vi] = all_sum[vh, vi] + stretches[vh, vt]
+                barrier(tile)
+                for h, i in T.grid(ABREAST, C):
+                    with T.sblock("store_lines"):
+                        vh, vi = T.axis.remap("SS", [h, i])
+                        T.where(some * ABREAST + h < nheads)
+                        rows = T.meta_var(before[vh, vi] + rho[vh, vi] + (r[near(first + vi, end), head(vh)] if SCALED else T.float64(0)))
+                        cols = T.meta_var(before[vh, vi] + kappa[vh, vi] - (c[near(first + vi, end), head(vh)] if SCALED else T.float64(0)))
+                        put = T.meta_var(lambda value: T.Cast(line, value))
+                        out[slot, head(vh), RHO, vi] = put(rows)
+                        out[slot, head(vh), KAPPA, vi] = put(cols)
+                        if not exact:
+                            out[slot, head(vh), RHO_LOW, vi] = put(rows - T.Cast("float64", put(rows)))
+                            out[slot, head(vh), KAPPA_LOW, vi] = put(cols - T.Cast("float64", put(cols)))
+                        out[slot, head(vh), OUT_OF, vi] = put(exp(rows, acc, exact))
+                        out[slot, head(vh), INTO, vi] = put(exp(all_sum[vh, vi] - cols, acc, exact))
+                        out[slot, head(vh), U, vi] = T.if_then_else(
+                            first + vi < end,
+                            put(u_scale * T.Cast("float64", u[near(first + vi, end), head(vh)] if SCALED else number(1, acc))),
+                            number(0, line),
+                        )
+                        out[slot, head(vh), W, vi] = T.if_then_else(
+                            first + vi < end,
+                            put(w_scale * T.Cast("float64", w[near(first + vi, end), head(vh)] if SCALED else number(1, acc))),
+                            number(0, line),
+                        )
+                for h in range(ABREAST):
+                    with T.sblock("store_total"):
+                        vh = T.axis.spatial(ABREAST, h)
+                        T.where(some * ABREAST + h < nheads)
+                        total[slot, head(vh)] = all_sum[vh, 0]
 
     return main
 
@@ -102,7 +158,7 @@ def scores(tile: Tile) -> Any:
     Parameters, in order: q, k `[tokens, heads of their own, size]`, chunks, G `[slots, heads, C, C]`, and the numbers head0 and
     nheads.
     """
-    C, D, data, acc, whole = T.int64(tile.chunk), T.int64(tile.inner), tile.data, tile.acc, tile.whole
+    C, D, data, acc, whole = tile.chunk, tile.inner, tile.data, tile.acc, tile.whole
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def main(q_: T.handle, k_: T.handle, chunks_: T.handle, g_: T.handle, seqlen: T.int64, head0: T.int64, nheads: T.int64) -> None:
@@ -112,38 +168,44 @@ def scores(tile: Tile) -> Any:
         q = T.match_buffer(q_, (tokens, q_heads, size), data)
         k = T.match_buffer(k_, (tokens, k_heads, size), data)
         chunks = T.match_buffer(chunks_, (table, 2), "int64")
-        g = T.match_buffer(g_, (slots, heads, C, C), acc)
+        g = T.match_buffer(g_, (slots, heads, C, C), data)
         for slot_, head_ in T.grid(slots, heads):
             with T.sblock("program"):
                 slot, h = T.axis.remap("SS", [slot_, head_])
                 qt = T.sblock_alloc_buffer((C, D), data)
                 kt = T.sblock_alloc_buffer((C, D), data)
-                gt = T.sblock_alloc_buffer((C, C), acc)
-                first = T.meta_var(chunk_begin(chunks, slot, seqlen, C))
-                end = T.meta_var(chunk_end(chunks, slot, seqlen, C))
+                summed_t = T.sblock_alloc_buffer((C, C), acc)
+                place = T.sblock_alloc_buffer((2,), "int64")
+                first = T.meta_var(place[0])
+                end = T.meta_var(place[1])
+                for i in range(1):
+                    with T.sblock("place"):
+                        vi = T.axis.spatial(1, i)
+                        place[vi] = chunk_begin(chunks, slot, seqlen, C)
+                        place[vi + 1] = chunk_end(chunks, slot, seqlen, C)
                 for i, m in T.grid(C, D):
                     with T.sblock("load_q"):
                         vi, vm = T.axis.remap("SS", [i, m])
                         qt[vi, vm] = within(
-                            whole, vm < size, q[near(first + vi, end), shared(head0 + h, nheads, q_heads), vm], data
+                            whole, under(vm, size), q[near(first + vi, end), shared(head0 + h, nheads, q_heads), vm], data
                         )
                 for i, m in T.grid(C, D):
                     with T.sblock("load_k"):
                         vi, vm = T.axis.remap("SS", [i, m])
                         kt[vi, vm] = within(
-                            whole, vm < size, k[near(first + vi, end), shared(head0 + h, nheads, k_heads), vm], data
+                            whole, under(vm, size), k[near(first + vi, end), shared(head0 + h, nheads, k_heads), vm], data
                         )
                 barrier(tile)
                 for i, j, m in T.grid(C, C, D):
                     with T.sblock("product"):
                         vi, vj, vm = T.axis.remap("SSR", [i, j, m])
                         with T.init():
-                            gt[vi, vj] = number(0, acc)
-                        gt[vi, vj] = gt[vi, vj] + T.Cast(acc, qt[vi, vm]) * T.Cast(acc, kt[vj, vm])
+                            summed_t[vi, vj] = number(0, acc)
+                        summed_t[vi, vj] = summed_t[vi, vj] + T.Cast(acc, qt[vi, vm]) * T.Cast(acc, kt[vj, vm])
                 for i, j in T.grid(C, C):
                     with T.sblock("give"):
                         vi, vj = T.axis.remap("SS", [i, j])
-                        g[slot, h, vi, vj] = gt[vi, vj]
+                        g[slot, h, vi, vj] = summed_t[vi, vj] if data == acc else T.Cast(data, summed_t[vi, vj])
 
     return main
 
@@ -151,27 +213,26 @@ def scores(tile: Tile) -> Any:
 def walk(tile: Tile) -> Any:
     """y and the state that leaves, of every row, head and part of v, from the state that enters.
 
-    Parameters, in order: q, k, v `[tokens, heads of their own, size]`; g `[slots, heads of its own, C, C]`; ρ, κ `[tokens,
-    nheads]`, E `[slots, nheads]`, float64; u, w `[tokens, nheads]`; begin `[rows + 1]`; of the `count` heads from head0 on that
-    are walked, entering `[rows, count, inner, outer]`, y `[tokens, y_heads, outer]` from head y0 on, leaving; then, as the mode
-    says, own `[tokens, heads of its own, outer]`, dots `[tokens, count, parts]` = ⟨own_i, exp(ρ_i) Sᵀ q_i⟩, kept `[slots,
-    count, inner, outer]`, met, which another walk has kept, and through `[slots, count, parts]` = ⟨met, exp(E) S⟩; and the
+    Parameters, in order: q, k, v `[tokens, heads of their own, size]`; g `[slots, heads of its own, C, C]`; lines and E of
+    `lines`; begin `[rows + 1]`; of the `count` heads from head0 on that are walked, entering `[rows, count, inner, outer]`, y
+    `[tokens, y_heads, outer]` from head y0 on, leaving; then, as the mode says, own `[tokens, heads of its own, outer]`, dots `[tokens, count, parts]` = ⟨own_i, exp(ρ_i) Sᵀ q_i⟩, kept `[slots,
+    count, inner, outer]`, met, which another walk has kept, and through
+    `[slots, count, padded outer]`, which sums up to ⟨met, exp(E) S⟩; and the
     numbers head0, y0, g0 and g_share (head h has the scores of head (h − g0) / g_share), causal, strict.
     """
-    C, D1, D2, data, acc = T.int64(tile.chunk), T.int64(tile.inner), T.int64(tile.outer), tile.data, tile.acc
-    FLIPPED, KEEP, MEET, SCALED = tile.flipped, tile.mode in (KEPT, EVERY), tile.mode == MET, tile.scaled
-    whole, exact, keeping = tile.whole, data == acc, acc if tile.mode == EVERY else data
+    C, D1, D2, data, acc = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc
+    FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
+    keeping, line = acc if tile.mode == EVERY else data, tile.line
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def main(
-        q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, rho_: T.handle, kappa_: T.handle, total_: T.handle,
-        u_: T.handle, w_: T.handle, begin_: T.handle, entering_: T.handle, y_: T.handle, leaving_: T.handle, own_: T.handle,
-        dots_: T.handle, kept_: T.handle, met_: T.handle, through_: T.handle, head0: T.int64, y0: T.int64, g0: T.int64,
-        g_share: T.int64, u_scale: T.float64, w_scale: T.float64, enters: T.int64, seqlen: T.int64, causal: T.int64, strict: T.int64,
+        q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
+        entering_: T.handle, y_: T.handle, leaving_: T.handle, own_: T.handle, dots_: T.handle, kept_: T.handle,
+        met_: T.handle, through_: T.handle, head0: T.int64, y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64, seqlen: T.int64, causal: T.int64, strict: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         tokens, slots, kept_slots, met_slots, rows, ends, entering_rows, nheads, count, parts = sizes(10)
-        q_heads, k_heads, v_heads, g_heads, own_heads, y_heads, scale_tokens, scale_heads, dot_tokens = sizes(9)
+        q_heads, k_heads, v_heads, g_heads, own_heads, y_heads, dot_tokens = sizes(7)
         inner_filled, outer_filled = sizes(2)
         # as multiples of tiles where they are, so that addresses of vectors are seen to be multiples too
         inner = T.meta_var(D1 if whole else inner_filled)
@@ -179,12 +240,9 @@ def walk(tile: Tile) -> Any:
         q = T.match_buffer(q_, (tokens, q_heads, inner), data)
         k = T.match_buffer(k_, (tokens, k_heads, inner), data)
         v = T.match_buffer(v_, (tokens, v_heads, outer), data)
-        g = T.match_buffer(g_, (slots, g_heads, C, C), acc)
-        rho = T.match_buffer(rho_, (tokens, nheads), "float64")
-        kappa = T.match_buffer(kappa_, (tokens, nheads), "float64")
+        g = T.match_buffer(g_, (slots, g_heads, C, C), data)
+        lines = T.match_buffer(lines_, (slots, nheads, LINES, C), line)
         total = T.match_buffer(total_, (slots, nheads), "float64")
-        u = T.match_buffer(u_, (scale_tokens, scale_heads), acc)
-        w = T.match_buffer(w_, (scale_tokens, scale_heads), acc)
         begin = T.match_buffer(begin_, (ends,), "int64")
         entering = T.match_buffer(entering_, (entering_rows, count, inner, outer), acc)
         y = T.match_buffer(y_, (tokens, y_heads, outer), data)
@@ -193,149 +251,169 @@ def walk(tile: Tile) -> Any:
         dots = T.match_buffer(dots_, (dot_tokens, count, parts), acc)
         kept = T.match_buffer(kept_, (kept_slots, count, inner, outer), keeping)
         met = T.match_buffer(met_, (met_slots, count, inner, outer), keeping)
-        through = T.match_buffer(through_, (met_slots, count, parts), acc)
+        through = T.match_buffer(through_, (met_slots, count, parts * D2), acc)
         for row_, head_, part_ in T.grid(rows, count, parts):
             with T.sblock("program"):
                 row, h, part = T.axis.remap("SSS", [row_, head_, part_])
+                place = T.sblock_alloc_buffer((3,), "int64")
+                owner = T.sblock_alloc_buffer((5,), "int64")
+                here = T.sblock_alloc_buffer((2,), "int64")
+                tokens_t = T.sblock_alloc_buffer((LINES, C), line)
+                gt = T.sblock_alloc_buffer((C, C), data)
+                out = T.sblock_alloc_buffer((C, D2), data)
+                shown = T.sblock_alloc_buffer((C, D2), acc)
+                lanes = T.sblock_alloc_buffer((C, LANES), acc)
+                passage = T.sblock_alloc_buffer((D1, D2), acc)
                 state = T.sblock_alloc_buffer((D1, D2), acc)
                 after = T.sblock_alloc_buffer((D1, D2), acc)
-                start = T.meta_var(bound(begin, row, seqlen))
-                end = T.meta_var(bound(begin, row + 1, seqlen))
-                chunk_count = T.meta_var((end - start + C - 1) // C)
+                left = T.sblock_alloc_buffer((D1, D2), acc)
+                start = T.meta_var(place[0])
+                as_sum = T.meta_var(lambda value: T.Cast(acc, value) if exact else value)
+                end = T.meta_var(place[1])
+                chunk_count = T.meta_var((bound(begin, row + 1, seqlen) - bound(begin, row, seqlen) + C - 1) // C)
+                for i in range(1):
+                    with T.sblock("place"):
+                        vi = T.axis.spatial(1, i)
+                        place[vi] = bound(begin, row, seqlen)
+                        place[vi + 1] = bound(begin, row + 1, seqlen)
+                        place[vi + 2] = first_slot(begin, row, seqlen, C)
+                        owner[vi] = shared(head0 + h, nheads, q_heads)
+                        owner[vi + 1] = shared(head0 + h, nheads, k_heads)
+                        owner[vi + 2] = shared(head0 + h, nheads, v_heads)
+                        owner[vi + 3] = T.truncdiv(head0 + h - g0, g_share)
+                        owner[vi + 4] = shared(head0 + h, nheads, own_heads)
+                if tile.target != "cpu":
+                    for which, i in T.grid(LINES, C):
+                        with T.sblock("clear"):  # what is written before the first chunk keeps its place in shared memory
+                            vw, vi = T.axis.remap("SS", [which, i])
+                            tokens_t[vw, vi] = number(0, line)
+                    for i, j in T.grid(C, C):
+                        with T.sblock("clear_g"):
+                            vi, vj = T.axis.remap("SS", [i, j])
+                            gt[vi, vj] = T.Cast(data, 0)
+                    for i, p in T.grid(C, D2):
+                        with T.sblock("clear_out"):
+                            vi, vp = T.axis.remap("SS", [i, p])
+                            out[vi, vp] = T.Cast(data, 0)
+                    if tile.mode in (KEPT, MET):
+                        for i, p in T.grid(C, D2):
+                            with T.sblock("clear_shown"):
+                                vi, vp = T.axis.remap("SS", [i, p])
+                                shown[vi, vp] = number(0, acc)
+                        for i, lane in T.grid(C, LANES):
+                            with T.sblock("clear_lanes"):
+                                vi, vl = T.axis.remap("SS", [i, lane])
+                                lanes[vi, vl] = number(0, acc)
                 for m, p in T.grid(D1, D2):
                     with T.sblock("enter"):
                         vm, vp = T.axis.remap("SS", [m, p])
-                        state[vm, vp] = T.if_then_else(
+                        passage[vm, vp] = T.if_then_else(
                             enters == 1,
                             within(
-                                whole, vm < inner and part * D2 + vp < outer, entering[row, h, vm, part * D2 + vp], acc
+                                whole, under(vm, inner) and under(part * D2 + vp, outer), entering[row, h, vm, part * D2 + vp], acc
                             ),
                             number(0, acc),
                         )
+                barrier(tile)
+                for m, p in T.grid(D1, D2):
+                    with T.sblock("take"):
+                        vm, vp = T.axis.remap("SS", [m, p])
+                        state[vm, vp] = passage[vm, vp]
                 for step in range(chunk_count):
                     with T.sblock("chunk"):
                         at = T.axis.spatial(1 << 40, step)
-                        rho_t = T.sblock_alloc_buffer((C,), "float64")
-                        kappa_t = T.sblock_alloc_buffer((C,), "float64")
                         passed = T.sblock_alloc_buffer((1,), acc)  # exp(E)
-                        w_t = T.sblock_alloc_buffer((C,), acc)
-                        into = T.sblock_alloc_buffer((C,), acc)
-                        out_of = T.sblock_alloc_buffer((C,), acc)
                         qt = T.sblock_alloc_buffer((C, D1), data)
                         kt = T.sblock_alloc_buffer((C, D1), data)
                         vt = T.sblock_alloc_buffer((C, D2), data)
+                        vs = T.sblock_alloc_buffer((C, D2), data)
                         low = T.sblock_alloc_buffer((D1, D2), data)
+                        weight = T.sblock_alloc_buffer((C, C), data)
                         weights = T.sblock_alloc_buffer((C, C), data)
                         read = T.sblock_alloc_buffer((C, D2), acc)
                         inside = T.sblock_alloc_buffer((C, D2), acc)
-                        out = T.sblock_alloc_buffer((C, D2), acc)
-                        shown = T.sblock_alloc_buffer((C, D2), acc)
+                        full = T.sblock_alloc_buffer((D1, D2), acc)
                         added = T.sblock_alloc_buffer((D1, D2), acc)
-                        lanes = T.sblock_alloc_buffer((C, LANES), acc)
-                        passing = T.sblock_alloc_buffer((D2,), acc)
-                        chunk = T.meta_var(T.Select(causal == 1, at, chunk_count - 1 - at))
-                        first = T.meta_var(start + chunk * C)
-                        slot = T.meta_var(first_slot(begin, row, seqlen, C) + chunk)
-                        for i in range(C):
-                            with T.sblock("load_lines"):
-                                vi = T.axis.spatial(C, i)
-                                rho_t[vi] = rho[near(first + vi, end), head0 + h]
-                                kappa_t[vi] = kappa[near(first + vi, end), head0 + h]
-                                w_t[vi] = T.Cast(acc, w_scale) * T.if_then_else(
-                                    first + vi < end,
-                                    w[near(first + vi, end), head0 + h] if SCALED else number(1, acc),
-                                    number(0, acc),
-                                )
+                        passing = T.sblock_alloc_buffer((LANES, D2), acc)
+                        first = T.meta_var(here[0])
+                        slot = T.meta_var(here[1])
+                        for i in range(1):
+                            with T.sblock("here"):
+                                vi = T.axis.spatial(1, i)
+                                here[vi] = start + T.Select(causal == 1, at, (end - start + C - 1) // C - 1 - at) * C
+                                here[vi + 1] = place[2] + T.Select(causal == 1, at, (end - start + C - 1) // C - 1 - at)
                         for i in range(1):
                             with T.sblock("pass"):
                                 vi = T.axis.spatial(1, i)
-                                passed[vi] = exp(total[slot, head0 + h], acc)
-                        barrier(tile)
-                        for i in range(C):
-                            with T.sblock("factors"):
-                                vi = T.axis.spatial(C, i)
-                                into[vi] = exp(total[slot, head0 + h] - kappa_t[vi], acc) * w_t[vi]
-                                out_of[vi] = exp(rho_t[vi], acc)
-                        barrier(tile)
+                                passed[vi] = exp(total[slot, head0 + h], acc, exact)
+                        for which, i in T.grid(LINES, C):
+                            with T.sblock("load_lines"):
+                                vw, vi = T.axis.remap("SS", [which, i])
+                                tokens_t[vw, vi] = lines[slot, head0 + h, vw, vi]
                         for i, m in T.grid(C, D1):
                             with T.sblock("load_q"):
                                 vi, vm = T.axis.remap("SS", [i, m])
-                                qt[vi, vm] = T.Cast(
-                                    data,
-                                    out_of[vi]
-                                    * within(
-                                        whole,
-                                        vm < inner,
-                                        T.Cast(acc, q[near(first + vi, end), shared(head0 + h, nheads, q_heads), vm]),
-                                        acc,
-                                    ),
-                                )
+                                qt[vi, vm] = within(whole, under(vm, inner), q[near(first + vi, end), owner[0], vm], data)
                         for i, m in T.grid(C, D1):
                             with T.sblock("load_k"):
                                 vi, vm = T.axis.remap("SS", [i, m])
-                                kt[vi, vm] = T.Cast(
-                                    data,
-                                    into[vi]
-                                    * within(
-                                        whole,
-                                        vm < inner,
-                                        T.Cast(acc, k[near(first + vi, end), shared(head0 + h, nheads, k_heads), vm]),
-                                        acc,
-                                    ),
-                                )
+                                kt[vi, vm] = within(whole, under(vm, inner), k[near(first + vi, end), owner[1], vm], data)
                         for i, p in T.grid(C, D2):
                             with T.sblock("load_v"):
                                 vi, vp = T.axis.remap("SS", [i, p])
                                 vt[vi, vp] = within(
-                                    whole,
-                                    part * D2 + vp < outer,
-                                    v[near(first + vi, end), shared(head0 + h, nheads, v_heads), part * D2 + vp],
-                                    data,
+                                    whole, under(part * D2 + vp, outer), v[near(first + vi, end), owner[2], part * D2 + vp], data
                                 )
+                        for i, j in T.grid(C, C):
+                            with T.sblock("load_g"):
+                                vi, vj = T.axis.remap("SS", [i, j])
+                                gt[vi, vj] = g[slot, owner[3], vi, vj]
+                        barrier(tile)
                         for i, j in T.grid(C, C):
                             with T.sblock("weigh"):
                                 vi, vj = T.axis.remap("SS", [i, j])
-                                weights[vi, vj] = T.Cast(
+                                weight[vi, vj] = T.Cast(
                                     data,
-                                    T.Select(
-                                        meets(vi, vj, causal, strict),
-                                        g[slot, T.truncdiv(head0 + h - g0, g_share), vj if FLIPPED else vi, vi if FLIPPED else vj]
-                                        * exp(rho_t[vi] - kappa_t[vj], acc, exact)
-                                        * w_t[vj],
-                                        number(0, acc),
-                                    ),
+                                    T.Cast(acc, tokens_t[W, vj])
+                                    * T.Cast(acc, gt[vj if FLIPPED else vi, vi if FLIPPED else vj])
+                                    * decay(tile, tokens_t, vi, vj, meets(vi, vj, causal, strict)),
                                 )
+                        for i, p in T.grid(C, D2):
+                            with T.sblock("scale_v"):
+                                vi, vp = T.axis.remap("SS", [i, p])
+                                vs[vi, vp] = T.Cast(
+                                    data, T.Cast(acc, tokens_t[INTO, vi] * tokens_t[W, vi]) * T.Cast(acc, vt[vi, vp])
+                                )
+                        for i, j in T.grid(C, C):
+                            with T.sblock("put"):
+                                vi, vj = T.axis.remap("SS", [i, j])
+                                weights[vi, vj] = weight[vi, vj]
                         for m, p in T.grid(D1, D2):
                             with T.sblock("round"):
                                 vm, vp = T.axis.remap("SS", [m, p])
-                                low[vm, vp] = T.Cast(data, state[vm, vp])
-                        if KEEP:
+                                low[vm, vp] = state[vm, vp] if data == acc else T.Cast(data, state[vm, vp])
+                        barrier(tile)
+                        if tile.mode == KEPT:
                             for m, p in T.grid(D1, D2):
                                 with T.sblock("keep"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
-                                    kept[slot, h, vm, part * D2 + vp] = T.Cast(keeping, state[vm, vp])
-                        if MEET:
-                            for p, m in T.grid(D2, D1):
+                                    kept[slot, h, vm, part * D2 + vp] = low[vm, vp]
+                        if tile.mode == MET:
+                            for lane, p, m in T.grid(LANES, D2, D1 // LANES):
                                 with T.sblock("passing"):
-                                    vp, vm = T.axis.remap("SR", [p, m])
+                                    vl, vp, vm = T.axis.remap("SSR", [lane, p, m])
                                     with T.init():
-                                        passing[vp] = number(0, acc)
-                                    passing[vp] = passing[vp] + state[vm, vp] * T.Cast(
+                                        passing[vl, vp] = number(0, acc)
+                                    passing[vl, vp] = passing[vl, vp] + T.Cast(acc, low[vm * LANES + vl, vp]) * T.Cast(
                                         acc,
                                         within(
                                             whole,
-                                            vm < inner and part * D2 + vp < outer,
-                                            met[slot, h, vm, part * D2 + vp],
+                                            under(vm * LANES + vl, inner) and under(part * D2 + vp, outer),
+                                            met[slot, h, vm * LANES + vl, part * D2 + vp],
                                             keeping,
                                         ),
                                     )
-                        barrier(tile)
-                        if MEET:
-                            for i in range(1):
-                                with T.sblock("passed"):
-                                    vi = T.axis.spatial(1, i)
-                                    through[slot, h, part] = passed[vi] * summed(tile.outer, lambda p: passing[p])
                         for i, p, m in T.grid(C, D2, D1):
                             with T.sblock("reads"):
                                 vi, vp, vm = T.axis.remap("SSR", [i, p, m])
@@ -353,7 +431,7 @@ def walk(tile: Tile) -> Any:
                                 vm, vp, vj = T.axis.remap("SSR", [m, p, j])
                                 with T.init():
                                     added[vm, vp] = number(0, acc)
-                                added[vm, vp] = added[vm, vp] + T.Cast(acc, kt[vj, vm]) * T.Cast(acc, vt[vj, vp])
+                                added[vm, vp] = added[vm, vp] + T.Cast(acc, kt[vj, vm]) * T.Cast(acc, vs[vj, vp])
                         for m, p in T.grid(D1, D2):
                             with T.sblock("carry"):
                                 vm, vp = T.axis.remap("SS", [m, p])
@@ -362,21 +440,28 @@ def walk(tile: Tile) -> Any:
                         for i, p in T.grid(C, D2):
                             with T.sblock("join"):
                                 vi, vp = T.axis.remap("SS", [i, p])
-                                out[vi, vp] = read[vi, vp] + inside[vi, vp]
+                                out[vi, vp] = T.Cast(
+                                    data,
+                                    as_sum(tokens_t[U, vi]) * (as_sum(tokens_t[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
+                                )
                         if tile.mode in (KEPT, MET):
                             for i, p in T.grid(C, D2):
                                 with T.sblock("show"):
                                     vi, vp = T.axis.remap("SS", [i, p])
                                     shown[vi, vp] = read[vi, vp]
+                        if tile.mode == MET:
+                            for p in range(D2):
+                                with T.sblock("passed"):
+                                    vp = T.axis.spatial(D2, p)
+                                    through[slot, h, part * D2 + vp] = passed[0] * summed(
+                                        LANES, lambda lane: passing[lane, vp]
+                                    )
+                        if tile.mode == EVERY:
+                            for m, p in T.grid(D1, D2):
+                                with T.sblock("show_state"):
+                                    vm, vp = T.axis.remap("SS", [m, p])
+                                    full[vm, vp] = state[vm, vp]
                         barrier(tile)
-                        for i, p in T.grid(C, D2):
-                            with T.sblock("store"):
-                                vi, vp = T.axis.remap("SS", [i, p])
-                                T.where(first + i < end and fits(whole, part * D2 + p, outer))
-                                y[first + vi, y0 + h, part * D2 + vp] = T.Cast(
-                                    data,
-                                    T.Cast(acc, u_scale) * (u[first + vi, head0 + h] if SCALED else number(1, acc)) * out[vi, vp],
-                                )
                         if tile.mode in (KEPT, MET):
                             for i, lane, p in T.grid(C, LANES, D2 // LANES):
                                 with T.sblock("dot_lanes"):
@@ -387,30 +472,47 @@ def walk(tile: Tile) -> Any:
                                         acc,
                                         within(
                                             whole,
-                                            part * D2 + vp * LANES + vl < outer,
-                                            own[
-                                                near(first + vi, end),
-                                                shared(head0 + h, nheads, own_heads),
-                                                part * D2 + vp * LANES + vl,
-                                            ],
+                                            under(part * D2 + vp * LANES + vl, outer),
+                                            own[near(first + vi, end), owner[4], part * D2 + vp * LANES + vl],
                                             data,
                                         ),
                                     )
+                        for i, p in T.grid(C, D2):
+                            with T.sblock("store"):
+                                vi, vp = T.axis.remap("SS", [i, p])
+                                T.where(first + i < end and fits(whole, part * D2 + p, outer))
+                                y[first + vi, y0 + h, part * D2 + vp] = out[vi, vp]
+                        if tile.mode in (KEPT, MET):
                             barrier(tile)
                             for i in range(C):
                                 with T.sblock("dot"):
                                     vi = T.axis.spatial(C, i)
                                     T.where(first + i < end)
-                                    dots[first + vi, h, part] = summed(LANES, lambda lane: lanes[vi, lane])
+                                    dots[first + vi, h, part] = T.Cast(acc, tokens_t[OUT_OF, vi]) * summed(
+                                        LANES, lambda lane: lanes[vi, lane]
+                                    )
+                        if tile.mode == EVERY:
+                            for m, p in T.grid(D1, D2):
+                                with T.sblock("keep"):
+                                    vm, vp = T.axis.remap("SS", [m, p])
+                                    T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
+                                    kept[slot, h, vm, part * D2 + vp] = full[vm, vp]
+                    if tile.mode != "":
+                        barrier(tile)
                     for m, p in T.grid(D1, D2):
                         with T.sblock("turn"):
                             vm, vp = T.axis.remap("SS", [m, p])
                             state[vm, vp] = after[vm, vp]
                 barrier(tile)
                 for m, p in T.grid(D1, D2):
+                    with T.sblock("give_state"):
+                        vm, vp = T.axis.remap("SS", [m, p])
+                        left[vm, vp] = state[vm, vp]
+                barrier(tile)
+                for m, p in T.grid(D1, D2):
                     with T.sblock("leave"):
                         vm, vp = T.axis.remap("SS", [m, p])
                         T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
-                        leaving[row, h, vm, part * D2 + vp] = state[vm, vp]
+                        leaving[row, h, vm, part * D2 + vp] = left[vm, vp]
 
     return main

@@ -8,13 +8,13 @@ from functools import cache
 import torch
 
 from ...ir.problem import Problem
-from .tile import LANES
+from .tile import KEPT, LANES, MET
 
 KIB = 1024
 SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """KiB of shared memory that a program may have, by compute capability; 99 with any other from 8.0 on."""
-OWN = 8
-"""KiB of it for what is not a tile."""
+OWN = 4
+"""KiB of it for what is not a tile, and for CUDA itself."""
 INNER, OUTER = (16, 32, 64, 128, 192, 256), (64, 32, 16)
 """Sizes of tiles on GPUs: of q and k, whichever holds them, and of a part of v, the first that there is room for."""
 
@@ -39,24 +39,30 @@ class Machine:
         """The tile that holds a size of q and k."""
         return round_up(size) if self.shared is None else next(fitting for fitting in INNER if size <= fitting)
 
-    def outer(self, inner: int, size: int, chunk: int) -> int:
+    def outer(self, inner: int, size: int, chunk: int, mode: str) -> int:
         """How much of v one program of a walk has."""
         if self.shared is None:
             return round_up(size)
         wide = self.inner(size)
-        return next(part for part in OUTER if part <= wide and self.needed(inner, part, chunk) <= self.shared)
+        return next(part for part in OUTER if part <= wide and self.needed(inner, part, chunk, mode) <= self.shared)
 
-    def resident(self, inner: int, outer: int, chunk: int) -> int:
-        """How many programs of a walk a multiprocessor has room for, two at most."""
-        return 1 if self.shared is None or 2 * self.needed(inner, outer, chunk) > self.shared else 2
+    def resident(self, inner: int, outer: int, chunk: int, mode: str) -> int:
+        """How many programs of a walk a multiprocessor has room for, of 16 warps at most."""
+        if self.shared is None:
+            return 1
+        warps = min(8, chunk * outer // 256, inner * outer // 256)
+        return max(1, min(self.shared // self.needed(inner, outer, chunk, mode), 16 // warps))
 
-    def needed(self, inner: int, outer: int, chunk: int) -> int:
-        """KiB of shared memory that a walk takes: tiles of q, k, v, weights and the state, the last in two dtypes."""
-        numbers = chunk * (2 * inner + outer + chunk) + inner * outer
+    def needed(self, inner: int, outer: int, chunk: int, mode: str) -> int:
+        """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, the state where products multiply
+        it, and with a mode what is read from it, in float32. What comes before and after them lies over them.
+        """
         if self.data == torch.float32:
-            return -(-4 * numbers // KIB) + OWN
-        padding = 8 * (3 * chunk + chunk + inner)
-        return -(-(2 * (numbers + padding) + 4 * inner * (outer + 4)) // KIB) + OWN
+            numbers = 2 * max(chunk * (2 * inner + 4 * outer + 2 * chunk), inner * outer)
+        else:
+            numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * 8) + inner * (outer + 8)
+            numbers += 2 * chunk * (outer + 8 + LANES) if mode in (KEPT, MET) else 0
+        return -(-2 * numbers // KIB) + OWN
 
 
 def round_up(size: int) -> int:

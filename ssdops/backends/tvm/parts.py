@@ -7,6 +7,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from .tile import KAPPA, KAPPA_LOW, RHO, RHO_LOW, Tile
+
 
 def exp(x: Any, dtype: str, exact: bool = True) -> Any:
     """exp(x) of a float64, in dtype: in float32 by a polynomial, as the C library's takes one number at a time.
@@ -29,6 +31,18 @@ def exp(x: Any, dtype: str, exact: bool = True) -> Any:
     return T.Select(x < T.float64(-87.0), T.float32(0.0), scaled)
 
 
+def exp_if(condition: Any, x: Any) -> Any:
+    """exp(x) of a float32 that is not large, or 0: by a bound of x, as what is chosen among loads becomes a branch."""
+    return T.exp(T.min(x, T.Cast("float32", condition) * T.float32(288.0) - T.float32(200.0)))
+
+
+def decay(tile: Tile, lines: Any, i: Any, j: Any, condition: Any) -> Any:
+    """exp(ρ_i − κ_j), or 0, of lines in a tile."""
+    if tile.exact:
+        return T.Select(condition, exp(lines[RHO, i] - lines[KAPPA, j], tile.acc), number(0, tile.acc))
+    return exp_if(condition, lines[RHO, i] - lines[KAPPA, j] + (lines[RHO_LOW, i] - lines[KAPPA_LOW, j]))
+
+
 def number(value: float, dtype: str) -> Any:
     """A constant of a dtype of sums."""
     return T.float64(value) if dtype == "float64" else T.float32(value)
@@ -37,6 +51,21 @@ def number(value: float, dtype: str) -> Any:
 def meets(i: Any, j: Any, causal: Any, distance: Any) -> Any:
     """Whether row i comes so far after column j in walking order, or further."""
     return T.Select(causal == 1, i - j, j - i) >= distance
+
+
+def one_if(condition: Any, dtype: str) -> Any:
+    """1 or 0: to multiply by, as what is chosen among loads becomes a branch."""
+    return T.Cast(dtype, condition)
+
+
+def behind(i: Any, steps: Any, causal: Any, size: int) -> Any:
+    """The token so many steps before i in walking order, or the first or last of the chunk."""
+    return T.Select(causal == 1, T.max(i - steps, 0), T.min(i + steps, size - 1))
+
+
+def beside(i: Any, steps: Any, causal: Any, size: int) -> Any:
+    """Whether there is a token so many steps before i in the chunk."""
+    return T.Select(causal == 1, i >= steps, i + steps < size)
 
 
 def sizes(count: int) -> tuple[Any, ...]:
@@ -51,7 +80,12 @@ def within(whole: bool, inside: Any, value: Any, dtype: str) -> Any:
 
 def fits(whole: bool, index: Any, size: Any) -> Any:
     """Whether an index of a tile is one of the tensor's."""
-    return T.bool(True) if whole else index < size
+    return T.bool(True) if whole else under(index, size)
+
+
+def under(index: Any, size: Any) -> Any:
+    """Whether an index is less than a size."""
+    return T.Cast("int64", index) < T.Cast("int64", size)
 
 
 def near(token: Any, end: Any) -> Any:

@@ -9,11 +9,11 @@ from tvm.s_tir import Schedule
 PRODUCTS = ("product", "reads", "values", "update")
 """Blocks that are matrix products."""
 BY_ROWS = (
-    "load_line", "load_q", "load_v", "factors", "weigh", "pairs", "tokens", "join", "store", "give", "carry", "enter", "keep",
-    "turn", "leave",
+    "load_logs", "load_lines", "load_q", "load_v", "scale_v", "load_g", "put", "pairs", "tokens", "join", "store", "give", "carry", "enter", "take", "keep",
+    "turn", "show", "give_state", "leave",
 )  # fmt: skip
 """Blocks that work on rows of a tile, whose last axis is a vector."""
-SUMS = ("dot_lanes", "passing", "all_cols", "cols", "all_row_lanes", "row_lanes", "row_sums", "col_sums", "logs")
+SUMS = ("dot_lanes", "passing", "row_lanes", "col_lanes", "row_sums", "col_sums", "before", "all_sum", "log_lanes")
 """Blocks that add vectors up."""
 ROWS, BYTES, DEPTH = 4, 64, 4
 """Of a product: rows and bytes of columns that are summed in registers, and steps of the sum that are written out."""
@@ -27,7 +27,7 @@ def schedule(program: Any, itemsize: int) -> Any:
     for name in ("update", "product"):
         if there(sch, name):
             turned(sch, name)
-    for name in ("round", "show"):  # nothing is narrower than its sums here, or elsewhere
+    for name in ("round", "show_state", "weigh"):  # nothing is narrower than its sums here, or elsewhere
         if there(sch, name):
             sch.compute_inline(sch.get_sblock(name))
     for name in PRODUCTS:

@@ -19,25 +19,33 @@ from .tile import Tile
 
 WARP, REDUCED = 32, 2
 """Threads of a warp; the kind of a block's axis that is summed over."""
-PRODUCTS = {"product": ("qt", "kt"), "reads": ("qt", "low"), "values": ("weights", "vt"), "update": ("kt", "vt")}
+PRODUCTS = {"product": ("qt", "kt"), "reads": ("qt", "low"), "values": ("weights", "vt"), "update": ("kt", "vs")}
 """Blocks that are matrix products, and their operands."""
 TURNED = {"product": (False, True), "update": (True, False)}
 """Which operands are held as their transposes, where any is."""
-TILES = ("qt", "kt", "vt", "low", "weights", "out", "shown", "state")
-"""What is so large that TVM is to lay it over what is not needed any more, which is safe only between barriers."""
 OPAQUE = ("program", "chunk")
 """Blocks that hold others."""
-PADDED = ("load_q", "load_k", "load_v", "round", "weigh", "join", "show", "enter")
-"""Blocks that write tiles of which tensor cores read, or write, columns: 16 bytes more a row put them in different banks."""
-FILLED = ("load_q", "load_k", "load_v", "store", "enter", "keep", "leave")
+PADDED = (
+    "load_q", "load_k", "load_v", "scale_v", "round", "put", "clear_out", "clear_shown", "show_state", "enter", "give_state",
+)  # fmt: skip
+"""Blocks that write tiles of which tensor cores read, or write, columns: 8 numbers more a row put them in different banks."""
+FILLED = ("load_q", "load_k", "load_v", "scale_v", "store", "enter", "keep", "leave")
 """Blocks that touch tensors whose heads may be smaller than tiles: then they take one number at a time."""
-OWN: dict[str, Callable[[], str]] = {"join": tc.joined, "carry": tc.carried, "turn": partial(tc.store, tc.SHARED), "show": partial(tc.store, tc.SHARED),
-    "give": partial(tc.store, "global")}
-"""Blocks that take what was summed up, where it was, and the intrinsics that do."""
-SUMS = ("gt", "read", "inside", "added", "after")
+OWN: dict[str, Callable[[str], str]] = {
+    "take": tc.take, "round": tc.rounded, "carry": tc.carry, "join": tc.join, "turn": tc.turn, "show": tc.store,
+    "show_state": tc.store, "give_state": tc.store, "give": partial(tc.rounded, to="global"),
+}  # fmt: skip
+"""Blocks that take what was summed up, where it was, and the intrinsics that do, by what products multiply."""
+SUMS = ("summed_t", "weight", "read", "inside", "added", "after", "state")
 """Sums that stay where they are made."""
-ROWS, COLUMNS = 4, 4
-"""Of a product that is not the tensor cores': what a thread sums up."""
+SCALARS = ("place", "owner", "here")
+"""What every thread has, beside single numbers."""
+TILES = ("qt", "kt", "vt", "vs", "low", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t")
+"""What is so large that TVM is to lay it over what is not needed any more, which is safe only between barriers."""
+COLUMNS = 4
+"""Of a product that is not the tensor cores': how many a thread sums up, of as many rows as it takes."""
+PADDING = 8
+"""Numbers."""
 VECTOR = 16
 """Bytes that a thread moves at once."""
 
@@ -52,22 +60,25 @@ def schedule(program: Any, tile: Tile) -> Any:
         sch.compute_inline(sch.get_sblock("round"))
         names.remove("round")
     if tile.flipped and "weigh" in names:
-        sch.transform_layout("weigh", ("write", 0), lambda i, j: (j, i))
-        i, j = sch.get_loops(sch.get_sblock("weigh"))[-2:]
-        sch.reorder(j, i)
+        sch.transform_layout("put", ("write", 0), lambda i, j: (j, i))
+        for name in ("weigh", "put"):
+            i, j = sch.get_loops(sch.get_sblock(name))[-2:]
+            sch.reorder(j, i)
     for loop, axis in zip(sch.get_loops(sch.get_sblock("program")), "xyz", strict=False):
         sch.bind(loop, f"blockIdx.{axis}")
-    lie(sch, names, tc.SUM if tensor_cores else "local")
+    lie(sch, names)
     if tensor_cores:
         for name in (name for name in PADDED if name in names):
-            sch.storage_align(name, 0, -2, tc.SIDE, VECTOR // 4 if name in ("enter", "join", "show") else VECTOR // 2)
+            sch.storage_align(name, 0, -2, tc.SIDE, PADDING)  # whichever block writes a tile first
     for name in names:
         if name in PRODUCTS and tensor_cores:
             multiply(sch, name, tile, warps)
         elif name in PRODUCTS:
             multiply_by_threads(sch, name, warps)
         elif name in OWN:
-            own(sch, sch.get_sblock(name), warps, OWN[name]() if tensor_cores else None)
+            own(sch, sch.get_sblock(name), warps, OWN[name](tile.data) if tensor_cores else None)
+        elif name in ("weigh", "put"):
+            by_strips(sch, name, warps)
         elif name not in OPAQUE and not name.startswith("barrier"):
             spread(sch, name, warps, tile.whole)
     return sch.mod
@@ -87,17 +98,17 @@ def blocks(sch: Schedule) -> list[str]:
 def warps_of(tile: Tile, names: list[str]) -> int:
     """As many as all products can be cut for."""
     if not any(name in PRODUCTS for name in names):
-        return tile.chunk // WARP
+        return 8
     out = [(tile.chunk, tile.chunk)] if "product" in names else [(tile.chunk, tile.outer), (tile.inner, tile.outer)]
     return min(8, *(m * n // tc.SIDE**2 for m, n in out))
 
 
-def lie(sch: Schedule, names: list[str], sums: str) -> None:
+def lie(sch: Schedule, names: list[str]) -> None:
     """What blocks write for others lies in shared memory, single numbers with every thread, and sums where they are made."""
     def scope(buffer: str) -> str:
-        if buffer in SUMS:
-            return sums
-        return tc.SHARED if buffer in TILES else "shared" if own[buffer] > 1 else "local"
+        if buffer in (*SUMS, *SCALARS) or own[buffer] == 1:
+            return "local"
+        return tc.SHARED if buffer in TILES else "shared"
 
     own = {
         buffer.name: prod(map(int, buffer.shape))
@@ -139,19 +150,27 @@ def spread(sch: Schedule, name: str, warps: int, whole: bool) -> None:
         sch.vectorize(lanes)
 
 
+def by_strips(sch: Schedule, name: str, warps: int) -> None:
+    """A tile's rows over threads side by side, several rows to each: what one block reads another has in registers."""
+    i, j = sch.get_loops(sch.get_sblock(name))[-2:]
+    m, n = (int(sch.get(loop).extent) for loop in (i, j))
+    rows = min(m, m * n // (warps * WARP))
+    it, ii = sch.split(i, [None, rows])
+    jt, x, jj = sch.split(j, [None, WARP, m * n // (warps * WARP * rows)])
+    sch.reorder(it, jt, x, ii, jj)
+    sch.bind(sch.fuse(it, jt), "threadIdx.y")
+    sch.bind(x, "threadIdx.x")
+    sch.unroll(ii)
+    sch.unroll(jj)
+
+
 def vector_of(sch: Schedule, name: str) -> int:
     """Numbers of 16 bytes, if they are only copied; 4 of those that are worked out."""
-    if name in ("weigh", "pairs"):
+    if name == "pairs":
         return 1  # TVM asks about vectors of int64 in a way that CUDA has not
     block = sch.get(sch.get_sblock(name))
     dtypes = {str(region.source.dtype) for region in (*block.reads, *block.writes)} - {"int64"}
     return 8 if dtypes <= {"float16", "bfloat16"} else 4
-
-
-def out_of(sch: Schedule, block: Any) -> Any:
-    """What a block writes."""
-    (region,) = sch.get(block).writes
-    return region.source
 
 
 def operand(sch: Schedule, block: Any, name: str) -> int:
@@ -180,18 +199,14 @@ def multiply(sch: Schedule, name: str, tile: Tile, warps: int) -> None:
     inner, outer = block, sch.blockize(ii)
     warp = sch.fuse(iw, jw)
     sch.bind(warp, "threadIdx.y")
-    if out_of(sch, outer).scope() != tc.SUM:
-        stored = sch.cache_write(outer, 0, tc.SUM)
-        sch.reverse_compute_at(stored, warp)
-        tiles(sch, stored, tc.store(tc.SHARED))
-    for which, side, turned in ((left, tc.A, a_turned), (right, tc.B, b_turned)):
-        read = sch.cache_read(outer, operand(sch, outer, which), side, consumer_blocks=[outer])
+    for which, side, turned in ((left, "left", a_turned), (right, "right", b_turned)):
+        read = sch.cache_read(outer, operand(sch, outer, which), tc.OWN, consumer_blocks=[outer])
         sch.compute_at(read, k0)
-        tiles(sch, read, tc.load(side, tile.data, turned))
+        tiles(sch, read, tc.load(side, turned, tile.data))
     sch.unroll(it)
     sch.unroll(jt)
     init = sch.decompose_reduction(outer, k0)
-    sch.tensorize(sch.get_loops(sch.get_child_blocks(init)[0])[-2], tc.fill())
+    sch.tensorize(sch.get_loops(sch.get_child_blocks(init)[0])[-2], tc.fill(tile.data))
     sch.tensorize(sch.get_loops(inner)[-3], tc.multiply(tile.data, a_turned, b_turned))
 
 
@@ -223,27 +238,21 @@ def own(sch: Schedule, block: Any, warps: int, intrinsic: str | None) -> None:
 def multiply_by_threads(sch: Schedule, name: str, warps: int) -> None:
     """A product by threads, each with some rows and columns of it in registers."""
     block = sch.get_sblock(name)
-    stored = None
-    if out_of(sch, block).scope() != "local":
-        stored = sch.cache_write(block, 0, "local")
     i, j, k = sch.get_loops(block)[-3:]
-    thread, ii, jj = by_own(sch, i, j, warps)
+    ii, jj = by_own(sch, i, j, warps)
     sch.reorder(k, ii, jj)
-    if stored is not None:
-        sch.reverse_compute_at(stored, thread)
     sch.decompose_reduction(block, k)
 
 
-def by_own(sch: Schedule, i: Any, j: Any, warps: int) -> tuple[Any, Any, Any]:
+def by_own(sch: Schedule, i: Any, j: Any, warps: int) -> tuple[Any, Any]:
     """Rows and columns of a tile over threads, a few of both to each, so that they always have the same ones."""
     m, n = (int(sch.get(loop).extent) for loop in (i, j))
-    rows = min(ROWS, m * n // (warps * WARP * COLUMNS))
-    it, ii = sch.split(i, [None, rows])
+    it, ii = sch.split(i, [None, m * n // (warps * WARP * COLUMNS)])
     jt, jj = sch.split(j, [None, COLUMNS])
     sch.reorder(it, jt, ii, jj)
-    again, y, x = sch.split(sch.fuse(it, jt), [None, warps, WARP])
+    y, x = sch.split(sch.fuse(it, jt), [warps, WARP])
     sch.bind(y, "threadIdx.y")
     sch.bind(x, "threadIdx.x")
-    for loop in (again, ii, jj):
-        sch.unroll(loop)
-    return x, ii, jj
+    sch.unroll(ii)
+    sch.unroll(jj)
+    return ii, jj

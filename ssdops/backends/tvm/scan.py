@@ -24,7 +24,7 @@ from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value
 from . import build
 from .machine import machine
-from .tile import EVERY, KEPT, MET, Tile
+from .tile import EVERY, KEPT, LINES, MET, Tile
 
 CHUNK = 32
 """Tokens of a chunk by default, on a CPU."""
@@ -61,13 +61,11 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Sides:
-    """A term's view of its decays: sums ρ, κ `[tokens, nheads]` and E `[slots, nheads]`, scales u of rows
-    and w of columns, and factors of each."""
+    """A term's view of its tokens: lines `[slots, nheads, 8, chunk]`, and E `[slots, nheads]`."""
 
     term: Linear
-    sums: tuple[Tensor, Tensor, Tensor]
-    scales: tuple[Tensor, Tensor]
-    factors: tuple[float, float]
+    lines: Tensor
+    total: Tensor
 
 
 class Scan:
@@ -142,23 +140,26 @@ class Scan:
         return build.program(name, Tile(self.machine.target, data, acc, self.chunk, scaled=self.scaled, **fields))
 
     def sides(self, term: Linear) -> Sides:
-        """Sums of the term's decays; of this one's transpose what is added to ρ and κ changes places."""
-        d, (u, w) = self.d, self.scales
-        rho, kappa, total = (self.new(n, self.problem.nheads, dtype=torch.float64) for n in (self.tokens, self.tokens, self.slots))
-        mine = term is self.term
+        """Of the term, or of its transpose: then what weighs rows, and what is added to their logs, is columns'."""
+        p, mine = self.problem, term is self.term
+        line = torch.float64 if self.data == self.acc else self.acc
+        lines = self.new(self.slots, p.nheads, LINES, self.chunk, dtype=line)
+        total = self.new(self.slots, p.nheads, dtype=torch.float64)
         if self.tokens:
-            r = torch.zeros_like(d) if self.scaled else d  # what is not scaled does not read it
+            r = torch.zeros_like(self.d) if self.scaled else self.d  # what is not scaled does not read it
             c = r if self.log_cols is None else self.log_cols
-            self.program("sums")(
-                d, *((r, c) if mine else (c, r)), self.chunks, rho, kappa, total, self.seqlen, int(term.causal),
+            (u, w), scales = self.scales, (self.scale, 1.0)
+            if not mine:
+                r, c, u, w, scales = c, r, w, u, scales[::-1]
+            self.program("lines")(
+                self.d, r, c, u, w, self.chunks, lines, total, *scales, self.seqlen, int(term.causal),
                 int(term.row_inclusive), int(term.col_inclusive),
             )  # fmt: skip
-        u, w, factors = (u, w, (self.scale, 1.0)) if mine else (w, u, (1.0, self.scale))
-        return Sides(term, (rho, kappa, total), (u, w), factors)
+        return Sides(term, lines, total)
 
     def scores(self, q: Tensor, k: Tensor, heads: Heads) -> Tensor:
         """⟨q, k⟩ of the tokens of each chunk, `[slots, heads, chunk, chunk]`."""
-        out = self.new(self.slots, heads.number, self.chunk, self.chunk)
+        out = self.new(self.slots, heads.number, self.chunk, self.chunk, dtype=self.data)
         if self.tokens:
             inner = self.machine.inner(q.shape[2])
             self.program("scores", inner=inner, whole=inner == q.shape[2])(
@@ -177,19 +178,19 @@ class Scan:
         """
         (q, k, v), shape = roles, (self.rows, heads.number, roles[0].shape[2], roles[2].shape[2])
         inner = self.machine.inner(shape[2])
-        outer = self.machine.outer(inner, shape[3], self.chunk)
+        outer = self.machine.outer(inner, shape[3], self.chunk, mode)
         parts, leaving = -(-shape[3] // outer), self.new(*shape)
         dots = self.covered(self.tokens if mode in (KEPT, MET) else 1, heads.number, parts)  # else nobody writes it
         kept = self.new(1, *shape[1:], dtype=self.data) if kept is None else kept  # which nobody reads then
-        through = self.new(len(kept), heads.number, parts)
+        through = self.new(len(kept), heads.number, parts * outer)
         if not self.tokens:
             return leaving.zero_() if entering is None else entering, dots, through
         whole = inner == shape[2] and not shape[3] % outer
-        flipped, resident = sides.term is not self.term, self.machine.resident(inner, outer, self.chunk)
+        flipped, resident = sides.term is not self.term, self.machine.resident(inner, outer, self.chunk, mode)
         self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, resident=resident)(
-            q, k, v, g.values, *sides.sums, *sides.scales, self.begin, leaving if entering is None else entering, y.values,
+            q, k, v, g.values, sides.lines, sides.total, self.begin, leaving if entering is None else entering, y.values,
             leaving, v if own is None else own, dots, kept, kept, through,
-            heads.first, y.first, g.first, g.share, *sides.factors, int(entering is not None), self.seqlen,
+            heads.first, y.first, g.first, g.share, int(entering is not None), self.seqlen,
             int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip
         return leaving, dots, through
@@ -217,7 +218,9 @@ class Scan:
         p, every = self.problem, self.problem.state_every
         assert every is not None  # states were kept for it
         out = self.new(p.batch, p.seqlen // every, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype)
-        by_row = kept.unflatten(0, (p.batch, self.slots // max(p.batch, 1)))
+        if not self.tokens:
+            return out
+        by_row = kept.unflatten(0, (p.batch, self.slots // p.batch))
         for index in range(p.seqlen // every):
             end = (index + 1) * every
             out[:, index] = (final if end == p.seqlen else by_row[:, end // self.chunk]).transpose(-1, -2)
@@ -266,7 +269,7 @@ class Scan:
         shared = gcd(*(p.nheads // heads for heads in (p.q_heads, p.k_heads) if heads < p.nheads)) or p.nheads
         if self.device.type == "cpu":
             return max((n for n in range(1, MOST + 1) if shared % n == 0 and n * self.rows >= build.THREADS), default=shared)
-        each = self.slots * (self.chunk**2 * self.acc.itemsize + p.headdim * p.dstate * self.data.itemsize)
+        each = self.slots * (self.chunk**2 + p.headdim * p.dstate) * self.data.itemsize
         return max((n for n in range(1, p.nheads + 1) if p.nheads % n == 0 and suits(n, shared) and n * each <= ROOM), default=1)
 
     def exchange(
@@ -277,7 +280,7 @@ class Scan:
         term = self.term
         apart = 2 if term.col_inclusive and not term.row_inclusive else 1
         self.program("exchange")(
-            qk.values, yv.values, *sides.sums[:2], *sides.scales, self.chunks, entering, leaving, through, out["log_a"],
+            qk.values, yv.values, sides.lines, self.chunks, entering, leaving, through, out["log_a"],
             out["rows"], out["cols"], self.scale, self.seqlen, heads.first, int(term.causal), int(term.row_inclusive),
             int(term.col_inclusive), int(term.strict), apart,
         )  # fmt: skip

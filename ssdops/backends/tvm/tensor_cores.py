@@ -1,8 +1,9 @@
 """What tensor cores do with tiles of 16 by 16, as intrinsics that schedules put in the place of blocks.
 
-Each is a pair of programs: the block that it stands for, and the call that it becomes. Fragments are CUDA's `wmma`, which a
-warp holds together; TVM has such pairs too, in a module that takes most of a minute to import, and none for sums that begin
-with other sums.
+Each is a pair of programs: the block that it stands for, and the call that it becomes. A tile in registers is a fragment, 8
+numbers of each thread of a warp, as PTX lays operands and sums of `mma.m16n8k16` out; it is the first 8 elements of the tile's
+256 in a thread's own array, and compilers drop the others. TVM has such pairs, too, in a module that takes most of a minute to
+import; those of CUDA's `wmma` load what is shared number by number, and cannot say which rows a thread has.
 """
 
 from __future__ import annotations
@@ -15,67 +16,159 @@ from tvm.script import tirx as T
 
 SIDE = 16
 """Rows and columns of a tile."""
-A, B, SUM, SHARED = "wmma.matrix_a", "wmma.matrix_b", "wmma.accumulator", "shared.dyn"
-"""Scopes: the left and the right side of a product, what it adds to, and what a block of threads shares."""
+SHARED, OWN = "shared.dyn", "local"
+"""Where tiles lie: in what a block of threads shares, or in registers, as fragments."""
 
-CARRIED = """
-template <class Fragment>
-__forceinline__ __device__ void ssdops_carried(
-    Fragment* to, int at, const float* from, int stride, float factor, const Fragment* more, int more_at) {
-  nvcuda::wmma::load_matrix_sync(to[at], from, stride, nvcuda::wmma::mem_row_major);
-  for (int i = 0; i < to[at].num_elements; ++i) to[at].x[i] = to[at].x[i] * factor + more[more_at].x[i];
+SOURCE = """
+#ifndef SSDOPS_TILES  // TVM puts this before each of the functions that are called
+#define SSDOPS_TILES
+template <bool turned, class T>
+__forceinline__ __device__ void ssdops_load(T* to, const T* from, int stride, int down, int right) {
+  unsigned* to32 = reinterpret_cast<unsigned*>(to);
+  unsigned at = __cvta_generic_to_shared(from + (down * 8 + threadIdx.x % 8) * stride + right * 8);
+  if (turned)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to32[0]), "=r"(to32[1]), "=r"(to32[2]), "=r"(to32[3]) : "r"(at));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to32[0]), "=r"(to32[1]), "=r"(to32[2]), "=r"(to32[3]) : "r"(at));
 }
-"""
-JOINED = """
-template <class Fragment>
-__forceinline__ __device__ void ssdops_joined(
-    float* to, int stride, const Fragment* one, int one_at, const Fragment* other, int other_at) {
-  Fragment sum;
-  for (int i = 0; i < sum.num_elements; ++i) sum.x[i] = one[one_at].x[i] + other[other_at].x[i];
-  nvcuda::wmma::store_matrix_sync(to, sum, stride, nvcuda::wmma::mem_row_major);
+template <class T> __forceinline__ __device__ void ssdops_left(T* to, int, const T* from, int stride) {
+  ssdops_load<false>(to, from, stride, threadIdx.x / 8 % 2, threadIdx.x / 16);
 }
+template <class T> __forceinline__ __device__ void ssdops_left_turned(T* to, int, const T* from, int stride) {
+  ssdops_load<true>(to, from, stride, threadIdx.x / 16, threadIdx.x / 8 % 2);
+}
+template <class T> __forceinline__ __device__ void ssdops_right(T* to, int, const T* from, int stride) {
+  ssdops_load<true>(to, from, stride, threadIdx.x / 8 % 2, threadIdx.x / 16);
+}
+template <class T> __forceinline__ __device__ void ssdops_right_turned(T* to, int, const T* from, int stride) {
+  ssdops_load<false>(to, from, stride, threadIdx.x / 16, threadIdx.x / 8 % 2);
+}
+#define SSDOPS_MULTIPLY(T, NAME)                                                                                       \\
+  __forceinline__ __device__ void ssdops_multiply(float* c, const T* a16, const T* b16) {                              \\
+    const unsigned *a = reinterpret_cast<const unsigned*>(a16), *b = reinterpret_cast<const unsigned*>(b16);           \\
+    for (int n = 0; n < 2; ++n)                                                                                        \\
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, "                    \\
+                   "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                                     \\
+                   : "+f"(c[4 * n]), "+f"(c[4 * n + 1]), "+f"(c[4 * n + 2]), "+f"(c[4 * n + 3])                        \\
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[2 * n]), "r"(b[2 * n + 1]));                    \\
+  }
+SSDOPS_MULTIPLY(KIND, "NAME")
+__forceinline__ __device__ int ssdops_row(int i) { return threadIdx.x / 4 + i / 2 % 2 * 8; }
+__forceinline__ __device__ int ssdops_column(int i) { return threadIdx.x % 4 * 2 + i / 4 * 8; }
+__forceinline__ __device__ void ssdops_fill(float* to) {
+  for (int i = 0; i < 8; ++i) to[i] = 0;
+}
+__forceinline__ __device__ void ssdops_copy(float* to, int, const float* from, int) {
+  for (int i = 0; i < 8; ++i) to[i] = from[i];
+}
+__forceinline__ __device__ void ssdops_take(float* to, int, const float* from, int stride) {
+  for (int i = 0; i < 8; i += 2)
+    *reinterpret_cast<float2*>(to + i) =
+        *reinterpret_cast<const float2*>(from + ssdops_row(i) * stride + ssdops_column(i));
+}
+__forceinline__ __device__ void ssdops_store(float* to, int stride, const float* from, int) {
+  for (int i = 0; i < 8; i += 2)
+    *reinterpret_cast<float2*>(to + ssdops_row(i) * stride + ssdops_column(i)) = make_float2(from[i], from[i + 1]);
+}
+template <class T> __forceinline__ __device__ void ssdops_round(T* to, int stride, const float* from, int) {
+  for (int i = 0; i < 8; i += 2) {
+    T two[2] = {T(from[i]), T(from[i + 1])};
+    *reinterpret_cast<unsigned*>(to + ssdops_row(i) * stride + ssdops_column(i)) = *reinterpret_cast<unsigned*>(two);
+  }
+}
+__forceinline__ __device__ void ssdops_carry(float* to, const float* from, float factor, const float* more) {
+  for (int i = 0; i < 8; ++i) to[i] = from[i] * factor + more[i];
+}
+template <class T> __forceinline__ __device__ void ssdops_join(
+    T* to, int stride, const float* factors, int next, const float* one, const float* other) {
+  for (int i = 0; i < 8; i += 2) {
+    float first = factors[ssdops_row(i)], both = factors[next + ssdops_row(i)];
+    T two[2] = {T(both * (first * one[i] + other[i])), T(both * (first * one[i + 1] + other[i + 1]))};
+    *reinterpret_cast<unsigned*>(to + ssdops_row(i) * stride + ssdops_column(i)) = *reinterpret_cast<unsigned*>(two);
+  }
+}
+#endif
 """
+KINDS = {"bfloat16": ("nv_bfloat16", "bf16"), "float16": ("half", "f16")}
+"""CUDA's and PTX's names of dtypes."""
 
 
-def load(side: str, dtype: str, turned: bool) -> str:
-    """A tile of shared memory as a side of a product; turned, as its transpose."""
-    layout = "col_major" if turned else "row_major"
+def source(dtype: str) -> str:
+    """The functions that calls become, for products of a dtype."""
+    kind, name = KINDS[dtype]
+    return SOURCE.replace("KIND", kind).replace('"NAME"', f'"{name}"')
+
+
+@cache
+def moved(name: str, origin: str, source_dtype: str, to: str, dtype: str, products: str) -> str:
+    """A tile from one place to another, and perhaps to another dtype."""
+    text = source(products)
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def block(source: T.handle, target: T.handle) -> None:
-        X = T.match_buffer(source, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=SHARED)
-        Y = T.match_buffer(target, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=side)
+        X = T.match_buffer(source, (SIDE, SIDE), source_dtype, align=64, offset_factor=SIDE, scope=origin)
+        Y = T.match_buffer(target, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=to)
         with T.sblock("root"):
             T.reads(X[0:SIDE, 0:SIDE])
             T.writes(Y[0:SIDE, 0:SIDE])
             for i, j in T.grid(SIDE, SIDE):
-                with T.sblock("load"):
+                with T.sblock("moved"):
                     vi, vj = T.axis.remap("SS", [i, j])
-                    Y[vi, vj] = X[vi, vj]
+                    Y[vi, vj] = X[vi, vj] if source_dtype == dtype else T.Cast(dtype, X[vi, vj])
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def call(source: T.handle, target: T.handle) -> None:
         x1, x0, y1, y0 = T.int32(), T.int32(), T.int32(), T.int32()
-        X = T.match_buffer(source, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=SHARED, strides=[x1, x0])
-        Y = T.match_buffer(target, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=side, strides=[y1, y0])
+        X = T.match_buffer(source, (SIDE, SIDE), source_dtype, align=64, offset_factor=SIDE, scope=origin, strides=[x1, x0])
+        Y = T.match_buffer(target, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=to, strides=[y1, y0])
         with T.sblock("root"):
             T.reads(X[0:SIDE, 0:SIDE])
             T.writes(Y[0:SIDE, 0:SIDE])
             T.evaluate(
-                T.tvm_load_matrix_sync(
-                    Y.data, SIDE, SIDE, SIDE, number(Y, y1), X.access_ptr("r", ptr_type=dtype), x1, layout, dtype="void"
-                )
+                T.cuda.func_call(
+                    f"ssdops_{name}", Y.access_ptr("w", ptr_type=dtype), y1, X.access_ptr("r", ptr_type=source_dtype), x1,
+                    source_code=text,
+                )  # fmt: skip
             )
 
-    return register(f"load {side} {dtype} {layout}", block, call)
+    return register(f"{name} {origin} {source_dtype} {to} {dtype} {products}", block, call)
 
 
-def fill() -> str:
+def load(side: str, turned: bool, dtype: str) -> str:
+    """A shared tile as the left or the right side of a product; turned, as its transpose."""
+    return moved(f"{side}_turned" if turned else side, SHARED, dtype, OWN, dtype, dtype)
+
+
+def store(dtype: str) -> str:
+    """A tile of sums to shared memory."""
+    return moved("store", OWN, "float32", SHARED, "float32", dtype)
+
+
+def take(dtype: str) -> str:
+    """A tile of sums from shared memory."""
+    return moved("take", SHARED, "float32", OWN, "float32", dtype)
+
+
+def turn(dtype: str) -> str:
+    """A tile of sums as another."""
+    return moved("copy", OWN, "float32", OWN, "float32", dtype)
+
+
+def rounded(dtype: str, to: str = SHARED) -> str:
+    """A tile of sums to memory, as what products multiply."""
+    return moved("round", OWN, "float32", to, dtype, dtype)
+
+
+@cache
+def fill(dtype: str) -> str:
     """Sums begin with 0."""
+    text = source(dtype)
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def block(target: T.handle) -> None:
-        Y = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM)
+        Y = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
         with T.sblock("root"):
             T.reads()
             T.writes(Y[0:SIDE, 0:SIDE])
@@ -86,90 +179,96 @@ def fill() -> str:
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def call(target: T.handle) -> None:
-        y1, y0 = T.int32(), T.int32()
-        Y = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM, strides=[y1, y0])
+        Y = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
         with T.sblock("root"):
             T.reads()
             T.writes(Y[0:SIDE, 0:SIDE])
-            T.evaluate(T.tvm_fill_fragment(Y.data, SIDE, SIDE, SIDE, number(Y, y1), T.float32(0), dtype="void"))
+            T.evaluate(T.cuda.func_call("ssdops_fill", Y.access_ptr("w", ptr_type="float32"), source_code=text))
 
-    return register("fill", block, call)
+    return register(f"fill {dtype}", block, call)
 
 
-def joined() -> str:
-    """Two tiles of sums, added, to shared memory."""
+@cache
+def join(dtype: str) -> str:
+    """Two tiles of sums, the rows of one times factors, added, and rows of that times others, to shared memory, rounded."""
+    text = source(dtype)
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def block(one: T.handle, other: T.handle, target: T.handle) -> None:
-        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM)
-        Y = T.match_buffer(other, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM)
-        Z = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED)
+    def block(factors: T.handle, one: T.handle, other: T.handle, target: T.handle) -> None:
+        F = T.match_buffer(factors, (2, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED)
+        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        Y = T.match_buffer(other, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        Z = T.match_buffer(target, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=SHARED)
         with T.sblock("root"):
-            T.reads(X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
+            T.reads(F[0:2, 0:SIDE], X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
             T.writes(Z[0:SIDE, 0:SIDE])
             for i, j in T.grid(SIDE, SIDE):
-                with T.sblock("joined"):
+                with T.sblock("join"):
                     vi, vj = T.axis.remap("SS", [i, j])
-                    Z[vi, vj] = X[vi, vj] + Y[vi, vj]
+                    Z[vi, vj] = T.Cast(dtype, F[1, vi] * (F[0, vi] * X[vi, vj] + Y[vi, vj]))
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def call(one: T.handle, other: T.handle, target: T.handle) -> None:
-        x1, x0, y1, y0, z1, z0 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM, strides=[x1, x0])
-        Y = T.match_buffer(other, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM, strides=[y1, y0])
-        Z = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED, strides=[z1, z0])
+    def call(factors: T.handle, one: T.handle, other: T.handle, target: T.handle) -> None:
+        z1, z0, f1, f0 = T.int32(), T.int32(), T.int32(), T.int32()
+        F = T.match_buffer(factors, (2, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED, strides=[f1, f0])
+        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        Y = T.match_buffer(other, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        Z = T.match_buffer(target, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=SHARED, strides=[z1, z0])
         with T.sblock("root"):
-            T.reads(X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
+            T.reads(F[0:2, 0:SIDE], X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
             T.writes(Z[0:SIDE, 0:SIDE])
             T.evaluate(
                 T.cuda.func_call(
-                    "ssdops_joined", Z.access_ptr("w", ptr_type="float32"), z1, X.data, number(X, x1), Y.data, number(Y, y1),
-                    source_code=JOINED,
+                    "ssdops_join", Z.access_ptr("w", ptr_type=dtype), z1, F.access_ptr("r", ptr_type="float32"), f1,
+                    X.access_ptr("r", ptr_type="float32"), Y.access_ptr("r", ptr_type="float32"), source_code=text,
                 )  # fmt: skip
             )
 
-    return register("joined", block, call)
+    return register(f"join {dtype}", block, call)
 
 
-def carried() -> str:
-    """A tile of shared memory, times a factor, and a tile of sums added to it."""
+@cache
+def carry(dtype: str) -> str:
+    """A tile of sums, times a factor, and another added to it."""
+    text = source(dtype)
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def block(source: T.handle, factor: T.handle, more: T.handle, target: T.handle) -> None:
-        X = T.match_buffer(source, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED)
-        F = T.match_buffer(factor, (1,), "float32", align=4, offset_factor=1, scope="local")
-        Y = T.match_buffer(more, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM)
-        Z = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM)
+    def block(one: T.handle, factor: T.handle, other: T.handle, target: T.handle) -> None:
+        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        F = T.match_buffer(factor, (1,), "float32", align=4, offset_factor=1, scope=OWN)
+        Y = T.match_buffer(other, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        Z = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
         with T.sblock("root"):
             T.reads(X[0:SIDE, 0:SIDE], F[0], Y[0:SIDE, 0:SIDE])
             T.writes(Z[0:SIDE, 0:SIDE])
             for i, j in T.grid(SIDE, SIDE):
-                with T.sblock("carried"):
+                with T.sblock("carry"):
                     vi, vj = T.axis.remap("SS", [i, j])
                     Z[vi, vj] = X[vi, vj] * F[0] + Y[vi, vj]
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def call(source: T.handle, factor: T.handle, more: T.handle, target: T.handle) -> None:
-        x1, x0, y1, y0, z1, z0 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        X = T.match_buffer(source, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED, strides=[x1, x0])
-        F = T.match_buffer(factor, (1,), "float32", align=4, offset_factor=1, scope="local")
-        Y = T.match_buffer(more, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM, strides=[y1, y0])
-        Z = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM, strides=[z1, z0])
+    def call(one: T.handle, factor: T.handle, other: T.handle, target: T.handle) -> None:
+        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        F = T.match_buffer(factor, (1,), "float32", align=4, offset_factor=1, scope=OWN)
+        Y = T.match_buffer(other, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        Z = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
         with T.sblock("root"):
             T.reads(X[0:SIDE, 0:SIDE], F[0], Y[0:SIDE, 0:SIDE])
             T.writes(Z[0:SIDE, 0:SIDE])
             T.evaluate(
                 T.cuda.func_call(
-                    "ssdops_carried", Z.data, number(Z, z1), X.access_ptr("r", ptr_type="float32"), x1, F[0], Y.data,
-                    number(Y, y1), source_code=CARRIED,
+                    "ssdops_carry", Z.access_ptr("w", ptr_type="float32"), X.access_ptr("r", ptr_type="float32"), F[0],
+                    Y.access_ptr("r", ptr_type="float32"), source_code=text,
                 )  # fmt: skip
             )
 
-    return register("carried", block, call)
+    return register(f"carry {dtype}", block, call)
 
 
+@cache
 def multiply(dtype: str, a_turned: bool, b_turned: bool) -> str:
-    """A tile of sums, and the product of two others; turned ones are held as their transposes."""
+    """A tile of sums, and the product of two others; turned ones were shared as their transposes."""
+    text = source(dtype)
 
     def a_at(i: Any, k: Any) -> Any:
         return (k, i) if a_turned else (i, k)
@@ -179,9 +278,9 @@ def multiply(dtype: str, a_turned: bool, b_turned: bool) -> str:
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def block(a: T.handle, b: T.handle, c: T.handle) -> None:
-        X = T.match_buffer(a, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=A)
-        Y = T.match_buffer(b, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=B)
-        Z = T.match_buffer(c, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM)
+        X = T.match_buffer(a, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=OWN)
+        Y = T.match_buffer(b, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=OWN)
+        Z = T.match_buffer(c, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
         with T.sblock("root"):
             T.reads(Z[0:SIDE, 0:SIDE], X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
             T.writes(Z[0:SIDE, 0:SIDE])
@@ -194,69 +293,23 @@ def multiply(dtype: str, a_turned: bool, b_turned: bool) -> str:
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def call(a: T.handle, b: T.handle, c: T.handle) -> None:
-        a1, a0, b1, b0, c1, c0 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        X = T.match_buffer(a, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=A, strides=[a1, a0])
-        Y = T.match_buffer(b, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=B, strides=[b1, b0])
-        Z = T.match_buffer(c, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM, strides=[c1, c0])
+        X = T.match_buffer(a, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        Y = T.match_buffer(b, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        Z = T.match_buffer(c, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
         with T.sblock("root"):
             T.reads(Z[0:SIDE, 0:SIDE], X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
             T.writes(Z[0:SIDE, 0:SIDE])
             T.evaluate(
-                T.tvm_mma_sync(
-                    Z.data, number(Z, c1), X.data, number(X, a1), Y.data, number(Y, b1), Z.data, number(Z, c1), dtype="void"
-                )
+                T.cuda.func_call(
+                    "ssdops_multiply", Z.access_ptr("rw", ptr_type="float32"), X.access_ptr("r", ptr_type=dtype),
+                    Y.access_ptr("r", ptr_type=dtype), source_code=text,
+                )  # fmt: skip
             )
 
     return register(f"multiply {dtype} {a_turned} {b_turned}", block, call)
 
 
-def store(scope: str) -> str:
-    """A tile of sums to memory."""
-
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def block(source: T.handle, target: T.handle) -> None:
-        X = T.match_buffer(source, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM)
-        Y = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=scope)
-        with T.sblock("root"):
-            T.reads(X[0:SIDE, 0:SIDE])
-            T.writes(Y[0:SIDE, 0:SIDE])
-            for i, j in T.grid(SIDE, SIDE):
-                with T.sblock("store"):
-                    vi, vj = T.axis.remap("SS", [i, j])
-                    Y[vi, vj] = X[vi, vj]
-
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def call(source: T.handle, target: T.handle) -> None:
-        x1, x0, y1, y0 = T.int32(), T.int32(), T.int32(), T.int32()
-        X = T.match_buffer(source, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=SUM, strides=[x1, x0])
-        Y = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=scope, strides=[y1, y0])
-        with T.sblock("root"):
-            T.reads(X[0:SIDE, 0:SIDE])
-            T.writes(Y[0:SIDE, 0:SIDE])
-            T.evaluate(
-                T.tvm_store_matrix_sync(
-                    X.data, SIDE, SIDE, SIDE, number(X, x1), Y.access_ptr("w", ptr_type="float32"), y1, "row_major",
-                    dtype="void",
-                )  # fmt: skip
-            )
-
-    return register(f"store {scope}", block, call)
-
-
-def number(buffer: Any, stride: Any) -> Any:
-    """Which of a buffer's fragments a tile is."""
-    return buffer.elem_offset // stride // SIDE * (stride // SIDE) + buffer.elem_offset % stride // SIDE
-
-
-_registered: set[str] = set()
-
-
 def register(name: str, block: Any, call: Any) -> str:
     """Make the pair known to TVM by name."""
-    if name not in _registered:
-        TensorIntrin.register(f"ssdops {name}", block, call)
-        _registered.add(name)
+    TensorIntrin.register(f"ssdops {name}", block, call)
     return f"ssdops {name}"
-
-
-load, fill, joined, carried, multiply, store = map(cache, (load, fill, joined, carried, multiply, store))  # type: ignore[assignment]

@@ -10,6 +10,11 @@ KEPT, EVERY, MET = "kept", "every", "met"
 """What a walk does beside y: keep the states that enter chunks, for another walk or in full precision, or meet those kept."""
 
 
+RHO, RHO_LOW, KAPPA, KAPPA_LOW, OUT_OF, U, INTO, W = range(8)
+"""What there is per token and head, as `lower.lines` writes it: ρ and κ, exp(ρ) and u, exp(E − κ) and w."""
+LINES = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """What a program is compiled for.
@@ -17,7 +22,7 @@ class Tile:
     Attributes:
         target: "cpu", or a CUDA architecture such as "sm_90".
         data: dtype of q, k, v and y, and of what products multiply.
-        acc: dtype of sums, states and scales. Log decays and their sums are float64.
+        acc: dtype of sums, states and scales. Log decays are float64.
         chunk: tokens of a chunk.
         inner, outer: of a walk, the size of q and k, padded, and how much of v's one program walks; of scores only inner counts.
         scaled: whether rows and columns have scales, or logs of such.
@@ -38,3 +43,13 @@ class Tile:
     flipped: bool = False
     mode: str = ""
     resident: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are no less exact than sums."""
+        return self.data == self.acc
+
+    @property
+    def line(self) -> str:
+        """Dtype of what there is per token: of sums that are less exact in float32, or of those in two parts of it."""
+        return "float64" if self.exact else self.acc
