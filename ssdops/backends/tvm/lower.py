@@ -223,6 +223,7 @@ def walk(tile: Tile) -> Any:
     C, D1, D2, data, acc = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc
     FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
     keeping, line = acc if tile.mode == EVERY else data, tile.line
+    STRAIGHT = whole and tile.target != "cpu"  # states from memory to where they are summed, and back
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def main(
@@ -260,6 +261,7 @@ def walk(tile: Tile) -> Any:
                 here = T.sblock_alloc_buffer((2,), "int64")
                 tokens_t = T.sblock_alloc_buffer((LINES, C), line)
                 gt = T.sblock_alloc_buffer((C, C), data)
+                low_t = T.sblock_alloc_buffer((D1, D2), data)
                 out = T.sblock_alloc_buffer((C, D2), data)
                 shown = T.sblock_alloc_buffer((C, D2), acc)
                 lanes = T.sblock_alloc_buffer((C, LANES), acc)
@@ -291,6 +293,11 @@ def walk(tile: Tile) -> Any:
                         with T.sblock("clear_g"):
                             vi, vj = T.axis.remap("SS", [i, j])
                             gt[vi, vj] = T.Cast(data, 0)
+                    if not exact:
+                        for m, p in T.grid(D1, D2):
+                            with T.sblock("clear_low"):
+                                vm, vp = T.axis.remap("SS", [m, p])
+                                low_t[vm, vp] = T.Cast(data, 0)
                     for i, p in T.grid(C, D2):
                         with T.sblock("clear_out"):
                             vi, vp = T.axis.remap("SS", [i, p])
@@ -304,21 +311,27 @@ def walk(tile: Tile) -> Any:
                             with T.sblock("clear_lanes"):
                                 vi, vl = T.axis.remap("SS", [i, lane])
                                 lanes[vi, vl] = number(0, acc)
-                for m, p in T.grid(D1, D2):
-                    with T.sblock("enter"):
-                        vm, vp = T.axis.remap("SS", [m, p])
-                        passage[vm, vp] = T.if_then_else(
-                            enters == 1,
-                            within(
-                                whole, under(vm, inner) and under(part * D2 + vp, outer), entering[row, h, vm, part * D2 + vp], acc
-                            ),
-                            number(0, acc),
-                        )
-                barrier(tile)
-                for m, p in T.grid(D1, D2):
-                    with T.sblock("take"):
-                        vm, vp = T.axis.remap("SS", [m, p])
-                        state[vm, vp] = passage[vm, vp]
+                if STRAIGHT:
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("take"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            state[vm, vp] = entering[row, h, vm, part * D2 + vp]
+                else:
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("enter"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            passage[vm, vp] = T.if_then_else(
+                                enters == 1,
+                                within(
+                                    whole, under(vm, inner) and under(part * D2 + vp, outer), entering[row, h, vm, part * D2 + vp], acc
+                                ),
+                                number(0, acc),
+                            )
+                    barrier(tile)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("take"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            state[vm, vp] = passage[vm, vp]
                 for step in range(chunk_count):
                     with T.sblock("chunk"):
                         at = T.axis.spatial(1 << 40, step)
@@ -327,7 +340,8 @@ def walk(tile: Tile) -> Any:
                         kt = T.sblock_alloc_buffer((C, D1), data)
                         vt = T.sblock_alloc_buffer((C, D2), data)
                         vs = T.sblock_alloc_buffer((C, D2), data)
-                        low = T.sblock_alloc_buffer((D1, D2), data)
+                        low_here = T.sblock_alloc_buffer((D1, D2), data)
+                        low = T.meta_var(low_here if exact else low_t)  # what is not rounded is the state itself
                         weight = T.sblock_alloc_buffer((C, C), data)
                         weights = T.sblock_alloc_buffer((C, C), data)
                         read = T.sblock_alloc_buffer((C, D2), acc)
@@ -503,16 +517,22 @@ def walk(tile: Tile) -> Any:
                         with T.sblock("turn"):
                             vm, vp = T.axis.remap("SS", [m, p])
                             state[vm, vp] = after[vm, vp]
-                barrier(tile)
-                for m, p in T.grid(D1, D2):
-                    with T.sblock("give_state"):
-                        vm, vp = T.axis.remap("SS", [m, p])
-                        left[vm, vp] = state[vm, vp]
-                barrier(tile)
-                for m, p in T.grid(D1, D2):
-                    with T.sblock("leave"):
-                        vm, vp = T.axis.remap("SS", [m, p])
-                        T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
-                        leaving[row, h, vm, part * D2 + vp] = left[vm, vp]
+                if STRAIGHT:
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("leave"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            leaving[row, h, vm, part * D2 + vp] = state[vm, vp]
+                else:
+                    barrier(tile)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("give_state"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            left[vm, vp] = state[vm, vp]
+                    barrier(tile)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("leave"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
+                            leaving[row, h, vm, part * D2 + vp] = left[vm, vp]
 
     return main

@@ -26,7 +26,7 @@ TURNED = {"product": (False, True), "update": (True, False)}
 OPAQUE = ("program", "chunk")
 """Blocks that hold others."""
 PADDED = (
-    "load_q", "load_k", "load_v", "scale_v", "round", "put", "clear_out", "clear_shown", "show_state", "enter", "give_state",
+    "load_q", "load_k", "load_v", "scale_v", "clear_low", "put", "clear_out", "clear_shown", "show_state", "enter", "give_state",
 )  # fmt: skip
 """Blocks that write tiles of which tensor cores read, or write, columns: 8 numbers more a row put them in different banks."""
 FILLED = ("load_q", "load_k", "load_v", "scale_v", "store", "enter", "keep", "leave")
@@ -40,7 +40,7 @@ SUMS = ("summed_t", "weight", "read", "inside", "added", "after", "state")
 """Sums that stay where they are made."""
 SCALARS = ("place", "owner", "here")
 """What every thread has, beside single numbers."""
-TILES = ("qt", "kt", "vt", "vs", "low", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t")
+TILES = ("qt", "kt", "vt", "vs", "low_t", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t")
 """What is so large that TVM is to lay it over what is not needed any more, which is safe only between barriers."""
 COLUMNS = 4
 """Of a product that is not the tensor cores': how many a thread sums up, of as many rows as it takes."""
@@ -67,16 +67,22 @@ def schedule(program: Any, tile: Tile) -> Any:
     for loop, axis in zip(sch.get_loops(sch.get_sblock("program")), "xyz", strict=False):
         sch.bind(loop, f"blockIdx.{axis}")
     lie(sch, names)
+    if "load_logs" in names:
+        sch.storage_align("load_logs", 0, -2, 2 * PADDING, 1)
     if tensor_cores:
         for name in (name for name in PADDED if name in names):
             sch.storage_align(name, 0, -2, tc.SIDE, PADDING)  # whichever block writes a tile first
     for name in names:
-        if name in PRODUCTS and tensor_cores:
+        if name == "take" and "enter" not in names:
+            own(sch, sch.get_sblock(name), warps, tc.take(tile.data, "global") if tensor_cores else None)
+        elif name in PRODUCTS and tensor_cores:
             multiply(sch, name, tile, warps)
         elif name in PRODUCTS:
             multiply_by_threads(sch, name, warps)
         elif name in OWN:
             own(sch, sch.get_sblock(name), warps, OWN[name](tile.data) if tensor_cores else None)
+        elif name == "leave" and "give_state" not in names:
+            own(sch, sch.get_sblock(name), warps, tc.store(tile.data, "global") if tensor_cores else None)
         elif name in ("weigh", "put"):
             by_strips(sch, name, warps)
         elif name not in OPAQUE and not name.startswith("barrier"):
@@ -166,7 +172,7 @@ def by_strips(sch: Schedule, name: str, warps: int) -> None:
 
 def vector_of(sch: Schedule, name: str) -> int:
     """Numbers of 16 bytes, if they are only copied; 4 of those that are worked out."""
-    if name == "pairs":
+    if name in ("pairs", "load_logs"):
         return 1  # TVM asks about vectors of int64 in a way that CUDA has not
     block = sch.get(sch.get_sblock(name))
     dtypes = {str(region.source.dtype) for region in (*block.reads, *block.writes)} - {"int64"}
@@ -175,7 +181,7 @@ def vector_of(sch: Schedule, name: str) -> int:
 
 def operand(sch: Schedule, block: Any, name: str) -> int:
     """Which of a block's reads is of that buffer."""
-    return next(i for i, region in enumerate(sch.get(block).reads) if region.source.name.split("_")[0] == name)
+    return next(i for i, region in enumerate(sch.get(block).reads) if region.source.name.split("_")[0] == name.split("_")[0])
 
 
 def grid(m: int, n: int, warps: int) -> tuple[int, int]:

@@ -180,6 +180,8 @@ class Scan:
         inner = self.machine.inner(shape[2])
         outer = self.machine.outer(inner, shape[3], self.chunk, mode)
         parts, leaving = -(-shape[3] // outer), self.new(*shape)
+        if entering is None and self.device.type != "cpu":
+            entering = torch.zeros(shape, dtype=self.acc, device=self.device)
         dots = self.covered(self.tokens if mode in (KEPT, MET) else 1, heads.number, parts)  # else nobody writes it
         kept = self.new(1, *shape[1:], dtype=self.data) if kept is None else kept  # which nobody reads then
         through = self.new(len(kept), heads.number, parts * outer)

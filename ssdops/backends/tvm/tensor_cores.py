@@ -141,14 +141,14 @@ def load(side: str, turned: bool, dtype: str) -> str:
     return moved(f"{side}_turned" if turned else side, SHARED, dtype, OWN, dtype, dtype)
 
 
-def store(dtype: str) -> str:
-    """A tile of sums to shared memory."""
-    return moved("store", OWN, "float32", SHARED, "float32", dtype)
+def store(dtype: str, to: str = SHARED) -> str:
+    """A tile of sums to memory."""
+    return moved("store", OWN, "float32", to, "float32", dtype)
 
 
-def take(dtype: str) -> str:
-    """A tile of sums from shared memory."""
-    return moved("take", SHARED, "float32", OWN, "float32", dtype)
+def take(dtype: str, origin: str = SHARED) -> str:
+    """A tile of sums from memory."""
+    return moved("take", origin, "float32", OWN, "float32", dtype)
 
 
 def turn(dtype: str) -> str:
