@@ -12,6 +12,7 @@ from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import diagonal_backward, diagonal_forward, diagonal_work
+from .machine import machine
 
 CHUNKS = {"cpu": (32, 16, 64), "cuda": (64, 32)}
 """Chunk sizes, the default first, by device."""
@@ -42,6 +43,11 @@ class Tvm:
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):
             if isinstance(size, int) and not 1 <= size <= MAX_DIM:  # while tracing sizes may be symbolic, and are not compared
                 return Support.no(f"'tvm' takes {name} from 1 to {MAX_DIM}, got {size}; 'chunked' has no such limit")
+        if not chunks(p):
+            return Support.no(
+                f"'tvm' has no tiles of headdim {p.headdim} and dstate {p.dstate} in {p.dtype} that fit a GPU of capability "
+                f"{p.target.capability}; 'triton' and 'chunked' run them"
+            )
         if p.state_every is not None and p.state_every % min(chunks(p)):
             return _between_chunks(p)
         return reject_scan(term, self.name) or _installed()
@@ -97,10 +103,13 @@ def _passes() -> tuple[Callable[[Linear, Inputs, Config], Output], Callable[[Lin
 
 
 def chunks(problem: Problem) -> tuple[int, ...]:
-    """Chunk sizes that there are, the default first: on a GPU, float32 has room for small ones only."""
-    if problem.target.device == "cuda" and problem.dtype == torch.float32:
-        return CHUNKS["cuda"][1:]
-    return CHUNKS[problem.target.device]
+    """Chunk sizes that there are, the default first: on a GPU, those that it has room for."""
+    p = problem
+    if p.target.device == "cpu":
+        return CHUNKS["cpu"]
+    sizes = [size for size in (p.headdim, p.dstate) if isinstance(size, int)]  # while tracing they may be symbolic
+    known = CHUNKS["cuda"][1:] if p.dtype == torch.float32 else CHUNKS["cuda"]
+    return tuple(size for size in known if machine(p).has_room(max(sizes, default=1), size))
 
 
 def _between_chunks(problem: Problem) -> Support:

@@ -26,7 +26,7 @@ from tvm.script import tirx as T
 
 from .parts import barrier, bound, chunk_begin, chunk_end, decay, exp, first_slot, fits, meets, near, number, one_if, shared, sizes, summed, under, within
 from .tile import (
-    EVERY, INTO, KAPPA, KAPPA_LOW, KEPT, LANES, LINES, MET, OUT_OF, RHO, RHO_LOW, U, W, Tile,
+    EVERY, INTO, KAPPA, KAPPA_LOW, KEPT, LANES, LINES, MET, OUT_OF, RHO, RHO_LOW, STATES, U, W, Tile,
 )  # fmt: skip
 
 ABREAST, STRETCH = 8, 8
@@ -284,7 +284,7 @@ def walk(tile: Tile) -> Any:
                         owner[vi + 2] = shared(head0 + h, nheads, v_heads)
                         owner[vi + 3] = T.truncdiv(head0 + h - g0, g_share)
                         owner[vi + 4] = shared(head0 + h, nheads, own_heads)
-                if tile.target != "cpu":
+                if tile.target != "cpu" and tile.mode != STATES:
                     for which, i in T.grid(LINES, C):
                         with T.sblock("clear"):  # what is written before the first chunk keeps its place in shared memory
                             vw, vi = T.axis.remap("SS", [which, i])
@@ -293,11 +293,10 @@ def walk(tile: Tile) -> Any:
                         with T.sblock("clear_g"):
                             vi, vj = T.axis.remap("SS", [i, j])
                             gt[vi, vj] = T.Cast(data, 0)
-                    if not exact:
-                        for m, p in T.grid(D1, D2):
-                            with T.sblock("clear_low"):
-                                vm, vp = T.axis.remap("SS", [m, p])
-                                low_t[vm, vp] = T.Cast(data, 0)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("clear_low"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            low_t[vm, vp] = T.Cast(data, 0)
                     for i, p in T.grid(C, D2):
                         with T.sblock("clear_out"):
                             vi, vp = T.axis.remap("SS", [i, p])
@@ -341,7 +340,7 @@ def walk(tile: Tile) -> Any:
                         vt = T.sblock_alloc_buffer((C, D2), data)
                         vs = T.sblock_alloc_buffer((C, D2), data)
                         low_here = T.sblock_alloc_buffer((D1, D2), data)
-                        low = T.meta_var(low_here if exact else low_t)  # what is not rounded is the state itself
+                        low = T.meta_var(low_here if tile.target == "cpu" else low_t)
                         weight = T.sblock_alloc_buffer((C, C), data)
                         weights = T.sblock_alloc_buffer((C, C), data)
                         read = T.sblock_alloc_buffer((C, D2), acc)
@@ -364,10 +363,11 @@ def walk(tile: Tile) -> Any:
                             with T.sblock("load_lines"):
                                 vw, vi = T.axis.remap("SS", [which, i])
                                 tokens_t[vw, vi] = lines[slot, head0 + h, vw, vi]
-                        for i, m in T.grid(C, D1):
-                            with T.sblock("load_q"):
-                                vi, vm = T.axis.remap("SS", [i, m])
-                                qt[vi, vm] = within(whole, under(vm, inner), q[near(first + vi, end), owner[0], vm], data)
+                        if tile.mode != STATES:
+                            for i, m in T.grid(C, D1):
+                                with T.sblock("load_q"):
+                                    vi, vm = T.axis.remap("SS", [i, m])
+                                    qt[vi, vm] = within(whole, under(vm, inner), q[near(first + vi, end), owner[0], vm], data)
                         for i, m in T.grid(C, D1):
                             with T.sblock("load_k"):
                                 vi, vm = T.axis.remap("SS", [i, m])
@@ -378,34 +378,37 @@ def walk(tile: Tile) -> Any:
                                 vt[vi, vp] = within(
                                     whole, under(part * D2 + vp, outer), v[near(first + vi, end), owner[2], part * D2 + vp], data
                                 )
-                        for i, j in T.grid(C, C):
-                            with T.sblock("load_g"):
-                                vi, vj = T.axis.remap("SS", [i, j])
-                                gt[vi, vj] = g[slot, owner[3], vi, vj]
+                        if tile.mode != STATES:
+                            for i, j in T.grid(C, C):
+                                with T.sblock("load_g"):
+                                    vi, vj = T.axis.remap("SS", [i, j])
+                                    gt[vi, vj] = g[slot, owner[3], vi, vj]
                         barrier(tile)
-                        for i, j in T.grid(C, C):
-                            with T.sblock("weigh"):
-                                vi, vj = T.axis.remap("SS", [i, j])
-                                weight[vi, vj] = T.Cast(
-                                    data,
-                                    T.Cast(acc, tokens_t[W, vj])
-                                    * T.Cast(acc, gt[vj if FLIPPED else vi, vi if FLIPPED else vj])
-                                    * decay(tile, tokens_t, vi, vj, meets(vi, vj, causal, strict)),
-                                )
+                        if tile.mode != STATES:
+                            for i, j in T.grid(C, C):
+                                with T.sblock("weigh"):
+                                    vi, vj = T.axis.remap("SS", [i, j])
+                                    weight[vi, vj] = T.Cast(
+                                        data,
+                                        T.Cast(acc, tokens_t[W, vj])
+                                        * T.Cast(acc, gt[vj if FLIPPED else vi, vi if FLIPPED else vj])
+                                        * decay(tile, tokens_t, vi, vj, meets(vi, vj, causal, strict)),
+                                    )
                         for i, p in T.grid(C, D2):
                             with T.sblock("scale_v"):
                                 vi, vp = T.axis.remap("SS", [i, p])
                                 vs[vi, vp] = T.Cast(
                                     data, T.Cast(acc, tokens_t[INTO, vi] * tokens_t[W, vi]) * T.Cast(acc, vt[vi, vp])
                                 )
-                        for i, j in T.grid(C, C):
-                            with T.sblock("put"):
-                                vi, vj = T.axis.remap("SS", [i, j])
-                                weights[vi, vj] = weight[vi, vj]
-                        for m, p in T.grid(D1, D2):
-                            with T.sblock("round"):
-                                vm, vp = T.axis.remap("SS", [m, p])
-                                low[vm, vp] = state[vm, vp] if data == acc else T.Cast(data, state[vm, vp])
+                        if tile.mode != STATES:
+                            for i, j in T.grid(C, C):
+                                with T.sblock("put"):
+                                    vi, vj = T.axis.remap("SS", [i, j])
+                                    weights[vi, vj] = weight[vi, vj]
+                            for m, p in T.grid(D1, D2):
+                                with T.sblock("round"):
+                                    vm, vp = T.axis.remap("SS", [m, p])
+                                    low[vm, vp] = state[vm, vp] if data == acc else T.Cast(data, state[vm, vp])
                         barrier(tile)
                         if tile.mode == KEPT:
                             for m, p in T.grid(D1, D2):
@@ -428,18 +431,19 @@ def walk(tile: Tile) -> Any:
                                             keeping,
                                         ),
                                     )
-                        for i, p, m in T.grid(C, D2, D1):
-                            with T.sblock("reads"):
-                                vi, vp, vm = T.axis.remap("SSR", [i, p, m])
-                                with T.init():
-                                    read[vi, vp] = number(0, acc)
-                                read[vi, vp] = read[vi, vp] + T.Cast(acc, qt[vi, vm]) * T.Cast(acc, low[vm, vp])
-                        for i, p, j in T.grid(C, D2, C):
-                            with T.sblock("values"):
-                                vi, vp, vj = T.axis.remap("SSR", [i, p, j])
-                                with T.init():
-                                    inside[vi, vp] = number(0, acc)
-                                inside[vi, vp] = inside[vi, vp] + T.Cast(acc, weights[vi, vj]) * T.Cast(acc, vt[vj, vp])
+                        if tile.mode != STATES:
+                            for i, p, m in T.grid(C, D2, D1):
+                                with T.sblock("reads"):
+                                    vi, vp, vm = T.axis.remap("SSR", [i, p, m])
+                                    with T.init():
+                                        read[vi, vp] = number(0, acc)
+                                    read[vi, vp] = read[vi, vp] + T.Cast(acc, qt[vi, vm]) * T.Cast(acc, low[vm, vp])
+                            for i, p, j in T.grid(C, D2, C):
+                                with T.sblock("values"):
+                                    vi, vp, vj = T.axis.remap("SSR", [i, p, j])
+                                    with T.init():
+                                        inside[vi, vp] = number(0, acc)
+                                    inside[vi, vp] = inside[vi, vp] + T.Cast(acc, weights[vi, vj]) * T.Cast(acc, vt[vj, vp])
                         for m, p, j in T.grid(D1, D2, C):
                             with T.sblock("update"):
                                 vm, vp, vj = T.axis.remap("SSR", [m, p, j])
@@ -451,13 +455,14 @@ def walk(tile: Tile) -> Any:
                                 vm, vp = T.axis.remap("SS", [m, p])
                                 after[vm, vp] = state[vm, vp] * passed[0] + added[vm, vp]
                         barrier(tile)
-                        for i, p in T.grid(C, D2):
-                            with T.sblock("join"):
-                                vi, vp = T.axis.remap("SS", [i, p])
-                                out[vi, vp] = T.Cast(
-                                    data,
-                                    as_sum(tokens_t[U, vi]) * (as_sum(tokens_t[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
-                                )
+                        if tile.mode != STATES:
+                            for i, p in T.grid(C, D2):
+                                with T.sblock("join"):
+                                    vi, vp = T.axis.remap("SS", [i, p])
+                                    out[vi, vp] = T.Cast(
+                                        data,
+                                        as_sum(tokens_t[U, vi]) * (as_sum(tokens_t[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
+                                    )
                         if tile.mode in (KEPT, MET):
                             for i, p in T.grid(C, D2):
                                 with T.sblock("show"):
@@ -491,11 +496,12 @@ def walk(tile: Tile) -> Any:
                                             data,
                                         ),
                                     )
-                        for i, p in T.grid(C, D2):
-                            with T.sblock("store"):
-                                vi, vp = T.axis.remap("SS", [i, p])
-                                T.where(first + i < end and fits(whole, part * D2 + p, outer))
-                                y[first + vi, y0 + h, part * D2 + vp] = out[vi, vp]
+                        if tile.mode != STATES:
+                            for i, p in T.grid(C, D2):
+                                with T.sblock("store"):
+                                    vi, vp = T.axis.remap("SS", [i, p])
+                                    T.where(first + i < end and fits(whole, part * D2 + p, outer))
+                                    y[first + vi, y0 + h, part * D2 + vp] = out[vi, vp]
                         if tile.mode in (KEPT, MET):
                             barrier(tile)
                             for i in range(C):
@@ -511,7 +517,7 @@ def walk(tile: Tile) -> Any:
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
                                     kept[slot, h, vm, part * D2 + vp] = full[vm, vp]
-                    if tile.mode != "":
+                    if tile.mode in (KEPT, EVERY, MET):
                         barrier(tile)
                     for m, p in T.grid(D1, D2):
                         with T.sblock("turn"):

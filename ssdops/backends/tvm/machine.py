@@ -46,6 +46,10 @@ class Machine:
         wide = self.inner(size)
         return next(part for part in OUTER if part <= wide and self.needed(inner, part, chunk, mode) <= self.shared)
 
+    def has_room(self, size: int, chunk: int) -> bool:
+        """Whether walks of heads so large fit, with whatever they do beside y."""
+        return self.shared is None or self.needed(self.inner(size), OUTER[-1], chunk, MET) <= self.shared
+
     def resident(self, inner: int, outer: int, chunk: int, mode: str) -> int:
         """How many programs of a walk a multiprocessor has room for, of 16 warps at most."""
         if self.shared is None:
@@ -57,12 +61,9 @@ class Machine:
         """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, the state where products multiply
         it, and with a mode what is read from it, in float32. What comes before and after them lies over them.
         """
-        if self.data == torch.float32:
-            numbers = 2 * max(chunk * (2 * inner + 4 * outer + 2 * chunk), inner * outer)
-        else:
-            numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * 8) + inner * (outer + 8)
-            numbers += 2 * chunk * (outer + 8 + LANES) if mode in (KEPT, MET) else 0
-        return -(-2 * numbers // KIB) + OWN
+        numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * 8) + inner * (outer + 8)
+        in_float32 = chunk * (outer + 8 + LANES) if mode in (KEPT, MET) else 0
+        return -(-(self.data.itemsize * numbers + 4 * in_float32) // KIB) + OWN
 
 
 def round_up(size: int) -> int:

@@ -56,9 +56,6 @@ def schedule(program: Any, tile: Tile) -> Any:
     names = blocks(sch)
     warps = warps_of(tile, names)
     tensor_cores = tile.data in ("float16", "bfloat16")
-    if not tensor_cores and "round" in names:
-        sch.compute_inline(sch.get_sblock("round"))
-        names.remove("round")
     if tile.flipped and "weigh" in names:
         sch.transform_layout("put", ("write", 0), lambda i, j: (j, i))
         for name in ("weigh", "put"):

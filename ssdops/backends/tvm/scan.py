@@ -24,7 +24,7 @@ from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value
 from . import build
 from .machine import machine
-from .tile import EVERY, KEPT, LINES, MET, Tile
+from .tile import EVERY, KEPT, LINES, MET, STATES, Tile
 
 CHUNK = 32
 """Tokens of a chunk by default, on a CPU."""
@@ -32,6 +32,8 @@ MOST = 4
 """Heads of a backward pass at once on a CPU, if they fill the threads."""
 ROOM = 1 << 29
 """Bytes of scores and states that a backward pass on a GPU holds at once."""
+TWICE, MORE = 1.45, 10.0
+"""Of rows in segments: a pass for the states between them and the walk, in walks, and in chunks what else is launched."""
 ALIGNED = 16
 """Bytes that a vector's address is a multiple of."""
 
@@ -49,6 +51,14 @@ class Place(NamedTuple):
 
     values: Tensor
     first: int = 0
+
+
+class Parts(NamedTuple):
+    """Sizes of a walk's tiles, and how many programs share v."""
+
+    inner: int
+    outer: int
+    number: int
 
 
 class Scores(NamedTuple):
@@ -176,10 +186,25 @@ class Scan:
         Returns:
             The state that leaves, and with a mode what is exchanged through states: by tokens, and by chunks, in parts.
         """
-        (q, k, v), shape = roles, (self.rows, heads.number, roles[0].shape[2], roles[2].shape[2])
-        inner = self.machine.inner(shape[2])
-        outer = self.machine.outer(inner, shape[3], self.chunk, mode)
-        parts, leaving = -(-shape[3] // outer), self.new(*shape)
+        parts = self.parts(roles, mode)
+        segments = self.segments(heads.number * parts.number) if self.tokens else 1
+        if segments == 1:
+            return self.go(roles, g, entering, sides, heads, y, own, mode, kept, 1)
+        left, _, _ = self.go(roles, g, None, sides, heads, y, own, STATES, None, segments)
+        entering = self.between(left, entering, sides, heads, segments)
+        left, dots, through = self.go(roles, g, entering, sides, heads, y, own, mode, kept, segments)
+        last = -1 if sides.term.causal else 0
+        return left.unflatten(0, (self.rows, segments))[:, last].contiguous(), dots, through
+
+    def go(
+        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, sides: Sides, heads: Heads, y: Place,
+        own: Tensor | None, mode: str, kept: Tensor | None, segments: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """A walk of rows, or of so many segments of each as if they were rows."""
+        (q, k, v), rows = roles, self.rows * segments
+        inner, outer, parts = self.parts(roles, mode)
+        shape = (rows, heads.number, q.shape[2], v.shape[2])
+        leaving = self.new(*shape)
         if entering is None and self.device.type != "cpu":
             entering = torch.zeros(shape, dtype=self.acc, device=self.device)
         dots = self.covered(self.tokens if mode in (KEPT, MET) else 1, heads.number, parts)  # else nobody writes it
@@ -187,15 +212,50 @@ class Scan:
         through = self.new(len(kept), heads.number, parts * outer)
         if not self.tokens:
             return leaving.zero_() if entering is None else entering, dots, through
+        flipped = mode != STATES and sides.term is not self.term
+        resident = self.machine.resident(inner, outer, self.chunk, mode)
         whole = inner == shape[2] and not shape[3] % outer
-        flipped, resident = sides.term is not self.term, self.machine.resident(inner, outer, self.chunk, mode)
         self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, resident=resident)(
             q, k, v, g.values, sides.lines, sides.total, self.begin, leaving if entering is None else entering, y.values,
-            leaving, v if own is None else own, dots, kept, kept, through,
-            heads.first, y.first, g.first, g.share, int(entering is not None), self.seqlen,
-            int(sides.term.causal), int(sides.term.strict),
+            leaving, v if own is None else own, dots, kept, kept, through, heads.first, y.first, g.first, g.share,
+            int(entering is not None), self.seqlen // segments, int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip
         return leaving, dots, through
+
+    def parts(self, roles: tuple[Tensor, Tensor, Tensor], mode: str) -> Parts:
+        """Tiles of a walk, and how many programs share v."""
+        inner = self.machine.inner(roles[0].shape[2])
+        outer = self.machine.outer(inner, roles[2].shape[2], self.chunk, mode)
+        return Parts(inner, outer, -(-roles[2].shape[2] // outer))
+
+    def segments(self, programs: int) -> int:
+        """Into how many segments to cut rows, which are walked side by side after a pass for the states between them.
+
+        So many that chunks which wait for one another are fewest, counting that pass as `TWICE` and what it launches as `MORE`.
+        """
+        if self.device.type == "cpu" or self.seqlen < 0 or self.seqlen % self.chunk:
+            return 1
+        chunks, at_once = self.seqlen // self.chunk, 2 * self.problem.target.multiprocessors
+
+        def waiting(count: int) -> float:
+            turns = -(-programs * self.rows * count // at_once)
+            return turns * chunks / count * (1 if count == 1 else TWICE) + (0 if count == 1 else MORE)
+
+        return min((count for count in (1, 2, 4, 8, 16) if chunks % count == 0), key=waiting)
+
+    def between(self, left: Tensor, initial: Tensor | None, sides: Sides, heads: Heads, segments: int) -> Tensor:
+        """The states that enter segments, from those that each would leave behind if none entered it."""
+        left = left.unflatten(0, (self.rows, segments))
+        logs = sides.total[:, heads.first : heads.first + heads.number].unflatten(0, (self.rows, segments, -1)).sum(2)
+        if not sides.term.causal:
+            left, logs = left.flip(1), logs.flip(1)
+        until = torch.cat((torch.zeros_like(logs[:, :1]), logs.cumsum(1)), 1)  # sums of what is before each segment, and of all
+        decays = until[:, :-1, None] - until[:, None, 1:]  # of segment s, from behind segment t
+        weights = torch.where(decays.new_ones(segments, segments).tril(-1)[..., None].bool(), decays.exp(), 0)
+        states = torch.einsum("rsth,rthab->rshab", weights.to(self.acc), left)
+        if initial is not None:
+            states += until[:, :-1].exp().to(self.acc)[..., None, None] * initial[:, None]
+        return (states if sides.term.causal else states.flip(1)).flatten(0, 1).contiguous()
 
     # --- passes ---------------------------------------------------------------------------------------------------------
 

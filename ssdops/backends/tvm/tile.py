@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 LANES = 16
 """Partial sums of a dot product side by side; tiles are padded to multiples of it."""
-KEPT, EVERY, MET = "kept", "every", "met"
-"""What a walk does beside y: keep the states that enter chunks, for another walk or in full precision, or meet those kept."""
+KEPT, EVERY, MET, STATES = "kept", "every", "met", "states"
+"""What a walk does beside y: keep the states that enter chunks, for another walk or in full precision, or meet those kept; or
+it only works out the state that leaves."""
 
 
 RHO, RHO_LOW, KAPPA, KAPPA_LOW, OUT_OF, U, INTO, W = range(8)
@@ -28,7 +29,7 @@ class Tile:
         scaled: whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
-        mode: of a walk, KEPT, EVERY or MET, or none of them.
+        mode: of a walk, KEPT, EVERY, MET or STATES, or none of them.
         resident: programs that a multiprocessor is to hold at once: registers are kept for so many.
     """
 
