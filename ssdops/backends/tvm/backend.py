@@ -37,7 +37,9 @@ class Tvm:
         if p.target.device not in ("cpu", "cuda"):
             return Support.no(f"'tvm' runs on CPUs and CUDA GPUs, and the tensors are on {p.target.device}")
         if p.target.device == "cuda" and (p.target.capability or (0, 0)) < OLDEST:
-            return Support.no(f"'tvm' needs compute capability 8.0, and this GPU has {p.target.capability}; 'chunked' runs on it")
+            return Support.no(
+                f"'tvm' needs compute capability 8.0, and this GPU has {p.target.capability}; 'chunked' runs on it"
+            )
         if p.target.device == "cuda" and p.accumulate == torch.float64:
             return Support.no("'tvm' has no float64 on GPUs; 'chunked' computes in float64")
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):

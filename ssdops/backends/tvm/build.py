@@ -113,9 +113,7 @@ def compiled(name: str, tile: Tile) -> Any:
     find_compiler()
     target = Target({"kind": "cuda", "arch": tile.target, **LIMITS}, host="llvm")
     # the program has its own barriers, and its tiles may lie over one another where those allow it
-    with target, tvm.transform.PassContext(
-        config={"tirx.disable_storage_rewrite": True}, disabled_pass=["s_tir.ThreadSync"]
-    ):
+    with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=["s_tir.ThreadSync"]):
         return tvm.compile(scheduled, target=target)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from .parts import barrier, behind, beside, chunk_begin, chunk_end, decay, meets, number, one_if, shared, sizes, summed, under
-from .tile import LANES, LINES, U, W, Tile
+from .tile import LANES, LINES, Tile, U, W
 
 CROSSING = 32
 """Partial sums of what passes a chunk."""
@@ -23,9 +23,9 @@ def exchange(tile: Tile) -> Any:
     of these sums: strong decays would drown the others in it. `distance` is 1 or 2.
 
     Parameters, in order: g `[slots, heads of its own, C, C]`, other `[slots, count, C, C]`, of the count heads from head0 on;
-    lines; chunks; entering, leaving `[tokens, count, parts of their own]`, to be summed over parts, without u
-    and w; through `[slots, count, parts]`; dlog, du, dw `[tokens, nheads]`; and the numbers head0, causal, row_inclusive,
-    col_inclusive, strict, distance.
+    lines; chunks; entering, leaving `[tokens, count, parts of their own]`, to be summed over parts, without u and w; through
+    `[slots, count, parts of its own]`, likewise; dlog, du, dw `[tokens, nheads]`; and the numbers by which rows are multiplied,
+    seqlen, head0, causal, row_inclusive, col_inclusive, strict, distance.
     """
     C, data, acc, line = tile.chunk, tile.data, tile.acc, tile.line
 
@@ -33,7 +33,8 @@ def exchange(tile: Tile) -> Any:
     def main(
         g_: T.handle, other_: T.handle, lines_: T.handle, chunks_: T.handle,
         entering_: T.handle, leaving_: T.handle, through_: T.handle, dlog_: T.handle, du_: T.handle, dw_: T.handle,
-        scale: T.float64, seqlen: T.int64, head0: T.int64, causal: T.int64, row_inclusive: T.int64, col_inclusive: T.int64, strict: T.int64, distance: T.int64,
+        scale: T.float64, seqlen: T.int64, head0: T.int64, causal: T.int64, row_inclusive: T.int64, col_inclusive: T.int64,
+        strict: T.int64, distance: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         tokens, slots, nheads, count, g_heads, entering_parts, leaving_parts, through_parts = sizes(8)
@@ -178,9 +179,7 @@ def exchange(tile: Tile) -> Any:
                     with T.sblock("store_lines"):
                         vi = T.axis.spatial(C, i)
                         T.where(first + i < end)
-                        dlog[first + vi, head0 + h] = T.Cast(
-                            acc, crossed[0] + summed(LANES, lambda lane: log_lanes[lane, vi])
-                        )
+                        dlog[first + vi, head0 + h] = T.Cast(acc, crossed[0] + summed(LANES, lambda lane: log_lanes[lane, vi]))
                         du[first + vi, head0 + h] = T.Cast(acc, scale) * (rows[vi] + near_rows[vi])
                         dw[first + vi, head0 + h] = cols[vi] + near_cols[vi] + left[vi]
 

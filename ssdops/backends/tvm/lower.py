@@ -24,9 +24,41 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .parts import barrier, bound, chunk_begin, chunk_end, decay, exp, first_slot, fits, meets, near, number, one_if, shared, sizes, summed, under, within
+from .parts import (
+    barrier,
+    bound,
+    chunk_begin,
+    chunk_end,
+    decay,
+    exp,
+    first_slot,
+    fits,
+    meets,
+    near,
+    number,
+    one_if,
+    shared,
+    sizes,
+    summed,
+    under,
+    within,
+)
 from .tile import (
-    EVERY, INTO, KAPPA, KAPPA_LOW, KEPT, LANES, LINES, MET, OUT_OF, RHO, RHO_LOW, STATES, U, W, Tile,
+    EVERY,
+    INTO,
+    KAPPA,
+    KAPPA_LOW,
+    KEPT,
+    LANES,
+    LINES,
+    MET,
+    OUT_OF,
+    RHO,
+    RHO_LOW,
+    STATES,
+    Tile,
+    U,
+    W,
 )  # fmt: skip
 
 ABREAST, STRETCH = 8, 8
@@ -123,8 +155,12 @@ def lines(tile: Tile) -> Any:
                     with T.sblock("store_lines"):
                         vh, vi = T.axis.remap("SS", [h, i])
                         T.where(some * ABREAST + h < nheads)
-                        rows = T.meta_var(before[vh, vi] + rho[vh, vi] + (r[near(first + vi, end), head(vh)] if SCALED else T.float64(0)))
-                        cols = T.meta_var(before[vh, vi] + kappa[vh, vi] - (c[near(first + vi, end), head(vh)] if SCALED else T.float64(0)))
+                        rows = T.meta_var(
+                            before[vh, vi] + rho[vh, vi] + (r[near(first + vi, end), head(vh)] if SCALED else T.float64(0))
+                        )
+                        cols = T.meta_var(
+                            before[vh, vi] + kappa[vh, vi] - (c[near(first + vi, end), head(vh)] if SCALED else T.float64(0))
+                        )
                         put = T.meta_var(lambda value: T.Cast(line, value))
                         out[slot, head(vh), RHO, vi] = put(rows)
                         out[slot, head(vh), KAPPA, vi] = put(cols)
@@ -161,7 +197,9 @@ def scores(tile: Tile) -> Any:
     C, D, data, acc, whole = tile.chunk, tile.inner, tile.data, tile.acc, tile.whole
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
-    def main(q_: T.handle, k_: T.handle, chunks_: T.handle, g_: T.handle, seqlen: T.int64, head0: T.int64, nheads: T.int64) -> None:
+    def main(
+        q_: T.handle, k_: T.handle, chunks_: T.handle, g_: T.handle, seqlen: T.int64, head0: T.int64, nheads: T.int64
+    ) -> None:
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         tokens, slots, heads, q_heads, k_heads, filled, table = sizes(7)
         size = T.meta_var(D if whole else filled)
@@ -215,10 +253,13 @@ def walk(tile: Tile) -> Any:
 
     Parameters, in order: q, k, v `[tokens, heads of their own, size]`; g `[slots, heads of its own, C, C]`; lines and E of
     `lines`; begin `[rows + 1]`; of the `count` heads from head0 on that are walked, entering `[rows, count, inner, outer]`, y
-    `[tokens, y_heads, outer]` from head y0 on, leaving; then, as the mode says, own `[tokens, heads of its own, outer]`, dots `[tokens, count, parts]` = ⟨own_i, exp(ρ_i) Sᵀ q_i⟩, kept `[slots,
-    count, inner, outer]`, met, which another walk has kept, and through
-    `[slots, count, padded outer]`, which sums up to ⟨met, exp(E) S⟩; and the
-    numbers head0, y0, g0 and g_share (head h has the scores of head (h − g0) / g_share), causal, strict.
+    `[tokens, y_heads, outer]` from head y0 on, leaving; then, as the mode says, own `[tokens, heads of its own, outer]`, dots
+    `[tokens, count, parts]` = ⟨own_i, exp(ρ_i) Sᵀ q_i⟩, kept `[slots, count, inner, outer]`, met, which another walk has kept,
+    and through `[slots, count, padded outer]`, which sums up to ⟨met, exp(E) S⟩; and the numbers head0, y0, g0 and g_share
+    (head h has the scores of head (h − g0) / g_share), enters (whether a state does), seqlen, causal, strict.
+
+    On a GPU a chunk has these parts, with barriers between: loads; weights and what is rounded; products; what they summed up,
+    to shared memory; and from there. Tiles of different parts may share memory, but for those that are cleared at first.
     """
     C, D1, D2, data, acc = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc
     FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
@@ -229,7 +270,8 @@ def walk(tile: Tile) -> Any:
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
         entering_: T.handle, y_: T.handle, leaving_: T.handle, own_: T.handle, dots_: T.handle, kept_: T.handle,
-        met_: T.handle, through_: T.handle, head0: T.int64, y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64, seqlen: T.int64, causal: T.int64, strict: T.int64,
+        met_: T.handle, through_: T.handle, head0: T.int64, y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64,
+        seqlen: T.int64, causal: T.int64, strict: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         tokens, slots, kept_slots, met_slots, rows, ends, entering_rows, nheads, count, parts = sizes(10)
@@ -312,7 +354,7 @@ def walk(tile: Tile) -> Any:
                                 lanes[vi, vl] = number(0, acc)
                 if STRAIGHT:
                     for m, p in T.grid(D1, D2):
-                        with T.sblock("take"):
+                        with T.sblock("take_straight"):
                             vm, vp = T.axis.remap("SS", [m, p])
                             state[vm, vp] = entering[row, h, vm, part * D2 + vp]
                 else:
@@ -322,7 +364,10 @@ def walk(tile: Tile) -> Any:
                             passage[vm, vp] = T.if_then_else(
                                 enters == 1,
                                 within(
-                                    whole, under(vm, inner) and under(part * D2 + vp, outer), entering[row, h, vm, part * D2 + vp], acc
+                                    whole,
+                                    under(vm, inner) and under(part * D2 + vp, outer),
+                                    entering[row, h, vm, part * D2 + vp],
+                                    acc,
                                 ),
                                 number(0, acc),
                             )
@@ -376,7 +421,10 @@ def walk(tile: Tile) -> Any:
                             with T.sblock("load_v"):
                                 vi, vp = T.axis.remap("SS", [i, p])
                                 vt[vi, vp] = within(
-                                    whole, under(part * D2 + vp, outer), v[near(first + vi, end), owner[2], part * D2 + vp], data
+                                    whole,
+                                    under(part * D2 + vp, outer),
+                                    v[near(first + vi, end), owner[2], part * D2 + vp],
+                                    data,
                                 )
                         if tile.mode != STATES:
                             for i, j in T.grid(C, C):
@@ -461,7 +509,8 @@ def walk(tile: Tile) -> Any:
                                     vi, vp = T.axis.remap("SS", [i, p])
                                     out[vi, vp] = T.Cast(
                                         data,
-                                        as_sum(tokens_t[U, vi]) * (as_sum(tokens_t[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
+                                        as_sum(tokens_t[U, vi])
+                                        * (as_sum(tokens_t[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
                                     )
                         if tile.mode in (KEPT, MET):
                             for i, p in T.grid(C, D2):
@@ -472,9 +521,7 @@ def walk(tile: Tile) -> Any:
                             for p in range(D2):
                                 with T.sblock("passed"):
                                     vp = T.axis.spatial(D2, p)
-                                    through[slot, h, part * D2 + vp] = passed[0] * summed(
-                                        LANES, lambda lane: passing[lane, vp]
-                                    )
+                                    through[slot, h, part * D2 + vp] = passed[0] * summed(LANES, lambda lane: passing[lane, vp])
                         if tile.mode == EVERY:
                             for m, p in T.grid(D1, D2):
                                 with T.sblock("show_state"):
@@ -525,7 +572,7 @@ def walk(tile: Tile) -> Any:
                             state[vm, vp] = after[vm, vp]
                 if STRAIGHT:
                     for m, p in T.grid(D1, D2):
-                        with T.sblock("leave"):
+                        with T.sblock("leave_straight"):
                             vm, vp = T.axis.remap("SS", [m, p])
                             leaving[row, h, vm, part * D2 + vp] = state[vm, vp]
                 else:

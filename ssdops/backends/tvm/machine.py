@@ -58,8 +58,8 @@ class Machine:
         return max(1, min(self.shared // self.needed(inner, outer, chunk, mode), 16 // warps))
 
     def needed(self, inner: int, outer: int, chunk: int, mode: str) -> int:
-        """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, the state where products multiply
-        it, and with a mode what is read from it, in float32. What comes before and after them lies over them.
+        """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, the state where products
+        multiply it, and with a mode what is read from it, in float32. What comes before and after them lies over them.
         """
         numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * 8) + inner * (outer + 8)
         in_float32 = chunk * (outer + 8 + LANES) if mode in (KEPT, MET) else 0

@@ -9,8 +9,8 @@ from tvm.s_tir import Schedule
 PRODUCTS = ("product", "reads", "values", "update")
 """Blocks that are matrix products."""
 BY_ROWS = (
-    "load_logs", "load_lines", "load_q", "load_v", "scale_v", "load_g", "put", "pairs", "tokens", "join", "store", "give", "carry", "enter", "take", "keep",
-    "turn", "show", "give_state", "leave",
+    "load_logs", "load_lines", "load_q", "load_v", "scale_v", "load_g", "put", "pairs", "join", "store", "give", "carry",
+    "enter", "take", "keep", "turn", "show", "give_state", "leave",
 )  # fmt: skip
 """Blocks that work on rows of a tile, whose last axis is a vector."""
 SUMS = ("dot_lanes", "passing", "row_lanes", "col_lanes", "row_sums", "col_sums", "before", "all_sum", "log_lanes")
@@ -24,9 +24,8 @@ VECTOR = 32
 def schedule(program: Any, itemsize: int) -> Any:
     """A program for the threads and vectors of a CPU."""
     sch = Schedule(program)
-    for name in ("update", "product"):
-        if there(sch, name):
-            turned(sch, name)
+    if there(sch, "load_k"):  # held by columns, so that rows of what products take are vectors
+        sch.transform_layout("load_k", ("write", 0), lambda i, m: (m, i))
     for name in ("round", "show_state", "weigh"):  # nothing is narrower than its sums here, or elsewhere
         if there(sch, name):
             sch.compute_inline(sch.get_sblock(name))
@@ -52,11 +51,6 @@ def there(sch: Schedule, name: str) -> bool:
     except Exception:  # TVM says by an error of its own that it has none
         return False
     return True
-
-
-def turned(sch: Schedule, name: str) -> None:
-    """Hold what the block multiplies by columns, so that its rows are vectors."""
-    sch.transform_layout("load_k", ("write", 0), lambda i, m: (m, i))
 
 
 def product(sch: Schedule, name: str, lanes: int, vector: int) -> None:

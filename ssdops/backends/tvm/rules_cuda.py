@@ -26,26 +26,30 @@ TURNED = {"product": (False, True), "update": (True, False)}
 OPAQUE = ("program", "chunk")
 """Blocks that hold others."""
 PADDED = (
-    "load_q", "load_k", "load_v", "scale_v", "clear_low", "put", "clear_out", "clear_shown", "show_state", "enter", "give_state",
+    "load_q", "load_k", "load_v", "scale_v", "put", "clear_low", "clear_out", "clear_shown", "show_state", "enter",
+    "give_state",
 )  # fmt: skip
-"""Blocks that write tiles of which tensor cores read, or write, columns: 8 numbers more a row put them in different banks."""
+"""Blocks that first write tiles of which tensor cores read or write columns: longer rows put them in different banks."""
 FILLED = ("load_q", "load_k", "load_v", "scale_v", "store", "enter", "keep", "leave")
 """Blocks that touch tensors whose heads may be smaller than tiles: then they take one number at a time."""
 OWN: dict[str, Callable[[str], str]] = {
     "take": tc.take, "round": tc.rounded, "carry": tc.carry, "join": tc.join, "turn": tc.turn, "show": tc.store,
     "show_state": tc.store, "give_state": tc.store, "give": partial(tc.rounded, to="global"),
+    "take_straight": partial(tc.take, origin="global"), "leave_straight": partial(tc.store, to="global"),
 }  # fmt: skip
 """Blocks that take what was summed up, where it was, and the intrinsics that do, by what products multiply."""
 SUMS = ("summed_t", "weight", "read", "inside", "added", "after", "state")
 """Sums that stay where they are made."""
 SCALARS = ("place", "owner", "here")
 """What every thread has, beside single numbers."""
-TILES = ("qt", "kt", "vt", "vs", "low_t", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t")
-"""What is so large that TVM is to lay it over what is not needed any more, which is safe only between barriers."""
+TILES = (
+    "qt", "kt", "vt", "vs", "low_t", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t",
+)  # fmt: skip
+"""What TVM is to lay over what is not needed any more, which is safe only with a barrier between: see `lower.walk`."""
 COLUMNS = 4
 """Of a product that is not the tensor cores': how many a thread sums up, of as many rows as it takes."""
 PADDING = 8
-"""Numbers."""
+"""Numbers that rows of tiles are longer."""
 VECTOR = 16
 """Bytes that a thread moves at once."""
 
@@ -70,16 +74,12 @@ def schedule(program: Any, tile: Tile) -> Any:
         for name in (name for name in PADDED if name in names):
             sch.storage_align(name, 0, -2, tc.SIDE, PADDING)  # whichever block writes a tile first
     for name in names:
-        if name == "take" and "enter" not in names:
-            own(sch, sch.get_sblock(name), warps, tc.take(tile.data, "global") if tensor_cores else None)
-        elif name in PRODUCTS and tensor_cores:
+        if name in PRODUCTS and tensor_cores:
             multiply(sch, name, tile, warps)
         elif name in PRODUCTS:
             multiply_by_threads(sch, name, warps)
         elif name in OWN:
             own(sch, sch.get_sblock(name), warps, OWN[name](tile.data) if tensor_cores else None)
-        elif name == "leave" and "give_state" not in names:
-            own(sch, sch.get_sblock(name), warps, tc.store(tile.data, "global") if tensor_cores else None)
         elif name in ("weigh", "put"):
             by_strips(sch, name, warps)
         elif name not in OPAQUE and not name.startswith("barrier"):
@@ -108,12 +108,13 @@ def warps_of(tile: Tile, names: list[str]) -> int:
 
 def lie(sch: Schedule, names: list[str]) -> None:
     """What blocks write for others lies in shared memory, single numbers with every thread, and sums where they are made."""
+
     def scope(buffer: str) -> str:
-        if buffer in (*SUMS, *SCALARS) or own[buffer] == 1:
+        if buffer in (*SUMS, *SCALARS) or numbers[buffer] == 1:
             return "local"
         return tc.SHARED if buffer in TILES else "shared"
 
-    own = {
+    numbers = {
         buffer.name: prod(map(int, buffer.shape))
         for name in OPAQUE
         if name in names
@@ -122,7 +123,7 @@ def lie(sch: Schedule, names: list[str]) -> None:
     for name in names:
         for index, region in enumerate(sch.get(sch.get_sblock(name)).writes):
             buffer = region.source.name
-            if name not in OPAQUE and buffer in own:
+            if name not in OPAQUE and buffer in numbers:
                 sch.set_scope(name, index, scope(buffer))
 
 
@@ -181,6 +182,11 @@ def operand(sch: Schedule, block: Any, name: str) -> int:
     return next(i for i, region in enumerate(sch.get(block).reads) if region.source.name.split("_")[0] == name.split("_")[0])
 
 
+def sides(sch: Schedule, loop: Any) -> int:
+    """Tiles along a loop."""
+    return int(sch.get(loop).extent) // tc.SIDE
+
+
 def grid(m: int, n: int, warps: int) -> tuple[int, int]:
     """Rows and columns of warps over so many tiles, as square as they go."""
     fitting = [(r, warps // r) for r in (1, 2, 4, 8) if warps % r == 0 and m % r == 0 and n % (warps // r) == 0]
@@ -193,8 +199,7 @@ def multiply(sch: Schedule, name: str, tile: Tile, warps: int) -> None:
     a_turned, b_turned = TURNED.get(name, (tile.flipped and name == "values", False))
     block = sch.get_sblock(name)
     i, j, k = sch.get_loops(block)[-3:]
-    m, n = (int(sch.get(loop).extent) // tc.SIDE for loop in (i, j))
-    rows, columns = grid(m, n, warps)
+    rows, columns = grid(sides(sch, i), sides(sch, j), warps)
     iw, it, ii = sch.split(i, [rows, None, tc.SIDE])
     jw, jt, jj = sch.split(j, [columns, None, tc.SIDE])
     k0, kk = sch.split(k, [None, tc.SIDE])
@@ -230,7 +235,7 @@ def own(sch: Schedule, block: Any, warps: int, intrinsic: str | None) -> None:
     if intrinsic is None:
         by_own(sch, i, j, warps)
         return
-    rows, columns = grid(*(int(sch.get(loop).extent) // tc.SIDE for loop in (i, j)), warps)
+    rows, columns = grid(sides(sch, i), sides(sch, j), warps)
     iw, it = sch.split(i, [rows, None])
     jw, jt = sch.split(j, [columns, None])
     sch.reorder(iw, jw, it, jt)

@@ -332,7 +332,9 @@ class Scan:
         if self.device.type == "cpu":
             return max((n for n in range(1, MOST + 1) if shared % n == 0 and n * self.rows >= build.THREADS), default=shared)
         each = self.slots * (self.chunk**2 + p.headdim * p.dstate) * self.data.itemsize
-        return max((n for n in range(1, p.nheads + 1) if p.nheads % n == 0 and suits(n, shared) and n * each <= ROOM), default=1)
+        return max(
+            (n for n in range(1, p.nheads + 1) if p.nheads % n == 0 and suits(n, shared) and n * each <= ROOM), default=1
+        )
 
     def exchange(
         self, heads: Heads, qk: Scores, yv: Scores, sides: Sides, entering: Tensor, leaving: Tensor, through: Tensor,

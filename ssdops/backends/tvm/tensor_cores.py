@@ -128,9 +128,13 @@ def moved(name: str, origin: str, source_dtype: str, to: str, dtype: str, produc
             T.writes(Y[0:SIDE, 0:SIDE])
             T.evaluate(
                 T.cuda.func_call(
-                    f"ssdops_{name}", Y.access_ptr("w", ptr_type=dtype), y1, X.access_ptr("r", ptr_type=source_dtype), x1,
+                    f"ssdops_{name}",
+                    Y.access_ptr("w", ptr_type=dtype),
+                    y1,
+                    X.access_ptr("r", ptr_type=source_dtype),
+                    x1,
                     source_code=text,
-                )  # fmt: skip
+                )
             )
 
     return register(f"{name} {origin} {source_dtype} {to} {dtype} {products}", block, call)
@@ -219,9 +223,15 @@ def join(dtype: str) -> str:
             T.writes(Z[0:SIDE, 0:SIDE])
             T.evaluate(
                 T.cuda.func_call(
-                    "ssdops_join", Z.access_ptr("w", ptr_type=dtype), z1, F.access_ptr("r", ptr_type="float32"), f1,
-                    X.access_ptr("r", ptr_type="float32"), Y.access_ptr("r", ptr_type="float32"), source_code=text,
-                )  # fmt: skip
+                    "ssdops_join",
+                    Z.access_ptr("w", ptr_type=dtype),
+                    z1,
+                    F.access_ptr("r", ptr_type="float32"),
+                    f1,
+                    X.access_ptr("r", ptr_type="float32"),
+                    Y.access_ptr("r", ptr_type="float32"),
+                    source_code=text,
+                )
             )
 
     return register(f"join {dtype}", block, call)
@@ -257,9 +267,13 @@ def carry(dtype: str) -> str:
             T.writes(Z[0:SIDE, 0:SIDE])
             T.evaluate(
                 T.cuda.func_call(
-                    "ssdops_carry", Z.access_ptr("w", ptr_type="float32"), X.access_ptr("r", ptr_type="float32"), F[0],
-                    Y.access_ptr("r", ptr_type="float32"), source_code=text,
-                )  # fmt: skip
+                    "ssdops_carry",
+                    Z.access_ptr("w", ptr_type="float32"),
+                    X.access_ptr("r", ptr_type="float32"),
+                    F[0],
+                    Y.access_ptr("r", ptr_type="float32"),
+                    source_code=text,
+                )
             )
 
     return register(f"carry {dtype}", block, call)
@@ -301,9 +315,12 @@ def multiply(dtype: str, a_turned: bool, b_turned: bool) -> str:
             T.writes(Z[0:SIDE, 0:SIDE])
             T.evaluate(
                 T.cuda.func_call(
-                    "ssdops_multiply", Z.access_ptr("rw", ptr_type="float32"), X.access_ptr("r", ptr_type=dtype),
-                    Y.access_ptr("r", ptr_type=dtype), source_code=text,
-                )  # fmt: skip
+                    "ssdops_multiply",
+                    Z.access_ptr("rw", ptr_type="float32"),
+                    X.access_ptr("r", ptr_type=dtype),
+                    Y.access_ptr("r", ptr_type=dtype),
+                    source_code=text,
+                )
             )
 
     return register(f"multiply {dtype} {a_turned} {b_turned}", block, call)

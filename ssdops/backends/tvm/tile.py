@@ -25,7 +25,7 @@ class Tile:
         data: dtype of q, k, v and y, and of what products multiply.
         acc: dtype of sums, states and scales. Log decays are float64.
         chunk: tokens of a chunk.
-        inner, outer: of a walk, the size of q and k, padded, and how much of v's one program walks; of scores only inner counts.
+        inner, outer: of a walk, the size of q and k, padded, and how much of v's one program walks; scores have only inner.
         scaled: whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
