@@ -45,7 +45,13 @@ class Bench:
         """ssdops, by the backend asked for."""
         return ssdops_side(self.backend)
 
+    @property
+    def others(self) -> tuple[Side, ...]:
+        """The Triton backend, beside another."""
+        return () if self.backend == TRITON.name else (TRITON,)
 
+
+TRITON = replace(ssdops_side("triton"), name="triton")
 Mode = Callable[[Machine, Work], float]
 Sections = Iterator[Figure]
 
@@ -87,11 +93,17 @@ def against(row: Row, name: str, peer: Side, target: float | None, stretch: floa
     return Figure(f"{name} against {peer.name}", value, "×", "at least", target, row.parts, row.notes, stretch)
 
 
+def beside_triton(bench: Bench, row: Row, name: str) -> Sections:
+    """Of another backend, how much of the Triton backend's speed it has."""
+    if bench.backend != TRITON.name:
+        yield against(row, name, TRITON, 1 / 3, 1 / 1.5)
+
+
 def forward(bench: Bench) -> Sections:
     """Forward, eager: against mamba_ssm, against the floor, and whether the results agree."""
     for name, shape in bench.shapes.items():
         operands = draw(shape, bench.machine)
-        row = time_sides(bench, operands, forward_ms, (bench.ours, MAMBA, FLA, CUDNN, FLASH))
+        row = time_sides(bench, operands, forward_ms, (bench.ours, *bench.others, MAMBA, FLA, CUDNN, FLASH))
         row.parts["floor ms"] = floor_ms(shape, bench.ceilings)
         row.measure("making v and log_a (not timed with ssdops)", "ms", partial(_preparation_ms, bench, operands))
         row.measure("ssdops", "values not finite", partial(_not_finite, bench.ours, operands))
@@ -101,7 +113,8 @@ def forward(bench: Bench) -> Sections:
             )
             if difference is not None and not difference <= CLOSE:
                 row.notes[f"ssdops against {peer.name}"] = f"y differs by {difference:.3g}, more than {CLOSE}"
-        yield against(row, f"{name} {shape} forward", MAMBA, FORWARD_AT_LEAST[name])
+        yield against(row, f"{name} {shape} forward", MAMBA, FORWARD_AT_LEAST[name] if bench.backend == "triton" else 1.0)
+        yield from beside_triton(bench, row, f"{name} {shape} forward")
         floors = row.ratio("ssdops ms", "floor ms")
         yield Figure(f"{name} forward, measured / floor", floors, "×", "at most", None, stretch=FLOORS_AT_MOST)
         if name == "S1":
@@ -111,8 +124,11 @@ def forward(bench: Bench) -> Sections:
 def backward(bench: Bench) -> Sections:
     """Forward and backward, eager: against mamba_ssm."""
     for name, shape in bench.shapes.items():
-        row = time_sides(bench, draw(shape, bench.machine), both_ms, (bench.ours, MAMBA, FLA, CUDNN, FLASH))
-        yield against(row, f"{name} {shape} forward + backward", MAMBA, BACKWARD_AT_LEAST[name], BACKWARD_STRETCH[name])
+        sides = (bench.ours, *bench.others, MAMBA, FLA, CUDNN, FLASH)
+        row = time_sides(bench, draw(shape, bench.machine), both_ms, sides)
+        least, stretch = (BACKWARD_AT_LEAST[name], BACKWARD_STRETCH[name]) if bench.backend == "triton" else (1.0, None)
+        yield against(row, f"{name} {shape} forward + backward", MAMBA, least, stretch)
+        yield from beside_triton(bench, row, f"{name} {shape} forward + backward")
         if name == "S1":
             yield against_mamba1(bench, row, "forward + backward")
 
