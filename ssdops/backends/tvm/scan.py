@@ -32,7 +32,7 @@ MOST = 4
 """Heads of a backward pass at once on a CPU, if they fill the threads."""
 ROOM = 1 << 29
 """Bytes of scores and states that a backward pass on a GPU holds at once."""
-TWICE, MORE = 1.45, 10.0
+TWICE, MORE = 1.45, 30.0
 """Of rows in segments: a pass for the states between them and the walk, in walks, and in chunks what else is launched."""
 ALIGNED = 16
 """Bytes that a vector's address is a multiple of."""
@@ -249,12 +249,13 @@ class Scan:
         logs = sides.total[:, heads.first : heads.first + heads.number].unflatten(0, (self.rows, segments, -1)).sum(2)
         if not sides.term.causal:
             left, logs = left.flip(1), logs.flip(1)
-        until = torch.cat((torch.zeros_like(logs[:, :1]), logs.cumsum(1)), 1)  # sums of what is before each segment, and of all
-        decays = until[:, :-1, None] - until[:, None, 1:]  # of segment s, from behind segment t
-        weights = torch.where(decays.new_ones(segments, segments).tril(-1)[..., None].bool(), decays.exp(), 0)
-        states = torch.einsum("rsth,rthab->rshab", weights.to(self.acc), left)
+        logs = logs.transpose(1, 2)
+        behind = logs.cumsum(2)  # of segments up to each and with it, `[rows, heads, segments]`
+        before = behind - logs
+        weights = (before[..., None] - behind[..., None, :]).exp().tril(-1).to(self.acc)  # from behind segment t to before s
+        states = torch.einsum("rhst,rthab->rshab", weights, left)
         if initial is not None:
-            states += until[:, :-1].exp().to(self.acc)[..., None, None] * initial[:, None]
+            states += before.transpose(1, 2).exp().to(self.acc)[..., None, None] * initial[:, None]
         return (states if sides.term.causal else states.flip(1)).flatten(0, 1).contiguous()
 
     # --- passes ---------------------------------------------------------------------------------------------------------
