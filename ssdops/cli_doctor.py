@@ -46,6 +46,10 @@ def run(console: Console) -> None:
             verdict = Text("yes", style="green") if support.ok else Text(f"no: {support.reason}", style="yellow")
             backends.add_row(name, target.device, verdict)
     console.print(backends)
+    compilers = _table("compiler of 'tvm'", "usable")
+    for name, support in tvm_compilers().items():
+        compilers.add_row(name, Text("yes", style="green") if support.ok else Text(f"no: {support.reason}", style="yellow"))
+    console.print(compilers)
     console.print(f"SSDOPS_DEBUG={config.debug_level()}  SSDOPS_CHECK={int(config.check_values())}", highlight=False)
 
 
@@ -84,6 +88,14 @@ def usable(backend: str, target: Target) -> Support:
         return registry.get(backend).supports(Linear(log_a="log_a"), _plain_problem(target))
     except ImportError as error:
         return Support.no(f"cannot be imported: {error}")
+
+
+def tvm_compilers() -> dict[str, Support]:
+    """Whether the TVM backend can compile for CPUs and for GPUs here, and why not; TVM is not imported."""
+    from .backends.tvm import backend, toolkit
+
+    installed = backend.installed()
+    return {"LLVM": installed, "CUDA": toolkit.usable() if installed.ok else installed}
 
 
 def _plain_problem(target: Target) -> Problem:

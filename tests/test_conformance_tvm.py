@@ -26,7 +26,7 @@ from ssdops.testing import Conformance
 from ssdops.testing.structures import Make
 
 needs_tvm = pytest.mark.skipif(
-    not backend._installed().ok, reason="TVM is not installed; torch backends keep the same laws without it"
+    not backend.installed().ok, reason="TVM is not installed; torch backends keep the same laws without it"
 )
 
 
@@ -210,14 +210,14 @@ def test_what_to_install(versions: dict[str, str], monkeypatch: pytest.MonkeyPat
         return versions[package]
 
     monkeypatch.setattr(backend, "version", version)
-    backend._installed.cache_clear()
+    backend.installed.cache_clear()
     try:
         with pytest.raises(UnsupportedError, match=r"pip install 'ssdops\[tvm\]'"):
             q, k, v, log_a = inputs(seqlen=90 + len(versions))  # calls like one before are not planned again
             ssd(q, k, v, masks.decay(log_a), backend="tvm")
     finally:
         monkeypatch.undo()
-        backend._installed.cache_clear()
+        backend.installed.cache_clear()
 
 
 def test_chunk_sizes_that_there_are() -> None:
@@ -235,3 +235,72 @@ def test_auto_leaves_it_to_be_named() -> None:
     if "tvm" not in sys.modules:
         Tvm().supports(PLAIN, PROBLEM)
         assert "tvm" not in sys.modules
+
+
+PROGRAMS = {
+    "lines": {},
+    "scores": {"inner": 128, "whole": True},
+    "exchange": {},
+    "walk": {"inner": 128, "outer": 64, "whole": True, "resident": 2},
+    "walk states": {"inner": 128, "outer": 64, "whole": True, "mode": "states"},
+    "walk kept": {"inner": 64, "outer": 64, "mode": "kept", "scaled": True},
+    "walk met": {"inner": 64, "outer": 16, "whole": True, "mode": "met", "flipped": True},
+}
+
+
+def cuda_source(name: str, target: str, data: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What TVM writes for a GPU, here, where there is none."""
+    from ssdops.backends.tvm import build, toolkit
+
+    monkeypatch.setattr(toolkit, "prepare", lambda: None)
+    tile = Tile(target, data, "float32", 32 if data == "float32" else 64, **PROGRAMS[name])
+    source: str = build.compiled(name.split()[0], tile).mod.imports[0].inspect_source("cuda")
+    return source
+
+
+@needs_tvm
+@pytest.mark.tvm
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("data", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_are_compiled_for_gpus(name: str, data: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor cores multiply what has 16 bits, and barriers are the program's own."""
+    source = cuda_source(name, target, data, monkeypatch)
+    products = {"scores": 1, "walk": 3}.get(name.split()[0], 0) if name != "walk states" else 1
+    assert ("ssdops_multiply(" in source) == bool(products and data != "float32")
+    assert 1 <= source.count("__syncthreads()") <= 10
+    assert "int64_t" in source  # addresses may pass 2^31
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_nvcc_takes_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The walk of 16-bit numbers in 128 registers, so that a multiprocessor holds two, and hardly anything spilled."""
+    import re
+    import shutil
+
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc; that the text is written is tested without, and the GPU's tests compile it")
+    path = tmp_path / "walk.cu"
+    path.write_text(cuda_source("walk", "sm_90", "bfloat16", monkeypatch))
+    command = [nvcc, "-arch=sm_90", "-std=c++17", "--use_fast_math", "-w", "-cubin", "-Xptxas=-v", "-o", str(tmp_path / "o")]
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    registers, spilled = (re.search(pattern, done.stderr) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    assert registers and int(registers[1]) <= 128
+    assert spilled and int(spilled[1]) <= 64
+
+
+def test_no_compiler_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA's headers, or without a compiler, it is said what to install."""
+    from ssdops.backends.tvm import toolkit
+
+    monkeypatch.setattr(toolkit, "home", lambda: None)
+    with pytest.raises(UnsupportedError, match="set CUDA_PATH"):
+        toolkit.prepare()
+    monkeypatch.setattr(toolkit, "home", lambda: Path("cuda"))
+    monkeypatch.setattr(toolkit, "nvrtc", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UnsupportedError, match="pip install cuda-bindings"):
+        toolkit.prepare()

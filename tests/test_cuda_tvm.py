@@ -19,7 +19,7 @@ from ssdops.testing import Conformance
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; the same programs keep the laws on LLVM"),
-    pytest.mark.skipif(not backend._installed().ok, reason="TVM is not installed"),
+    pytest.mark.skipif(not backend.installed().ok, reason="TVM is not installed"),
 ]
 RELATIVE = {torch.bfloat16: 6e-3, torch.float16: 9e-4, torch.float32: 2e-6}
 """Greatest ‖error‖ / ‖result‖ allowed: twice what rounding operands, scores and gradients of a head to the dtype gives."""

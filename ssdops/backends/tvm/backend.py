@@ -52,7 +52,7 @@ class Tvm:
             )
         if p.state_every is not None and p.state_every % min(chunks(p)):
             return _between_chunks(p)
-        return reject_scan(term, self.name) or _installed()
+        return reject_scan(term, self.name) or installed()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Chunk sizes at whose ends states are wanted, or the one asked for."""
@@ -123,7 +123,7 @@ def _between_chunks(problem: Problem) -> Support:
 
 
 @cache
-def _installed() -> Support:
+def installed() -> Support:
     """Whether TVM and its FFI are here, of versions that work together. They are not imported."""
     for package, known in PACKAGES.items():
         try:

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from ...config import cache_dir, tvm_threads
-from ...errors import UnsupportedError
+from . import toolkit
 from .backend import PACKAGES
 from .tile import Tile
 
@@ -110,46 +109,11 @@ def compiled(name: str, tile: Tile) -> Any:
     scheduled = rules.schedule(make(tile), tile)
     if tile.target == "cpu":
         return tvm.compile(scheduled, target=Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}))
-    find_compiler()
+    toolkit.prepare()
     target = Target({"kind": "cuda", "arch": tile.target, **LIMITS}, host="llvm")
     # the program has its own barriers, and its tiles may lie over one another where those allow it
     with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=["s_tir.ThreadSync"]):
         return tvm.compile(scheduled, target=target)
-
-
-def find_compiler() -> None:
-    """Tell TVM what compiles CUDA here: NVRTC, which needs cuda-bindings and CUDA's headers, or nvcc.
-
-    Raises:
-        UnsupportedError: neither is here; what to install.
-    """
-    home = cuda_home()
-    nvrtc = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
-    if home is None or not (nvrtc or shutil.which("nvcc")):
-        raise UnsupportedError(
-            "'tvm' compiles for CUDA with NVRTC or nvcc, and found "
-            + ("no CUDA toolkit: set CUDA_PATH to one" if home is None else "neither: pip install cuda-bindings")
-            + "; 'triton' needs none"
-        )
-    os.environ.setdefault("CUDA_PATH", str(home))
-    if not nvrtc:
-        os.environ.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
-
-
-@cache
-def cuda_home() -> Path | None:
-    """Where CUDA's headers are: as said, at the usual place, beside nvcc, or in NVIDIA's packages."""
-    nvcc = shutil.which("nvcc")
-    places = [os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    places += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
-    places += [str(Path(place) / f"cu{torch.version.cuda.split('.')[0]}") for place in _nvidia()] if torch.version.cuda else []
-    return next((Path(place) for place in places if place and (Path(place) / "include" / "cuda_runtime.h").exists()), None)
-
-
-def _nvidia() -> list[str]:
-    """Where NVIDIA's packages are installed."""
-    spec = find_spec("nvidia")
-    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def _load(path: Path) -> Callable[..., None]:
