@@ -243,7 +243,7 @@ PROGRAMS = {
     "exchange": {},
     "walk": {"inner": 128, "outer": 64, "whole": True, "resident": 2},
     "walk states": {"inner": 128, "outer": 64, "whole": True, "mode": "states"},
-    "walk kept": {"inner": 64, "outer": 64, "mode": "kept", "scaled": True},
+    "walk kept": {"inner": 64, "outer": 64, "mode": "kept"},
     "walk met": {"inner": 64, "outer": 16, "whole": True, "mode": "met", "flipped": True},
 }
 

@@ -147,7 +147,7 @@ class Scan:
     def program(self, name: str, **fields: Any) -> Callable[..., None]:
         """A compiled one."""
         data, acc = (str(dtype).removeprefix("torch.") for dtype in (self.data, self.acc))
-        return build.program(name, Tile(self.machine.target, data, acc, self.chunk, scaled=self.scaled, **fields))
+        return build.program(name, Tile(self.machine.target, data, acc, self.chunk, **fields))
 
     def sides(self, term: Linear) -> Sides:
         """Of the term, or of its transpose: then what weighs rows, and what is added to their logs, is columns'."""
@@ -161,7 +161,7 @@ class Scan:
             (u, w), scales = self.scales, (self.scale, 1.0)
             if not mine:
                 r, c, u, w, scales = c, r, w, u, scales[::-1]
-            self.program("lines")(
+            self.program("lines", scaled=self.scaled)(
                 self.d, r, c, u, w, self.chunks, lines, total, *scales, self.seqlen, int(term.causal),
                 int(term.row_inclusive), int(term.col_inclusive),
             )  # fmt: skip

@@ -26,7 +26,7 @@ class Tile:
         acc: dtype of sums, states and scales. Log decays are float64.
         chunk: tokens of a chunk.
         inner, outer: of a walk, the size of q and k, padded, and how much of v's one program walks; scores have only inner.
-        scaled: whether rows and columns have scales, or logs of such.
+        scaled: of lines, whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
         mode: of a walk, KEPT, EVERY, MET or STATES, or none of them.
