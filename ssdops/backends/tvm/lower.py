@@ -376,6 +376,7 @@ def walk(tile: Tile) -> Any:
                         with T.sblock("take"):
                             vm, vp = T.axis.remap("SS", [m, p])
                             state[vm, vp] = passage[vm, vp]
+                barrier(tile)
                 for step in range(chunk_count):
                     with T.sblock("chunk"):
                         at = T.axis.spatial(1 << 40, step)
