@@ -4,6 +4,8 @@ SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pas
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
 SSDOPS_CACHE_DIR  where compiled programs are kept; by default the platform's cache directory
 TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
+CUDA_PATH, CUDA_HOME  where TVM finds CUDA's headers, if not at a usual place
+TVM_CUDA_COMPILE_MODE  (TVM's own) nvrtc or nvcc; by default nvrtc where cuda-bindings is
 TVM_NUM_THREADS   (TVM's own) threads of the TVM backend; by default as many as torch has when that backend first runs
 """
 
@@ -48,3 +50,15 @@ def tvm_threads(default: int) -> int:
     """How many threads TVM is to have: it looks when it makes them. Left alone it takes one, and binds the process to cores."""
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     return int(os.environ.setdefault("TVM_NUM_THREADS", str(default)))
+
+
+def cuda_homes() -> list[str]:
+    """Where the user says that CUDA is."""
+    return [place for name in ("CUDA_PATH", "CUDA_HOME") if (place := os.environ.get(name))]
+
+
+def tell_tvm(cuda: Path, nvrtc: bool) -> None:
+    """Where CUDA is and what compiles it, unless the user has said so: TVM looks when it compiles."""
+    os.environ.setdefault("CUDA_PATH", str(cuda))
+    if not nvrtc:
+        os.environ.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")

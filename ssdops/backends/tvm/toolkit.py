@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from functools import cache
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ...config import cuda_homes, tell_tvm
 from ...errors import UnsupportedError
 from ..base import Support
 
@@ -29,12 +29,10 @@ def prepare() -> None:
     Raises:
         UnsupportedError: there is none; what to install.
     """
-    support = usable()
-    if not support.ok:
+    support, found = usable(), home()
+    if found is None or not support.ok:
         raise UnsupportedError(f"'tvm' compiles for CUDA with NVRTC or nvcc, and {support.reason}; 'triton' needs neither")
-    os.environ.setdefault("CUDA_PATH", str(home()))
-    if not nvrtc():
-        os.environ.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
+    tell_tvm(found, nvrtc())
 
 
 def nvrtc() -> bool:
@@ -46,9 +44,9 @@ def nvrtc() -> bool:
 def home() -> Path | None:
     """Where CUDA's headers are: as said, at the usual place, beside nvcc, or in NVIDIA's packages."""
     nvcc, nvidia = shutil.which("nvcc"), find_spec("nvidia")
-    places = [os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places = [*cuda_homes(), "/usr/local/cuda"]
     places += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
     if torch.version.cuda and nvidia:
         major = torch.version.cuda.split(".")[0]
         places += [f"{place}/cu{major}" for place in nvidia.submodule_search_locations or []]
-    return next((Path(place) for place in places if place and (Path(place) / "include" / "cuda_runtime.h").exists()), None)
+    return next((Path(place) for place in places if (Path(place) / "include" / "cuda_runtime.h").exists()), None)
