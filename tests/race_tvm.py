@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool racecheck python tests/race_tvm.py    # and --tool memcheck
 
-Its programs have barriers of their own (`lower.walk`), and tiles that lie over one another: no result shows a race that
+Its programs have barriers of their own (`walk.py`), and tiles that lie over one another: no result shows a race that
 happens to end well.
 """
 

@@ -167,11 +167,11 @@ def test_products_are_vectors() -> None:
 
     import tvm
 
-    from ssdops.backends.tvm import lower, rules
+    from ssdops.backends.tvm import rules, walk
 
     if platform.machine() != "x86_64":
         pytest.skip("looks at x86 assembly; conformance covers other processors")
-    scheduled = rules.schedule(lower.walk(tile := Tile("cpu", "float32", "float32", 32, 128, 64, whole=True)), tile)
+    scheduled = rules.schedule(walk.walk(tile := Tile("cpu", "float32", "float32", 32, 128, 64, whole=True)), tile)
     built = tvm.compile(scheduled, target=tvm.target.Target({"kind": "llvm", "mcpu": "haswell"}))
     assembly = built.mod.inspect_source("asm")
     vectors, single = (sum(name in line for line in assembly.splitlines()) for name in ("ps\t", "ss\t"))

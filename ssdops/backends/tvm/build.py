@@ -30,7 +30,17 @@ from .tile import Tile
 THREADS = tvm_threads(torch.get_num_threads())
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
 """Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
-SOURCES = ("lower.py", "exchange.py", "parts.py", "rules.py", "rules_cpu.py", "rules_cuda.py", "tensor_cores.py", "tile.py")
+SOURCES = (
+    "lower.py",
+    "walk.py",
+    "exchange.py",
+    "parts.py",
+    "rules.py",
+    "rules_cpu.py",
+    "rules_cuda.py",
+    "tensor_cores.py",
+    "tile.py",
+)
 
 
 class Alone:
@@ -103,9 +113,9 @@ def compiled(name: str, tile: Tile) -> Any:
     import tvm
     from tvm.target import Target, codegen
 
-    from . import exchange, lower, rules
+    from . import exchange, lower, rules, walk
 
-    make = {"lines": lower.lines, "scores": lower.scores, "walk": lower.walk, "exchange": exchange.exchange}[name]
+    make = {"lines": lower.lines, "scores": lower.scores, "walk": walk.walk, "exchange": exchange.exchange}[name]
     scheduled = rules.schedule(make(tile), tile)
     if tile.target == "cpu":
         return tvm.compile(scheduled, target=Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}))

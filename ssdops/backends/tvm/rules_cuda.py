@@ -45,7 +45,7 @@ SCALARS = ("place", "owner", "here")
 TILES = (
     "qt", "kt", "vt", "vs", "low_t", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t",
 )  # fmt: skip
-"""What TVM is to lay over what is not needed any more, which is safe only with a barrier between: see `lower.walk`."""
+"""What TVM is to lay over what is not needed any more, which is safe only with a barrier between: see `walk.py`."""
 COLUMNS = 4
 """Of a product that is not the tensor cores': how many a thread sums up, of as many rows as it takes."""
 PADDING = 8

@@ -1,0 +1,369 @@
+"""The tensor program of a walk along rows, chunk by chunk: see `lower.py` for what it is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from .parts import (
+    barrier,
+    bound,
+    decay,
+    exp,
+    first_slot,
+    fits,
+    meets,
+    near,
+    number,
+    shared,
+    sizes,
+    summed,
+    under,
+    within,
+)
+from .tile import EVERY, INTO, KEPT, LANES, LINES, MET, OUT_OF, STATES, Tile, U, W
+
+
+def walk(tile: Tile) -> Any:
+    """y and the state that leaves, of every row, head and part of v, from the state that enters.
+
+    Parameters, in order: q, k, v `[tokens, heads of their own, size]`; g `[slots, heads of its own, C, C]`; lines and E of
+    `lines`; begin `[rows + 1]`; of the `count` heads from head0 on that are walked, entering `[rows, count, inner, outer]`, y
+    `[tokens, y_heads, outer]` from head y0 on, leaving; then, as the mode says, own `[tokens, heads of its own, outer]`, dots
+    `[tokens, count, parts]` = ⟨own_i, exp(ρ_i) Sᵀ q_i⟩, kept `[slots, count, inner, outer]`, met, which another walk has kept,
+    and through `[slots, count, padded outer]`, which sums up to ⟨met, exp(E) S⟩; and the numbers head0, y0, g0 and g_share
+    (head h has the scores of head (h − g0) / g_share), enters (whether a state does), seqlen, causal, strict.
+
+    On a GPU a chunk has these parts, with barriers between: loads; weights and what is rounded; products; what they summed up,
+    to shared memory; and from there. Tiles of different parts may share memory, but for those that are cleared at first.
+    """
+    C, D1, D2, data, acc = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc
+    FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
+    keeping, line = acc if tile.mode == EVERY else data, tile.line
+    STRAIGHT = whole and tile.target != "cpu"  # states from memory to where they are summed, and back
+
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    def main(
+        q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
+        entering_: T.handle, y_: T.handle, leaving_: T.handle, own_: T.handle, dots_: T.handle, kept_: T.handle,
+        met_: T.handle, through_: T.handle, head0: T.int64, y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64,
+        seqlen: T.int64, causal: T.int64, strict: T.int64,
+    ) -> None:  # fmt: skip
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        tokens, slots, kept_slots, met_slots, rows, ends, entering_rows, nheads, count, parts = sizes(10)
+        q_heads, k_heads, v_heads, g_heads, own_heads, y_heads, dot_tokens = sizes(7)
+        inner_filled, outer_filled = sizes(2)
+        # as multiples of tiles where they are, so that addresses of vectors are seen to be multiples too
+        inner = T.meta_var(D1 if whole else inner_filled)
+        outer = T.meta_var(parts * D2 if whole else outer_filled)
+        q = T.match_buffer(q_, (tokens, q_heads, inner), data)
+        k = T.match_buffer(k_, (tokens, k_heads, inner), data)
+        v = T.match_buffer(v_, (tokens, v_heads, outer), data)
+        g = T.match_buffer(g_, (slots, g_heads, C, C), data)
+        lines = T.match_buffer(lines_, (slots, nheads, LINES, C), line)
+        total = T.match_buffer(total_, (slots, nheads), "float64")
+        begin = T.match_buffer(begin_, (ends,), "int64")
+        entering = T.match_buffer(entering_, (entering_rows, count, inner, outer), acc)
+        y = T.match_buffer(y_, (tokens, y_heads, outer), data)
+        leaving = T.match_buffer(leaving_, (rows, count, inner, outer), acc)
+        own = T.match_buffer(own_, (tokens, own_heads, outer), data)
+        dots = T.match_buffer(dots_, (dot_tokens, count, parts), acc)
+        kept = T.match_buffer(kept_, (kept_slots, count, inner, outer), keeping)
+        met = T.match_buffer(met_, (met_slots, count, inner, outer), keeping)
+        through = T.match_buffer(through_, (met_slots, count, parts * D2), acc)
+        for row_, head_, part_ in T.grid(rows, count, parts):
+            with T.sblock("program"):
+                row, h, part = T.axis.remap("SSS", [row_, head_, part_])
+                place = T.sblock_alloc_buffer((3,), "int64")
+                owner = T.sblock_alloc_buffer((5,), "int64")
+                here = T.sblock_alloc_buffer((2,), "int64")
+                tokens_t = T.sblock_alloc_buffer((LINES, C), line)
+                gt = T.sblock_alloc_buffer((C, C), data)
+                low_t = T.sblock_alloc_buffer((D1, D2), data)
+                out = T.sblock_alloc_buffer((C, D2), data)
+                shown = T.sblock_alloc_buffer((C, D2), acc)
+                lanes = T.sblock_alloc_buffer((C, LANES), acc)
+                passage = T.sblock_alloc_buffer((D1, D2), acc)
+                state = T.sblock_alloc_buffer((D1, D2), acc)
+                after = T.sblock_alloc_buffer((D1, D2), acc)
+                left = T.sblock_alloc_buffer((D1, D2), acc)
+                start = T.meta_var(place[0])
+                as_sum = T.meta_var(lambda value: T.Cast(acc, value) if exact else value)
+                end = T.meta_var(place[1])
+                chunk_count = T.meta_var((bound(begin, row + 1, seqlen) - bound(begin, row, seqlen) + C - 1) // C)
+                for i in range(1):
+                    with T.sblock("place"):
+                        vi = T.axis.spatial(1, i)
+                        place[vi] = bound(begin, row, seqlen)
+                        place[vi + 1] = bound(begin, row + 1, seqlen)
+                        place[vi + 2] = first_slot(begin, row, seqlen, C)
+                        owner[vi] = shared(head0 + h, nheads, q_heads)
+                        owner[vi + 1] = shared(head0 + h, nheads, k_heads)
+                        owner[vi + 2] = shared(head0 + h, nheads, v_heads)
+                        owner[vi + 3] = T.truncdiv(head0 + h - g0, g_share)
+                        owner[vi + 4] = shared(head0 + h, nheads, own_heads)
+                if tile.target != "cpu" and tile.mode != STATES:
+                    for which, i in T.grid(LINES, C):
+                        with T.sblock("clear"):  # what is written before the first chunk keeps its place in shared memory
+                            vw, vi = T.axis.remap("SS", [which, i])
+                            tokens_t[vw, vi] = number(0, line)
+                    for i, j in T.grid(C, C):
+                        with T.sblock("clear_g"):
+                            vi, vj = T.axis.remap("SS", [i, j])
+                            gt[vi, vj] = T.Cast(data, 0)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("clear_low"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            low_t[vm, vp] = T.Cast(data, 0)
+                    for i, p in T.grid(C, D2):
+                        with T.sblock("clear_out"):
+                            vi, vp = T.axis.remap("SS", [i, p])
+                            out[vi, vp] = T.Cast(data, 0)
+                    if tile.mode in (KEPT, MET):
+                        for i, p in T.grid(C, D2):
+                            with T.sblock("clear_shown"):
+                                vi, vp = T.axis.remap("SS", [i, p])
+                                shown[vi, vp] = number(0, acc)
+                        for i, lane in T.grid(C, LANES):
+                            with T.sblock("clear_lanes"):
+                                vi, vl = T.axis.remap("SS", [i, lane])
+                                lanes[vi, vl] = number(0, acc)
+                if STRAIGHT:
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("take_straight"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            state[vm, vp] = entering[row, h, vm, part * D2 + vp]
+                else:
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("enter"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            passage[vm, vp] = T.if_then_else(
+                                enters == 1,
+                                within(
+                                    whole,
+                                    under(vm, inner) and under(part * D2 + vp, outer),
+                                    entering[row, h, vm, part * D2 + vp],
+                                    acc,
+                                ),
+                                number(0, acc),
+                            )
+                    barrier(tile)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("take"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            state[vm, vp] = passage[vm, vp]
+                barrier(tile)
+                for step in range(chunk_count):
+                    with T.sblock("chunk"):
+                        at = T.axis.spatial(1 << 40, step)
+                        passed = T.sblock_alloc_buffer((1,), acc)  # exp(E)
+                        qt = T.sblock_alloc_buffer((C, D1), data)
+                        kt = T.sblock_alloc_buffer((C, D1), data)
+                        vt = T.sblock_alloc_buffer((C, D2), data)
+                        vs = T.sblock_alloc_buffer((C, D2), data)
+                        low_here = T.sblock_alloc_buffer((D1, D2), data)
+                        low = T.meta_var(low_here if tile.target == "cpu" else low_t)
+                        weight = T.sblock_alloc_buffer((C, C), data)
+                        weights = T.sblock_alloc_buffer((C, C), data)
+                        read = T.sblock_alloc_buffer((C, D2), acc)
+                        inside = T.sblock_alloc_buffer((C, D2), acc)
+                        full = T.sblock_alloc_buffer((D1, D2), acc)
+                        added = T.sblock_alloc_buffer((D1, D2), acc)
+                        passing = T.sblock_alloc_buffer((LANES, D2), acc)
+                        first = T.meta_var(here[0])
+                        slot = T.meta_var(here[1])
+                        for i in range(1):
+                            with T.sblock("here"):
+                                vi = T.axis.spatial(1, i)
+                                here[vi] = start + T.Select(causal == 1, at, (end - start + C - 1) // C - 1 - at) * C
+                                here[vi + 1] = place[2] + T.Select(causal == 1, at, (end - start + C - 1) // C - 1 - at)
+                        for i in range(1):
+                            with T.sblock("pass"):
+                                vi = T.axis.spatial(1, i)
+                                passed[vi] = exp(total[slot, head0 + h], acc, exact)
+                        for which, i in T.grid(LINES, C):
+                            with T.sblock("load_lines"):
+                                vw, vi = T.axis.remap("SS", [which, i])
+                                tokens_t[vw, vi] = lines[slot, head0 + h, vw, vi]
+                        if tile.mode != STATES:
+                            for i, m in T.grid(C, D1):
+                                with T.sblock("load_q"):
+                                    vi, vm = T.axis.remap("SS", [i, m])
+                                    qt[vi, vm] = within(whole, under(vm, inner), q[near(first + vi, end), owner[0], vm], data)
+                        for i, m in T.grid(C, D1):
+                            with T.sblock("load_k"):
+                                vi, vm = T.axis.remap("SS", [i, m])
+                                kt[vi, vm] = within(whole, under(vm, inner), k[near(first + vi, end), owner[1], vm], data)
+                        for i, p in T.grid(C, D2):
+                            with T.sblock("load_v"):
+                                vi, vp = T.axis.remap("SS", [i, p])
+                                vt[vi, vp] = within(
+                                    whole,
+                                    under(part * D2 + vp, outer),
+                                    v[near(first + vi, end), owner[2], part * D2 + vp],
+                                    data,
+                                )
+                        if tile.mode != STATES:
+                            for i, j in T.grid(C, C):
+                                with T.sblock("load_g"):
+                                    vi, vj = T.axis.remap("SS", [i, j])
+                                    gt[vi, vj] = g[slot, owner[3], vi, vj]
+                        barrier(tile)
+                        if tile.mode != STATES:
+                            for i, j in T.grid(C, C):
+                                with T.sblock("weigh"):
+                                    vi, vj = T.axis.remap("SS", [i, j])
+                                    weight[vi, vj] = T.Cast(
+                                        data,
+                                        T.Cast(acc, tokens_t[W, vj])
+                                        * T.Cast(acc, gt[vj if FLIPPED else vi, vi if FLIPPED else vj])
+                                        * decay(tile, tokens_t, vi, vj, meets(vi, vj, causal, strict)),
+                                    )
+                        for i, p in T.grid(C, D2):
+                            with T.sblock("scale_v"):
+                                vi, vp = T.axis.remap("SS", [i, p])
+                                vs[vi, vp] = T.Cast(
+                                    data, T.Cast(acc, tokens_t[INTO, vi] * tokens_t[W, vi]) * T.Cast(acc, vt[vi, vp])
+                                )
+                        if tile.mode != STATES:
+                            for i, j in T.grid(C, C):
+                                with T.sblock("put"):
+                                    vi, vj = T.axis.remap("SS", [i, j])
+                                    weights[vi, vj] = weight[vi, vj]
+                            for m, p in T.grid(D1, D2):
+                                with T.sblock("round"):
+                                    vm, vp = T.axis.remap("SS", [m, p])
+                                    low[vm, vp] = state[vm, vp] if data == acc else T.Cast(data, state[vm, vp])
+                        barrier(tile)
+                        if tile.mode == KEPT:
+                            for m, p in T.grid(D1, D2):
+                                with T.sblock("keep"):
+                                    vm, vp = T.axis.remap("SS", [m, p])
+                                    T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
+                                    kept[slot, h, vm, part * D2 + vp] = low[vm, vp]
+                        if tile.mode == MET:
+                            for lane, p, m in T.grid(LANES, D2, D1 // LANES):
+                                with T.sblock("passing"):
+                                    vl, vp, vm = T.axis.remap("SSR", [lane, p, m])
+                                    with T.init():
+                                        passing[vl, vp] = number(0, acc)
+                                    passing[vl, vp] = passing[vl, vp] + T.Cast(acc, low[vm * LANES + vl, vp]) * T.Cast(
+                                        acc,
+                                        within(
+                                            whole,
+                                            under(vm * LANES + vl, inner) and under(part * D2 + vp, outer),
+                                            met[slot, h, vm * LANES + vl, part * D2 + vp],
+                                            keeping,
+                                        ),
+                                    )
+                        if tile.mode != STATES:
+                            for i, p, m in T.grid(C, D2, D1):
+                                with T.sblock("reads"):
+                                    vi, vp, vm = T.axis.remap("SSR", [i, p, m])
+                                    with T.init():
+                                        read[vi, vp] = number(0, acc)
+                                    read[vi, vp] = read[vi, vp] + T.Cast(acc, qt[vi, vm]) * T.Cast(acc, low[vm, vp])
+                            for i, p, j in T.grid(C, D2, C):
+                                with T.sblock("values"):
+                                    vi, vp, vj = T.axis.remap("SSR", [i, p, j])
+                                    with T.init():
+                                        inside[vi, vp] = number(0, acc)
+                                    inside[vi, vp] = inside[vi, vp] + T.Cast(acc, weights[vi, vj]) * T.Cast(acc, vt[vj, vp])
+                        for m, p, j in T.grid(D1, D2, C):
+                            with T.sblock("update"):
+                                vm, vp, vj = T.axis.remap("SSR", [m, p, j])
+                                with T.init():
+                                    added[vm, vp] = number(0, acc)
+                                added[vm, vp] = added[vm, vp] + T.Cast(acc, kt[vj, vm]) * T.Cast(acc, vs[vj, vp])
+                        for m, p in T.grid(D1, D2):
+                            with T.sblock("carry"):
+                                vm, vp = T.axis.remap("SS", [m, p])
+                                after[vm, vp] = state[vm, vp] * passed[0] + added[vm, vp]
+                        barrier(tile)
+                        if tile.mode != STATES:
+                            for i, p in T.grid(C, D2):
+                                with T.sblock("join"):
+                                    vi, vp = T.axis.remap("SS", [i, p])
+                                    out[vi, vp] = T.Cast(
+                                        data,
+                                        as_sum(tokens_t[U, vi])
+                                        * (as_sum(tokens_t[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
+                                    )
+                        if tile.mode in (KEPT, MET):
+                            for i, p in T.grid(C, D2):
+                                with T.sblock("show"):
+                                    vi, vp = T.axis.remap("SS", [i, p])
+                                    shown[vi, vp] = read[vi, vp]
+                        if tile.mode == MET:
+                            for p in range(D2):
+                                with T.sblock("passed"):
+                                    vp = T.axis.spatial(D2, p)
+                                    through[slot, h, part * D2 + vp] = passed[0] * summed(LANES, lambda lane: passing[lane, vp])
+                        if tile.mode == EVERY:
+                            for m, p in T.grid(D1, D2):
+                                with T.sblock("show_state"):
+                                    vm, vp = T.axis.remap("SS", [m, p])
+                                    full[vm, vp] = state[vm, vp]
+                        barrier(tile)
+                        if tile.mode in (KEPT, MET):
+                            for i, lane, p in T.grid(C, LANES, D2 // LANES):
+                                with T.sblock("dot_lanes"):
+                                    vi, vl, vp = T.axis.remap("SSR", [i, lane, p])
+                                    with T.init():
+                                        lanes[vi, vl] = number(0, acc)
+                                    lanes[vi, vl] = lanes[vi, vl] + shown[vi, vp * LANES + vl] * T.Cast(
+                                        acc,
+                                        within(
+                                            whole,
+                                            under(part * D2 + vp * LANES + vl, outer),
+                                            own[near(first + vi, end), owner[4], part * D2 + vp * LANES + vl],
+                                            data,
+                                        ),
+                                    )
+                        if tile.mode != STATES:
+                            for i, p in T.grid(C, D2):
+                                with T.sblock("store"):
+                                    vi, vp = T.axis.remap("SS", [i, p])
+                                    T.where(first + i < end and fits(whole, part * D2 + p, outer))
+                                    y[first + vi, y0 + h, part * D2 + vp] = out[vi, vp]
+                        if tile.mode in (KEPT, MET):
+                            barrier(tile)
+                            for i in range(C):
+                                with T.sblock("dot"):
+                                    vi = T.axis.spatial(C, i)
+                                    T.where(first + i < end)
+                                    dots[first + vi, h, part] = T.Cast(acc, tokens_t[OUT_OF, vi]) * summed(
+                                        LANES, lambda lane: lanes[vi, lane]
+                                    )
+                        if tile.mode == EVERY:
+                            for m, p in T.grid(D1, D2):
+                                with T.sblock("keep"):
+                                    vm, vp = T.axis.remap("SS", [m, p])
+                                    T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
+                                    kept[slot, h, vm, part * D2 + vp] = full[vm, vp]
+                    if tile.mode in (KEPT, EVERY, MET):
+                        barrier(tile)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("turn"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            state[vm, vp] = after[vm, vp]
+                if STRAIGHT:
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("leave_straight"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            leaving[row, h, vm, part * D2 + vp] = state[vm, vp]
+                else:
+                    barrier(tile)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("give_state"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            left[vm, vp] = state[vm, vp]
+                    barrier(tile)
+                    for m, p in T.grid(D1, D2):
+                        with T.sblock("leave"):
+                            vm, vp = T.axis.remap("SS", [m, p])
+                            T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
+                            leaving[row, h, vm, part * D2 + vp] = left[vm, vp]
+
+    return main
