@@ -248,6 +248,10 @@ PROGRAMS = {
 }
 
 
+BARRIERS = {"lines": 3, "scores": 1, "exchange": 6, "walk": 5, "walk states": 5, "walk kept": 10, "walk met": 7}
+"""Of each: no test without a GPU sees one that is missing. After a change of them, see `race_tvm.py`."""
+
+
 def cuda_source(name: str, target: str, data: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What TVM writes for a GPU, here, where there is none."""
     from ssdops.backends.tvm import build, toolkit
@@ -268,7 +272,7 @@ def test_programs_are_compiled_for_gpus(name: str, data: str, target: str, monke
     source = cuda_source(name, target, data, monkeypatch)
     products = {"scores": 1, "walk": 3}.get(name.split()[0], 0) if name != "walk states" else 1
     assert ("ssdops_multiply(" in source) == bool(products and data != "float32")
-    assert 1 <= source.count("__syncthreads()") <= 10
+    assert source.count("__syncthreads()") == BARRIERS[name]
     assert "int64_t" in source  # addresses may pass 2^31
 
 

@@ -59,10 +59,11 @@ class Machine:
 
     def needed(self, inner: int, outer: int, chunk: int, mode: str) -> int:
         """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, the state where products
-        multiply it, and with a mode what is read from it, in float32. What comes before and after them lies over them.
+        multiply it, and with a mode what is read from it or passes it, in float32. What comes before and after lies over them.
         """
         numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * 8) + inner * (outer + 8)
         in_float32 = chunk * (outer + 8 + LANES) if mode in (KEPT, MET) else 0
+        in_float32 += LANES * outer if mode == MET else 0
         return -(-(self.data.itemsize * numbers + 4 * in_float32) // KIB) + OWN
 
 

@@ -1,8 +1,7 @@
 """Schedules for CUDA GPUs: small rules for kinds of blocks, found by name, and what applies them to a program.
 
-A program is a block of threads: `warps` of 32. Tiles lie in shared memory, and TVM puts barriers between blocks that write
-them and blocks that read them. Products of 16-bit numbers are the tensor cores', by warps; others are by threads, each with
-its sums in registers.
+A program is a block of threads: `warps` of 32. Tiles lie in shared memory; barriers are the program's own (`parts.barrier`).
+Products of 16-bit numbers are the tensor cores', by warps; others are by threads, each with its sums in registers.
 """
 
 from __future__ import annotations
@@ -140,13 +139,13 @@ def spread(sch: Schedule, name: str, warps: int, whole: bool) -> None:
     fused = sch.fuse(*spatial[:-1], last)
     extent = int(sch.get(fused).extent)
     inside = fused
-    if extent % WARP == 0:  # else every thread does all of it: TVM puts no barrier into what only some threads do
+    if extent % WARP == 0:  # else every thread does all of it: of what only some do, TVM forgets who writes single numbers
         y, inside = sch.split(fused, [None, WARP])
         sch.bind(inside, "threadIdx.x")
-        if extent % (warps * WARP) == 0:  # else every warp does all of it
+        if extent % (warps * WARP) == 0:  # else every warp does all of it, and writes what the others write
             again, y = sch.split(y, [None, warps])
             sch.bind(y, "threadIdx.y")
-            sch.unroll(again)  # else TVM puts a barrier into every round
+            sch.unroll(again)  # so that loads of all rounds are under way at once
     if out is not None:
         sch.reverse_compute_at(out, inside)
         sch.decompose_reduction(block, sch.get_loops(block)[-summed])

@@ -26,8 +26,6 @@ from . import build
 from .machine import machine
 from .tile import EVERY, KEPT, LINES, MET, STATES, Tile
 
-CHUNK = 32
-"""Tokens of a chunk by default, on a CPU."""
 MOST = 4
 """Heads of a backward pass at once on a CPU, if they fill the threads."""
 ROOM = 1 << 29
