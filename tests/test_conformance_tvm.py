@@ -90,7 +90,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
     assert (run(tmp_path), run(tmp_path)) == (("True", ""), ("False", ""))
     kept = sorted((tmp_path / "tvm").iterdir())
-    assert [path.name.split("-")[0] for path in kept] == ["lines", "scores", "walk"]
+    assert [path.name.split("-")[0] for path in kept] == ["lines", "outputs", "scores"]
     kept[0].write_bytes(b"no library")
     imported, warned = run(tmp_path)
     assert imported == "True" and "cannot be loaded, and is made anew" in warned
@@ -102,19 +102,35 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 @needs_tvm
 @pytest.mark.tvm
-def test_heads_some_at_a_time_say_what_all_at_once_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward pass takes a few heads at a time, whichever operands they share."""
-    for groups in (1, 2, 8):
-        leaves = [x.requires_grad_() for x in inputs(nheads=8, groups=groups)]
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_heads_together_says_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are walked together, and programs side by side, by how many share an operand and how many threads there are."""
+    monkeypatch.setattr("ssdops.backends.tvm.build.THREADS", threads)
+    for q_heads, k_heads, v_heads in ((1, 1, 12), (12, 12, 12), (2, 3, 12), (1, 2, 4), (1, 1, 1), (6, 1, 4), (12, 1, 6)):
+        q, k, v, log_a = (x[:1] for x in inputs(nheads=12, groups=12, seqlen=300))
+        leaves = [x.clone().requires_grad_() for x in (q[:, :, :q_heads], k[:, :, :k_heads], v[:, :, :v_heads], log_a)]
 
-        def gradients(leaves: list[Tensor] = leaves) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(ssd(*leaves[:3], masks.decay(leaves[3]), backend="tvm").square().sum(), leaves)
+        def gradients(backend: str, leaves: list[Tensor] = leaves) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(ssd(*leaves[:3], masks.decay(leaves[3]), backend=backend).square().sum(), leaves)
 
-        monkeypatch.setattr("ssdops.backends.tvm.scan.MOST", 8)
-        wanted = gradients()
-        monkeypatch.setattr("ssdops.backends.tvm.scan.MOST", 2)
-        for x, y in zip(gradients(), wanted, strict=True):
+        for x, y in zip(gradients("tvm"), gradients("chunked"), strict=True):
             assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_gradients_of_what_was_not_saved() -> None:
+    """Under a transform nothing is saved between the passes: the states that enter segments are worked out again."""
+    from torch.func import grad
+
+    q, k, v, log_a = inputs(seqlen=600)
+
+    def loss(log_a: Tensor) -> Tensor:
+        return ssd(q, k, v, masks.decay(log_a), backend="tvm").square().sum()
+
+    leaf = log_a.clone().requires_grad_()
+    saved = torch.autograd.grad(loss(leaf), leaf)[0]
+    assert (grad(loss)(log_a) - saved).abs().max() <= 1e-6 * saved.abs().max()
 
 
 @needs_tvm
@@ -162,22 +178,22 @@ def test_scores_lower_to_this_program() -> None:
 @needs_tvm
 @pytest.mark.tvm
 def test_products_are_vectors() -> None:
-    """On x86 the products of a walk are fused multiply-adds of whole vectors, and nothing multiplies single numbers in them."""
+    """On x86 products are fused multiply-adds of whole vectors, and nothing multiplies single numbers in them."""
     import platform
 
     import tvm
 
-    from ssdops.backends.tvm import rules, walk
+    from ssdops.backends.tvm import outputs, rules
 
     if platform.machine() != "x86_64":
         pytest.skip("looks at x86 assembly; conformance covers other processors")
-    scheduled = rules.schedule(walk.walk(tile := Tile("cpu", "float32", "float32", 32, 128, 64, whole=True)), tile)
+    scheduled = rules.schedule(outputs.outputs(tile := Tile("cpu", "float32", "float32", 32, 128, 64, whole=True)), tile)
     built = tvm.compile(scheduled, target=tvm.target.Target({"kind": "llvm", "mcpu": "haswell"}))
     assembly = built.mod.inspect_source("asm")
-    vectors, single = (sum(name in line for line in assembly.splitlines()) for name in ("ps\t", "ss\t"))
+    products = [line.split()[0] for line in assembly.splitlines() if line.strip().startswith("vfmadd")]
     fused = [line for line in assembly.splitlines() if "vfmadd" in line and "ps" in line and "ymm" in line]
     assert len(fused) >= 3 * 8 * 4  # three products, of eight sums in registers, four steps written out
-    assert vectors > 4 * single
+    assert sum(name.endswith("ss") for name in products) < 10  # exp(E), once per chunk
 
 
 CPU = torch.device("cpu")

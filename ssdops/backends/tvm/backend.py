@@ -86,10 +86,10 @@ class Tvm:
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
         assert isinstance(term, Linear)  # supports() refuses the rest
-        return _passes()[0](term, x, config)
+        return _passes()[0](term, x, config, save)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
-        """Scores of both sides, a walk for each of dQ, dK and dV, and what tokens exchange."""
+        """One walk on a CPU, one for each of dQ, dK and dV on a GPU, and what tokens exchange."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
         assert isinstance(term, Linear)  # supports() refuses the rest
@@ -97,9 +97,11 @@ class Tvm:
 
 
 @cache
-def _passes() -> tuple[Callable[[Linear, Inputs, Config], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]]:
+def _passes() -> tuple[
+    Callable[[Linear, Inputs, Config, bool], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]
+]:
     """Forward and backward, imported once they are needed: importing TVM takes seconds, and planning does not need it."""
-    from .scan import backward, forward
+    from .passes import backward, forward
 
     return forward, backward
 

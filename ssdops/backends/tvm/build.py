@@ -34,6 +34,9 @@ SOURCES = (
     "lower.py",
     "walk.py",
     "exchange.py",
+    "gradients.py",
+    "outputs.py",
+    "blocks.py",
     "parts.py",
     "rules.py",
     "rules_cpu.py",
@@ -113,9 +116,16 @@ def compiled(name: str, tile: Tile) -> Any:
     import tvm
     from tvm.target import Target, codegen
 
-    from . import exchange, lower, rules, walk
+    from . import exchange, gradients, lower, outputs, rules, walk
 
-    make = {"lines": lower.lines, "scores": lower.scores, "walk": walk.walk, "exchange": exchange.exchange}[name]
+    make = {
+        "lines": lower.lines,
+        "scores": lower.scores,
+        "walk": walk.walk,
+        "exchange": exchange.exchange,
+        "outputs": outputs.outputs,
+        "gradients": gradients.gradients,
+    }[name]
     scheduled = rules.schedule(make(tile), tile)
     if tile.target == "cpu":
         return tvm.compile(scheduled, target=Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}))

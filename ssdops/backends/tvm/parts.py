@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .tile import KAPPA, KAPPA_LOW, RHO, RHO_LOW, Tile
+from .tile import KAPPA, KAPPA_LOW, RHO, RHO_LOW, SEGMENT, Tile
 
 
 def exp(x: Any, dtype: str, exact: bool = True) -> Any:
@@ -128,6 +128,12 @@ def per_row_of(seqlen: Any, size: Any) -> Any:
 def first_slot(begin: Any, row: Any, seqlen: Any, size: Any) -> Any:
     """The slot of a row's first chunk; the row's chunks follow one another, and no two rows share one."""
     return T.if_then_else(seqlen >= 0, row * per_row_of(seqlen, size), begin[row] // size + row)
+
+
+def first_segment(begin: Any, row: Any, seqlen: Any, size: Any) -> Any:
+    """The first of a row's segments, among those of all rows: none belongs to two."""
+    slots = per_row_of(seqlen, size)
+    return T.if_then_else(seqlen >= 0, row * ((slots + SEGMENT - 1) // SEGMENT), (begin[row] // size + row) // SEGMENT + row)
 
 
 def chunk_begin(chunks: Any, slot: Any, seqlen: Any, size: Any) -> Any:

@@ -42,7 +42,7 @@ SUMS = ("summed_t", "weight", "read", "inside", "added", "after", "state")
 SCALARS = ("place", "owner", "here")
 """What every thread has, beside single numbers."""
 TILES = (
-    "qt", "kt", "vt", "vs", "low_t", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t",
+    "qt", "kt", "vt", "vs", "low", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t",
 )  # fmt: skip
 """What TVM is to lay over what is not needed any more, which is safe only with a barrier between: see `walk.py`."""
 COLUMNS = 4

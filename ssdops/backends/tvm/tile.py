@@ -6,14 +6,20 @@ from dataclasses import dataclass
 
 LANES = 16
 """Partial sums of a dot product side by side; tiles are padded to multiples of it."""
-KEPT, EVERY, MET, STATES = "kept", "every", "met", "states"
-"""What a walk does beside y: keep the states that enter chunks, for another walk or in full precision, or meet those kept; or
-it only works out the state that leaves."""
+PADDING = 16
+"""Numbers beyond the end of a long row on a CPU: columns of rows that are powers of two apart would share a few cache lines."""
+KEPT, EVERY, MET, STATES, STARTS = "kept", "every", "met", "states", "starts"
+"""What a walk does beside y. On GPUs: keep the states that enter chunks for another walk, or in full precision, or meet those
+kept; or it only works out the state that leaves. On CPUs: keep the states that enter chunks, or segments, or segments alone."""
 
 
 RHO, RHO_LOW, KAPPA, KAPPA_LOW, OUT_OF, U, INTO, W = range(8)
 """What there is per token and head, as `lower.lines` writes it: ρ and κ, exp(ρ) and u, exp(E − κ) and w."""
 LINES = 8
+MOST = 8
+"""Heads that are walked together on a CPU at most."""
+SEGMENT = 8
+"""Chunks of a segment: a backward pass on a CPU goes from the states that enter segments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,7 @@ class Tile:
         scaled: of lines, whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
-        mode: of a walk, KEPT, EVERY, MET or STATES, or none of them.
+        mode: of a walk, or outputs, what they do beside y.
         resident: programs that a multiprocessor is to hold at once: registers are kept for so many.
     """
 

@@ -1,4 +1,4 @@
-"""The tensor program of a walk along rows, chunk by chunk: see `lower.py` for what it is made of."""
+"""The tensor program of a walk on a GPU along rows, chunk by chunk: see `lower.py` for what it is made of."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def walk(tile: Tile) -> Any:
     and through `[slots, count, padded outer]`, which sums up to ⟨met, exp(E) S⟩; and the numbers head0, y0, g0 and g_share
     (head h has the scores of head (h − g0) / g_share), enters (whether a state does), seqlen, causal, strict.
 
-    On a GPU a chunk has these parts, with barriers between: loads; weights and what is rounded; products; what they summed up,
+    A chunk has these parts, with barriers between: loads; weights and what is rounded; products; what they summed up,
     to shared memory; and from there. Tiles of different parts may share memory, but for those that are cleared at first.
     """
     C, D1, D2, data, acc = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc
     FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
     keeping, line = acc if tile.mode == EVERY else data, tile.line
-    STRAIGHT = whole and tile.target != "cpu"  # states from memory to where they are summed, and back
+    STRAIGHT = whole  # states from memory to where they are summed, and back
 
     @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def main(
@@ -80,7 +80,7 @@ def walk(tile: Tile) -> Any:
                 here = T.sblock_alloc_buffer((2,), "int64")
                 tokens_t = T.sblock_alloc_buffer((LINES, C), line)
                 gt = T.sblock_alloc_buffer((C, C), data)
-                low_t = T.sblock_alloc_buffer((D1, D2), data)
+                low = T.sblock_alloc_buffer((D1, D2), data)
                 out = T.sblock_alloc_buffer((C, D2), data)
                 shown = T.sblock_alloc_buffer((C, D2), acc)
                 lanes = T.sblock_alloc_buffer((C, LANES), acc)
@@ -103,7 +103,7 @@ def walk(tile: Tile) -> Any:
                         owner[vi + 2] = shared(head0 + h, nheads, v_heads)
                         owner[vi + 3] = T.truncdiv(head0 + h - g0, g_share)
                         owner[vi + 4] = shared(head0 + h, nheads, own_heads)
-                if tile.target != "cpu" and tile.mode != STATES:
+                if tile.mode != STATES:
                     for which, i in T.grid(LINES, C):
                         with T.sblock("clear"):  # what is written before the first chunk keeps its place in shared memory
                             vw, vi = T.axis.remap("SS", [which, i])
@@ -115,7 +115,7 @@ def walk(tile: Tile) -> Any:
                     for m, p in T.grid(D1, D2):
                         with T.sblock("clear_low"):
                             vm, vp = T.axis.remap("SS", [m, p])
-                            low_t[vm, vp] = T.Cast(data, 0)
+                            low[vm, vp] = T.Cast(data, 0)
                     for i, p in T.grid(C, D2):
                         with T.sblock("clear_out"):
                             vi, vp = T.axis.remap("SS", [i, p])
@@ -162,8 +162,6 @@ def walk(tile: Tile) -> Any:
                         kt = T.sblock_alloc_buffer((C, D1), data)
                         vt = T.sblock_alloc_buffer((C, D2), data)
                         vs = T.sblock_alloc_buffer((C, D2), data)
-                        low_here = T.sblock_alloc_buffer((D1, D2), data)
-                        low = T.meta_var(low_here if tile.target == "cpu" else low_t)
                         weight = T.sblock_alloc_buffer((C, C), data)
                         weights = T.sblock_alloc_buffer((C, C), data)
                         read = T.sblock_alloc_buffer((C, D2), acc)

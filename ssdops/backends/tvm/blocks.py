@@ -1,0 +1,111 @@
+"""Blocks of tensor programs by name, for programs of many: what a block reads is given as functions of its indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from .parts import fits, number
+
+
+def fill(name: str, *shape: int) -> Any:
+    """`fill(name, I, J)(tile, value)`: tile[i, j] = value(i, j). Of one, two or three axes."""
+
+    @T.macro
+    def line(tile, value):  # type: ignore[no-untyped-def]
+        for i in range(shape[0]):
+            with T.sblock(name):
+                vi = T.axis.spatial(shape[0], i)
+                tile[vi] = value(vi)
+
+    @T.macro
+    def matrix(tile, value):  # type: ignore[no-untyped-def]
+        for i, j in T.grid(shape[0], shape[1]):
+            with T.sblock(name):
+                vi, vj = T.axis.remap("SS", [i, j])
+                tile[vi, vj] = value(vi, vj)
+
+    @T.macro
+    def stack(tile, value):  # type: ignore[no-untyped-def]
+        for h, i, j in T.grid(shape[0], shape[1], shape[2]):
+            with T.sblock(name):
+                vh, vi, vj = T.axis.remap("SSS", [h, i, j])
+                tile[vh, vi, vj] = value(vh, vi, vj)
+
+    return (line, matrix, stack)[len(shape) - 1]
+
+
+def update(name: str, count: int, rows: int, cols: int) -> Any:
+    """`update(name, H, I, J)(stack, h, value)`: stack[h, i, j] = value(h, i, j) of one h, which may be of what is there.
+
+    No rule has it: a block that reads what it writes is none that TVM would move, and LLVM makes vectors of it by itself.
+    """
+
+    @T.macro
+    def block(stack, h, value):  # type: ignore[no-untyped-def]
+        for i, j in T.grid(rows, cols):
+            with T.sblock(name):
+                vh = T.axis.spatial(count, h)
+                vi, vj = T.axis.remap("SS", [i, j])
+                stack[vh, vi, vj] = value(vh, vi, vj)
+
+    return block
+
+
+def add_up(name: str, count: int, rows: int, cols: int, dtype: str) -> Any:
+    """`add_up(name, H, I, J, dtype)(tile, h, term)`: tile[i, j] = Σ_h term(i, j), one h at a time. No rule has it either."""
+
+    @T.macro
+    def block(tile, h, term):  # type: ignore[no-untyped-def]
+        for i, j in T.grid(rows, cols):
+            with T.sblock(name):
+                vh = T.axis.spatial(count, h)
+                vi, vj = T.axis.remap("SS", [i, j])
+                tile[vi, vj] = T.if_then_else(vh > 0, tile[vi, vj], number(0, dtype)) + term(vi, vj)
+
+    return block
+
+
+def product(name: str, rows: int, cols: int, depth: int, dtype: str) -> Any:
+    """`product(name, I, J, M, dtype)(tile, a, b)`: tile[i, j] = Σ_m a(i, m) b(m, j)."""
+
+    @T.macro
+    def block(tile, a, b):  # type: ignore[no-untyped-def]
+        for i, j, m in T.grid(rows, cols, depth):
+            with T.sblock(name):
+                vi, vj, vm = T.axis.remap("SSR", [i, j, m])
+                with T.init():
+                    tile[vi, vj] = number(0, dtype)
+                tile[vi, vj] = tile[vi, vj] + a(vi, vm) * b(vm, vj)
+
+    return block
+
+
+def sums(name: str, rows: int, lanes: int, steps: int, dtype: str) -> Any:
+    """`sums(name, I, L, S, dtype)(tile, value)`: tile[i, l] = Σ_s value(i, s · L + l)."""
+
+    @T.macro
+    def block(tile, value):  # type: ignore[no-untyped-def]
+        for i, lane, step in T.grid(rows, lanes, steps):
+            with T.sblock(name):
+                vi, vl, vs = T.axis.remap("SSR", [i, lane, step])
+                with T.init():
+                    tile[vi, vl] = number(0, dtype)
+                tile[vi, vl] = tile[vi, vl] + value(vi, vs * lanes + vl)
+
+    return block
+
+
+def store(name: str, rows: int, cols: int, whole: bool) -> Any:
+    """`store(name, I, J, whole)(out, head, first, end, size, value)`: tokens before the end of a row, and what sizes have."""
+
+    @T.macro
+    def block(out, head, first, end, size, value):  # type: ignore[no-untyped-def]
+        for i, j in T.grid(rows, cols):
+            with T.sblock(name):
+                vi, vj = T.axis.remap("SS", [i, j])
+                T.where(first + i < end and fits(whole, j, size))
+                out[first + vi, head, vj] = value(vi, vj)
+
+    return block
