@@ -42,7 +42,7 @@ class OnCpu(Scan):
             kept = self.new(self.slots, p.nheads, p.dstate, p.headdim)
             final = self.walk(qk, sides, y, kept, EVERY)
             return Output(self.shaped(y), final, every=self.every(kept, final))
-        starts = self.starts() if save else self.new(1, p.nheads, p.dstate, p.headdim)  # which nobody fills
+        starts = self.starts() if save else self.unread(1, p.nheads, p.dstate, p.headdim)
         final = self.walk(qk, sides, y, starts, STARTS if save else "")
         return Output(self.shaped(y), final, (starts, qk.values, sides.lines, sides.total) if save else ())
 
@@ -107,9 +107,9 @@ class OnCpu(Scan):
         return self.new(count, p.nheads, p.dstate, p.headdim)
 
     def state(self, given: Tensor | None) -> Tensor:
-        """States as programs read them; room that none reads, if there are none."""
+        """States as programs read them."""
         p = self.problem
-        return self.new(1, p.nheads, p.headdim, p.dstate) if given is None else given.to(self.acc).contiguous()
+        return self.unread(1, p.nheads, p.headdim, p.dstate) if given is None else given.to(self.acc).contiguous()
 
     def tiles(self) -> dict[str, Any]:
         """Sizes of heads, in tiles."""

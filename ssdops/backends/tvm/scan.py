@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class Scan:
         if self.scaled:
             rows, cols = (self.ones() if (value := self.slot(name, self.acc)) is None else value for name in ("rows", "cols"))
         else:
-            rows = cols = self.new(1, 1)  # which nobody reads
+            rows = cols = self.unread(1, 1)
         self.scales = rows, cols
 
     def lay_rows(self) -> None:
@@ -72,8 +73,7 @@ class Scan:
         p, bounds = self.problem, self.x.boundaries
         if bounds is None:
             self.rows, self.seqlen, self.slots = p.batch, p.seqlen, p.batch * -(-p.seqlen // self.chunk)
-            self.begin = torch.empty(1, dtype=torch.int64, device=self.device)
-            self.chunks = self.begin.view(1, 1).expand(1, 2).contiguous()
+            self.begin, self.chunks = (unread(shape, torch.int64, self.device) for shape in ((1,), (1, 2)))
             return
         self.begin = bounds.to(torch.int64).contiguous()
         self.rows, self.seqlen = len(self.begin) - 1, -1
@@ -108,6 +108,10 @@ class Scan:
         """Memory that a program fills."""
         return torch.empty(shape, dtype=dtype or self.acc, device=self.device)
 
+    def unread(self, *shape: int) -> Tensor:
+        """What a program takes and does not read, of a dtype of sums."""
+        return unread(shape, self.acc, self.device)
+
     def covered(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of which a program fills what rows have: zeros where documents may leave tokens out."""
         make = torch.empty if self.x.documents is None else torch.zeros
@@ -117,8 +121,7 @@ class Scan:
 
     def program(self, name: str, **fields: Any) -> Callable[..., None]:
         """A compiled one."""
-        data, acc = (str(dtype).removeprefix("torch.") for dtype in (self.data, self.acc))
-        return build.program(name, Tile(self.machine.target, data, acc, self.chunk, **fields))
+        return program(name, self.machine.target, self.data, self.acc, self.chunk, *fields.items())
 
     def sides(self, term: Linear) -> Sides:
         """Of the term, or of its transpose: then what weighs rows, and what is added to their logs, is columns'."""
@@ -185,3 +188,18 @@ class Scan:
             out["rows"], out["cols"], self.scale, self.seqlen, heads.first, int(term.causal), int(term.row_inclusive),
             int(term.col_inclusive), int(term.strict), apart,
         )  # fmt: skip
+
+
+@cache
+def unread(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor for all calls that need one that is not read or written: making it takes longer than passing it."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@cache
+def program(
+    name: str, target: str, data: torch.dtype, acc: torch.dtype, chunk: int, *fields: tuple[str, Any]
+) -> Callable[..., None]:
+    """A compiled one, by what is hashed faster than a `Tile`."""
+    data_name, acc_name = (str(dtype).removeprefix("torch.") for dtype in (data, acc))
+    return build.program(name, Tile(target, data_name, acc_name, chunk, **dict(fields)))
