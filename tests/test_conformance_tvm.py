@@ -105,7 +105,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_heads_together_says_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads are walked together, and programs side by side, by how many share an operand and how many threads there are."""
-    monkeypatch.setattr("ssdops.backends.tvm.build.THREADS", threads)
+    monkeypatch.setattr("ssdops.backends.tvm.threads.count", lambda: threads)
     for q_heads, k_heads, v_heads in ((1, 1, 12), (12, 12, 12), (2, 3, 12), (1, 2, 4), (1, 1, 1), (6, 1, 4), (12, 1, 6)):
         q, k, v, log_a = (x[:1] for x in inputs(nheads=12, groups=12, seqlen=300))
         leaves = [x.clone().requires_grad_() for x in (q[:, :, :q_heads], k[:, :, :k_heads], v[:, :, :v_heads], log_a)]
@@ -152,17 +152,59 @@ def test_pairs_without_decay_do_not_drown_the_others(make: Callable[[Tensor], ma
 
 @needs_tvm
 @pytest.mark.tvm
-def test_threads_are_given_back() -> None:
-    """Torch has one thread during a pass, and as many as before after it, even if it fails; passes may overlap."""
-    from ssdops.backends.tvm.build import Alone
+def test_threads_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where programs run on TVM's threads torch has one, and as many as before afterwards, even if a pass fails."""
+    from ssdops.backends.tvm import threads
+    from ssdops.backends.tvm.threads import Alone
 
     before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "of_torch", lambda: False)
     with Alone(CPU), Alone(CPU):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
     with pytest.raises(RuntimeError), Alone(CPU):
         raise RuntimeError
     assert torch.get_num_threads() == before
+
+
+ON_THREADS = """
+import sys, torch
+from pathlib import Path
+from ssdops import masks, ssd
+from ssdops.backends.tvm import threads
+if sys.argv[1] == "tvm":
+    threads.of_torch = lambda: False
+torch.set_num_threads(3)
+x, log_a = torch.randn(2, 100, 6, 16), -torch.rand(2, 100, 6)
+leaves = [x.requires_grad_(), log_a.requires_grad_()]
+y = ssd(x, x, x, masks.decay(log_a), backend="tvm")
+(y.square().sum()).backward()
+found = [y.detach(), *(leaf.grad.clone() for leaf in leaves)]
+for leaf in leaves:
+    leaf.grad = None
+y = ssd(x, x, x, masks.decay(log_a), backend="chunked")
+y.square().sum().backward()
+for a, b in zip(found, [y.detach(), *(leaf.grad for leaf in leaves)]):
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+print("libtvm_runtime" in Path("/proc/self/maps").read_text())
+"""
+
+
+@needs_tvm
+@pytest.mark.tvm
+@pytest.mark.parametrize("whose", ["torch", "tvm"])
+def test_whose_threads_programs_run_on(whose: str, tmp_path: Path) -> None:
+    """Torch's, without TVM's runtime, where OpenMP can be called; else TVM's. A second process loads what the first kept."""
+    from ssdops.backends.tvm import threads
+
+    if not threads.of_torch():
+        pytest.skip("OpenMP's entry is not there; conformance runs on TVM's threads then")
+    for _ in range(2):
+        environment = {**os.environ, "SSDOPS_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", ON_THREADS, whose]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert not done.returncode, done.stderr
+    assert done.stdout.strip() == str(whose == "tvm")
 
 
 @needs_tvm

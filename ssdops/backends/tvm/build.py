@@ -17,17 +17,13 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-import torch
-
-from ...config import cache_dir, tvm_threads
-from . import toolkit
+from ...config import cache_dir
+from . import threads, toolkit
 from .backend import PACKAGES
 from .tile import Tile
 
-THREADS = tvm_threads(torch.get_num_threads())
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
 """Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
 SOURCES = (
@@ -43,37 +39,8 @@ SOURCES = (
     "rules_cuda.py",
     "tensor_cores.py",
     "tile.py",
+    "threads.c",
 )
-
-
-class Alone:
-    """A context in which torch makes its tensors with one thread.
-
-    Its other threads go on looking for work for milliseconds after each operation, on the cores that TVM's threads want: that
-    took a forward pass from 44 ms to 98. Calls of several Python threads may overlap: the last one gives the threads back.
-    """
-
-    _lock, _inside, _threads = Lock(), 0, 1
-
-    def __init__(self, device: torch.device) -> None:
-        self.needed = device.type == "cpu"
-
-    def __enter__(self) -> None:
-        if not self.needed:
-            return
-        with Alone._lock:
-            if not Alone._inside:
-                Alone._threads = torch.get_num_threads()
-                torch.set_num_threads(1)
-            Alone._inside += 1
-
-    def __exit__(self, *exception: object) -> None:
-        if not self.needed:
-            return
-        with Alone._lock:
-            Alone._inside -= 1
-            if not Alone._inside:
-                torch.set_num_threads(Alone._threads)
 
 
 _told: set[Path] = set()
@@ -96,17 +63,20 @@ def program(name: str, tile: Tile) -> Callable[..., None]:
 def _compile(name: str, tile: Tile, path: Path) -> Callable[..., None]:
     """Make a program and keep it; where it cannot be kept, this process has it all the same."""
     made = compiled(name, tile)
+    addons = [str(threads.SOURCE)] if tile.target == "cpu" and threads.of_torch() else []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as room:
-            made.export_library(os.path.join(room, path.name))  # which needs a linker
+            made.export_library(os.path.join(room, path.name), addons=addons)  # which needs a linker
             os.replace(os.path.join(room, path.name), path)  # at once, so that nobody loads half of it
+        return _load(path)
     except (OSError, RuntimeError) as error:
         if path.parent not in _told:
             _told.add(path.parent)
             warnings.warn(
                 f"programs of 'tvm' are not kept in {path.parent}, but compiled in every process: {error}", stacklevel=3
             )
+    threads.leave_to_tvm()
     run: Callable[..., None] = made["main"]  # looking it up costs more than a call of it
     return run
 
@@ -140,9 +110,13 @@ def _load(path: Path) -> Callable[..., None]:
     """A program that was kept."""
     import tvm_ffi  # before the runtime, which wants its library
 
-    for library in ("tvm_runtime", *(("tvm_runtime_cuda",) if "cuda" in path.name else ())):
-        _runtime(library)
+    cuda = "-cuda-" in path.name
+    if cuda or not threads.of_torch():
+        for library in ("tvm_runtime", *(("tvm_runtime_cuda",) if cuda else ())):
+            _runtime(library)
     run: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
+    if not cuda and threads.of_torch():
+        threads.hand_over(path)
     return run
 
 
@@ -157,7 +131,7 @@ def _runtime(library: str) -> ctypes.CDLL:
 
 def _key(tile: Tile) -> str:
     """Of everything that a program follows from."""
-    processor = _processor() if tile.target == "cpu" else ""  # what calls a GPU is made for any
+    processor = f"{_processor()} {threads.of_torch()}" if tile.target == "cpu" else ""  # what calls a GPU is made for any
     return hashlib.sha256(f"{_common()} {processor} {tile}".encode()).hexdigest()[:24]
 
 

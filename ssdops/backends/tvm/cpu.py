@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..base import Cotangents, Gradients, Output
-from . import build
+from . import threads
 from .scan import Heads, Scan, Scores, Sides
 from .tile import EVERY, MOST, SEGMENT, STARTS, STATES
 
@@ -135,4 +135,4 @@ class OnCpu(Scan):
 
 def balanced(programs: int) -> bool:
     """Whether so many keep all threads busy."""
-    return programs % build.THREADS == 0 or programs >= MANY * build.THREADS
+    return programs % threads.count() == 0 or programs >= MANY * threads.count()

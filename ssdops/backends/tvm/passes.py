@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output
-from .build import Alone
 from .cpu import OnCpu
 from .cuda import OnGpu
+from .threads import Alone
 
 
 def forward(term: Linear, x: Inputs, config: Config, save: bool) -> Output:
