@@ -234,13 +234,13 @@ class Conformance:
     @law
     def test_poison_stays_in_its_row(self, data: st.DataObject) -> None:
         """NaN and inf never cross batch rows."""
-        case = self.draw(data, sizes=problems(min_batch=2, max_dim=5), dtypes=EXACT)
+        case = self.draw(data, sizes=problems(max_seqlen=24, min_batch=2, max_dim=5), dtypes=EXACT)
         isolation.poison_stays_in_its_row(self.runner(data), case, data.draw(_POISON))
 
     @law
     def test_poison_stays_in_its_head(self, data: st.DataObject) -> None:
         """NaN and inf never cross heads."""
-        case = self.draw(data, sizes=problems(min_batch=1, max_dim=5), dtypes=EXACT)
+        case = self.draw(data, sizes=problems(max_seqlen=24, min_batch=1, max_dim=5), dtypes=EXACT)
         isolation.poison_stays_in_its_head(self.runner(data), case, data.draw(_POISON))
 
     def _packed(self, data: st.DataObject) -> tuple[Case, Mask]:
@@ -251,7 +251,7 @@ class Conformance:
             kept.append(s.documents(s.pick([True, False])))
             return _unpacked(self.kind)(s)
 
-        case = self.draw(data, make=make, dtypes=EXACT, sizes=problems(max_dim=5, min_batch=1))
+        case = self.draw(data, make=make, dtypes=EXACT, sizes=problems(max_seqlen=24, max_dim=5, min_batch=1, max_batch=2))
         documents = kept[-1] if kept else data.draw(_documents_for(case))
         return case, Mask(documents.tree, {name: x.to(self.device) for name, x in documents.operands.items()})
 

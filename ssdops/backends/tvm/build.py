@@ -10,9 +10,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import stat
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from ...config import cache_dir
-from . import threads, toolkit
+from . import threads
 from .backend import PACKAGES
 from .tile import Tile
 
-LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
-"""Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
 SOURCES = (
+    "compiler.py",
     "lower.py",
     "walk.py",
     "exchange.py",
@@ -47,25 +48,50 @@ _told: set[Path] = set()
 """Directories of which a warning has said that nothing can be kept there."""
 
 
-@cache
-def program(name: str, tile: Tile) -> Callable[..., None]:
-    """One of `lower.py` or `exchange.py`, to be called with tensors that are contiguous, and numbers."""
-    kind = "cpu" if tile.target == "cpu" else "cuda"
-    path = cache_dir() / "tvm" / f"{name}-{kind}-{_key(tile)}.so"
-    if path.exists():
-        try:
-            return _load(path)
-        except (OSError, RuntimeError, AttributeError) as error:
-            warnings.warn(f"{path} cannot be loaded, and is made anew: {error}", stacklevel=2)
-    return _compile(name, tile, path)
+MADE: dict[tuple[str, Tile], Callable[..., None]] = {}
+"""The programs of this process, to be called with tensors that are contiguous, and numbers."""
 
 
-def _compile(name: str, tile: Tile, path: Path) -> Callable[..., None]:
-    """Make a program and keep it; where it cannot be kept, this process has it all the same."""
-    made = compiled(name, tile)
-    addons = [str(threads.SOURCE)] if tile.target == "cpu" and threads.of_torch() else []
+def known(name: str, tile: Tile) -> Callable[..., None] | None:
+    """One of `lower.py`, `walk.py`, … that was made before, by this process or another; None if it must be compiled."""
+    if (name, tile) in MADE:
+        return MADE[name, tile]
+    path = place(name, tile)
+    if not path.exists() or not _ours(path.parent):
+        return None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        MADE[name, tile] = _load(path)
+    except (OSError, RuntimeError, AttributeError) as error:
+        warnings.warn(f"{path} cannot be loaded, and is made anew: {error}", stacklevel=2)
+        return None
+    return MADE[name, tile]
+
+
+def make(wanted: Iterable[tuple[str, Tile]]) -> None:
+    """Compile programs side by side, but for their lowering, which is Python's."""
+    from . import compiler
+
+    def finish(lowered: Any, name: str, tile: Tile) -> Callable[..., None]:
+        return _keep(compiler.compiled(lowered, tile), place(name, tile))
+
+    with ThreadPoolExecutor() as pool:
+        made = {key: pool.submit(finish, compiler.lowered(*key), *key) for key in dict.fromkeys(wanted)}
+    MADE.update({key: future.result() for key, future in made.items()})
+
+
+def place(name: str, tile: Tile) -> Path:
+    """Where a program is kept."""
+    kind = "cpu" if tile.target == "cpu" else "cuda"
+    return cache_dir() / "tvm" / f"{name}-{kind}-{_key(tile)}.so"
+
+
+def _keep(made: Any, path: Path) -> Callable[..., None]:
+    """Keep a program and load it; where it cannot be kept, this process has it all the same."""
+    addons = [str(threads.SOURCE)] if "-cpu-" in path.name and threads.of_torch() else []
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _ours(path.parent):
+            raise PermissionError("it is another user's, or others can write there (chmod go-w)")
         with tempfile.TemporaryDirectory(dir=path.parent) as room:
             made.export_library(os.path.join(room, path.name), addons=addons)  # which needs a linker
             os.replace(os.path.join(room, path.name), path)  # at once, so that nobody loads half of it
@@ -81,29 +107,12 @@ def _compile(name: str, tile: Tile, path: Path) -> Callable[..., None]:
     return run
 
 
-def compiled(name: str, tile: Tile) -> Any:
-    """What TVM makes of a program."""
-    import tvm
-    from tvm.target import Target, codegen
-
-    from . import exchange, gradients, lower, outputs, rules, walk
-
-    make = {
-        "lines": lower.lines,
-        "scores": lower.scores,
-        "walk": walk.walk,
-        "exchange": exchange.exchange,
-        "outputs": outputs.outputs,
-        "gradients": gradients.gradients,
-    }[name]
-    scheduled = rules.schedule(make(tile), tile)
-    if tile.target == "cpu":
-        return tvm.compile(scheduled, target=Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}))
-    toolkit.prepare()
-    target = Target({"kind": "cuda", "arch": tile.target, **LIMITS}, host="llvm")
-    # the program has its own barriers, and its tiles may lie over one another where those allow it
-    with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=["s_tir.ThreadSync"]):
-        return tvm.compile(scheduled, target=target)
+def _ours(directory: Path) -> bool:
+    """Whether nobody else can have put a program there: what is loaded runs with all that the user may do."""
+    if platform.system() == "Windows":  # whose owners and modes say nothing of it
+        return True
+    found = directory.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _load(path: Path) -> Callable[..., None]:

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output
+from . import build
 from .cpu import OnCpu
 from .cuda import OnGpu
 from .threads import Alone
 
+R = TypeVar("R")
+
 
 def forward(term: Linear, x: Inputs, config: Config, save: bool) -> Output:
     """Y, the final states, and those between; with `save`, what spares the backward pass work."""
-    with Alone(x.q.device):
-        return scan(term, x, config).forward(save)
+    return complete(term, x, config, lambda scan: scan.forward(save))
 
 
 def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
     """Gradients of everything."""
+    return complete(term, x, config, lambda scan: scan.backward(cotangents))
+
+
+def complete(term: Linear, x: Inputs, config: Config, run: Callable[[OnCpu | OnGpu], R]) -> R:
+    """What a pass gives; its first time, when it has only told which programs it wants, they are made and it runs again."""
+    scan = OnCpu if x.q.device.type == "cpu" else OnGpu
     with Alone(x.q.device):
-        return scan(term, x, config).backward(cotangents)
-
-
-def scan(term: Linear, x: Inputs, config: Config) -> OnCpu | OnGpu:
-    """The term where its tensors are."""
-    return (OnCpu if x.q.device.type == "cpu" else OnGpu)(term, x, config)
+        first = scan(term, x, config)
+        out = run(first)
+        if not first.wanted:
+            return out
+        build.make(first.wanted)
+        return run(scan(term, x, config))

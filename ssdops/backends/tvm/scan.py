@@ -21,6 +21,10 @@ ALIGNED = 16
 """Bytes that a vector's address is a multiple of."""
 
 
+_known: dict[tuple[Any, ...], Callable[..., None]] = {}
+"""Programs by what a pass says of them."""
+
+
 class Heads(NamedTuple):
     """Some of them."""
 
@@ -52,6 +56,7 @@ class Scan:
     def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
         p = x.problem
         self.term, self.x, self.problem, self.device = term, x, p, x.q.device
+        self.wanted: list[tuple[str, Tile]] = []
         self.machine = machine(p)
         self.chunk = config.chunk_size or self.machine.chunk
         self.acc, self.data = p.accumulate, self.machine.data
@@ -120,8 +125,17 @@ class Scan:
     # --- programs -------------------------------------------------------------------------------------------------------
 
     def program(self, name: str, **fields: Any) -> Callable[..., None]:
-        """A compiled one."""
-        return program(name, self.machine.target, self.data, self.acc, self.chunk, *fields.items())
+        """A compiled one; or nothing, if it is yet to be made, and the pass will be gone through again (`passes.py`)."""
+        key = (name, self.machine.target, self.data, self.acc, self.chunk, *fields.items())  # hashed faster than a `Tile`
+        if (run := _known.get(key)) is not None:
+            return run
+        data, acc = (str(dtype).removeprefix("torch.") for dtype in (self.data, self.acc))
+        tile = Tile(self.machine.target, data, acc, self.chunk, **fields)
+        if (run := build.known(name, tile)) is None:
+            self.wanted.append((name, tile))
+            return lambda *_: None
+        _known[key] = run
+        return run
 
     def sides(self, term: Linear) -> Sides:
         """Of the term, or of its transpose: then what weighs rows, and what is added to their logs, is columns'."""
@@ -194,12 +208,3 @@ class Scan:
 def unread(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor for all calls that need one that is not read or written: making it takes longer than passing it."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-@cache
-def program(
-    name: str, target: str, data: torch.dtype, acc: torch.dtype, chunk: int, *fields: tuple[str, Any]
-) -> Callable[..., None]:
-    """A compiled one, by what is hashed faster than a `Tile`."""
-    data_name, acc_name = (str(dtype).removeprefix("torch.") for dtype in (data, acc))
-    return build.program(name, Tile(target, data_name, acc_name, chunk, **dict(fields)))

@@ -1,0 +1,38 @@
+"""From a name and a tile to a compiled program. Importing it imports TVM, which takes seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm.target import Target, codegen
+
+from . import exchange, gradients, lower, outputs, rules, toolkit, walk
+from .tile import Tile
+
+PROGRAMS = {
+    "lines": lower.lines,
+    "scores": lower.scores,
+    "exchange": exchange.exchange,
+    "outputs": outputs.outputs,
+    "gradients": gradients.gradients,
+    "walk": walk.walk,
+}
+LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
+"""Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
+
+
+def lowered(name: str, tile: Tile) -> Any:
+    """The scheduled program. One at a time: it is parsed by Python, whose parser is not for several threads."""
+    return rules.schedule(PROGRAMS[name](tile), tile)
+
+
+def compiled(program: Any, tile: Tile) -> Any:
+    """What TVM makes of it, at any time."""
+    if tile.target == "cpu":
+        return tvm.compile(program, target=Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}))
+    toolkit.prepare()
+    target = Target({"kind": "cuda", "arch": tile.target, **LIMITS}, host="llvm")
+    # the program has its own barriers, and its tiles may lie over one another where those allow it
+    with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=["s_tir.ThreadSync"]):
+        return tvm.compile(program, target=target)
