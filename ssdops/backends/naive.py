@@ -27,6 +27,7 @@ class Naive:
     """The quadratic form of the contraction."""
 
     name = "naive"
+    factored = False
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Everything, wherever there is float64."""

@@ -10,6 +10,8 @@ from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import Every, diagonal_backward, diagonal_forward, diagonal_work
 from .backward import Backward
+from .channel import ChannelScan
+from .channel_backward import ChannelBackward
 from .forward import SIZES, SPAN, Kept, Scan
 
 
@@ -17,11 +19,10 @@ class Chunked:
     """The block form of the contraction."""
 
     name = "chunked"
+    factored = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Any scan with scalar decay, and diagonals."""
-        if isinstance(term, Linear) and term.channel is not None:
-            return Support.no("'chunked' has scalar decays only, and this one is per channel; 'recurrent' and 'naive' run it")
+        """Any scan, and diagonals."""
         return reject_scan(term, self.name) or Support.yes()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
@@ -52,7 +53,8 @@ class Chunked:
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
         assert isinstance(term, Linear)  # supports() refuses the rest
-        scan, y, every = Scan(term, x, config), x.empty_output(), Every(x)
+        scan = Scan(term, x, config) if term.channel is None else ChannelScan(term, x, config)
+        y, every = x.empty_output(), Every(x)
         state = scan.initial()
         kept: list[Kept] = []
         for span in scan.spans:
@@ -70,5 +72,6 @@ class Chunked:
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
         assert isinstance(term, Linear)  # supports() refuses the rest
-        scan = Scan(term, x, config)
-        return Backward(scan, cotangents).run()
+        if term.channel is None:
+            return Backward(Scan(term, x, config), cotangents).run()
+        return ChannelBackward(ChannelScan(term, x, config), cotangents).run()

@@ -1,0 +1,134 @@
+"""Decay per channel inside a chunk, by halves: factors that only ever span what lies between two tokens, and no differences.
+
+The score of tokens i > j, Σ_n q_i k_j exp(ρ_i − κ_j), has a decay for every channel inside the sum, so it is no matmul times
+a mask. But cut a segment of 2s tokens in the middle: for i in its right half and j in its left one
+
+    exp(ρ_i − κ_j) = exp(ρ_i − m) · exp(m − κ_j),   m: the sum of logs up to the cut,
+
+so the scores of right against left are one matmul of q̃_i = q_i exp(ρ_i − m) and k̃_j = k_j exp(m − κ_j). Halves of halves
+give all other pairs, down to single tokens, and each pair meets at exactly one cut. Both exponents are sums of log decays
+between j and i: of decays neither is positive, so nothing overflows however strong they are, and nothing is lost however
+weak, as no cumulative sum is subtracted from another. From halves of s tokens to halves of 2s, q̃ of every second segment
+is multiplied by the whole decay of the segment to its left, k̃ of the others by that of the one to their right; at the top
+they are what meets the states before and behind the chunk. No tensor has an axis of pairs and one of channels.
+
+The gradient goes the same way down. That of a log decay is a sum over the pairs that it lies between and nothing else: of
+q̃ · dq̃ over the right half for all that lies left of it and right of j, of k̃ · dk̃ likewise.
+
+Shapes: Z matrices (chunks · rows · heads), C tokens of a chunk, a power of two, K = C / 2s pairs of segments, N dstate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Exp = Callable[[Tensor], Tensor]
+SMALL = 2
+"""Segments up to this size are multiplied elementwise: a matmul of so few rows costs more than it computes."""
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """What there is of single tokens, each [Z, C, N]."""
+
+    q: Tensor  # q̃
+    k: Tensor  # k̃
+    logs: Tensor  # log decays
+    decays: Tensor  # their exp
+
+
+@dataclass(frozen=True)
+class Level:
+    """What met where segments of s tokens become segments of 2s."""
+
+    rows: Tensor  # q̃ of right segments, [Z, K, s, N]
+    cols: Tensor  # k̃ of left segments, [Z, K, s, N]
+    decays: Tensor  # exp(sum of logs) of left and right segments, [Z, K, 2, N]
+
+
+def climb(leaves: Leaves, scores: Tensor, exp: Exp, keep: bool) -> tuple[Tensor, list[Level]]:
+    """Fill the lower triangle of scores, and take q̃ and k̃ from single tokens to the whole chunk, in place.
+
+    Args:
+        leaves: what there is of single tokens; q and k are written to.
+        scores: [Z, C, C]; the diagonal and what is above it are left as they are.
+        exp: of a tensor that may be written to.
+        keep: whether the levels are wanted, for `descend`.
+
+    Returns:
+        The sum of each chunk's logs [Z, N], and the levels from the lowest up.
+    """
+    levels: list[Level] = []
+    size, total = 1, leaves.logs  # the sum of logs of each segment, [Z, segments, N]
+    while total.shape[1] > 1:
+        right, left = _halves(leaves.q, size)[1], _halves(leaves.k, size)[0]
+        blocks(scores, size).copy_(_scores(right, left))
+        pairs = total.unflatten(1, (-1, 2))  # [Z, K, 2, N]
+        factors = leaves.decays.unflatten(1, (-1, 2)) if size == 1 else exp(pairs.clone())
+        if keep:
+            levels.append(Level(right.clone(), left.clone(), factors))
+        right *= factors[:, :, :1]
+        left *= factors[:, :, 1:]
+        total, size = pairs.sum(2), 2 * size
+    return total[:, 0], levels
+
+
+def descend(levels: list[Level], dscores: Tensor, dq: Tensor, dk: Tensor, dtotal: Tensor) -> Tensor:
+    """The gradients of `climb`, from the whole chunk down to single tokens.
+
+    Args:
+        levels: as `climb` gave them.
+        dscores: [Z, C, C], of which the lower triangle is read.
+        dq, dk: gradients of q̃ and k̃ of the whole chunk, which become those of single tokens, in place, [Z, C, N].
+        dtotal: of the sum of each chunk's logs, [Z, N].
+
+    Returns:
+        The gradient of logs, as far as they stand between tokens [Z, C, N].
+    """
+    dlogs = dtotal[:, None]  # of the sum of each segment, [Z, segments, N]
+    for level in reversed(levels):
+        size = level.rows.shape[2]
+        right, left = _halves(dq, size)[1], _halves(dk, size)[0]
+        right *= level.decays[:, :, :1]
+        left *= level.decays[:, :, 1:]
+        # the decay of a left segment weighs on the rows to its right, that of a right one on the columns to its left
+        through = torch.stack([(right * level.rows).sum(2), (left * level.cols).sum(2)], 2)  # [Z, K, 2, N]
+        dlogs = (dlogs[:, :, None] + through).flatten(1, 2)
+        block = blocks(dscores, size)
+        _add_product(right, block, level.cols)
+        _add_product(left, block.transpose(2, 3), level.rows)
+    return dlogs
+
+
+def blocks(scores: Tensor, size: int) -> Tensor:
+    """Where right segments of `size` tokens meet the left ones beside them: [Z, C, C] → a view [Z, K, size, size]."""
+    z, count, _ = scores.shape
+    pairs = scores.view(z, count // (2 * size), 2 * size, count // (2 * size), 2 * size)
+    return pairs.diagonal(0, 1, 3)[:, size:, :size].permute(0, 3, 1, 2)
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Left and right segments of `size` tokens, views [Z, K, size, N] of x [Z, C, N]."""
+    left, right = x.view(len(x), -1, 2, size, x.shape[2]).unbind(2)
+    return left, right
+
+
+def _scores(rows: Tensor, cols: Tensor) -> Tensor:
+    """rows · colsᵀ, [Z, K, s, s]."""
+    if rows.shape[2] <= SMALL:
+        return (rows[:, :, :, None] * cols[:, :, None]).sum(4)
+    return torch.bmm(rows.flatten(0, 1), cols.flatten(0, 1).transpose(1, 2)).view(*rows.shape[:3], -1)
+
+
+def _add_product(out: Tensor, block: Tensor, x: Tensor) -> None:
+    """out += block · x, with block [Z, K, s, s] and the others [Z, K, s, N]."""
+    size = x.shape[2]
+    if size <= SMALL:
+        for j in range(size):
+            out.addcmul_(block[:, :, :, j, None], x[:, :, j, None])
+        return
+    out.flatten(0, 1).baddbmm_(block.flatten(0, 1), x.flatten(0, 1))
