@@ -10,7 +10,7 @@ from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import Every, diagonal_backward, diagonal_forward, diagonal_work
 from .backward import Backward
-from .channel import ChannelScan
+from .channel import ChannelScan, channel_work
 from .channel_backward import ChannelBackward
 from .forward import SIZES, SPAN, Kept, Scan
 
@@ -38,6 +38,8 @@ class Chunked:
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
             return diagonal_work(p)
+        if isinstance(term, Linear) and term.channel is not None:
+            return channel_work(p, size)
         scores = 2 * size * p.dstate * common_heads(p)
         per_head = 2 * size * p.headdim + 4 * p.dstate * p.headdim
         chunks = ceil(p.seqlen / size) if p.seqlen else 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
 
 from ...ir.problem import Problem, common_heads
 from ...ir.resolve import repeat_heads
+from ..base import Work
 from .forward import SPAN, Scan, Tile, exp_
 from .tree import Leaves, Level, climb
 
@@ -29,6 +31,26 @@ class ChannelTile(Tile):
     decays: Tensor  # exp of log decays, [M, R, H, C', N]
     passing: Tensor  # exp(E), [M, R, H, N]
     levels: list[Level]  # of the tree, if they were asked for
+
+
+def span_tokens(p: Problem) -> int:
+    """Tokens, over all rows, that a span aims at: fewer where heads and channels are many."""
+    return min(SPAN, ELEMENTS // max(p.nheads * p.dstate, 1))
+
+
+def channel_work(p: Problem, size: int) -> Work:
+    """What a forward pass in chunks of `size` costs: the triangle of scores once per head, and passes over q̃ and k̃."""
+    tokens, levels = float(p.batch * p.seqlen), (size - 1).bit_length()
+    per_head = size * p.dstate + 2 * size * p.headdim + 4 * p.dstate * p.headdim
+    touched = p.dstate * (12 + 2 * levels) + 2 * size + 4 * p.headdim + 3 * p.dstate * p.headdim / size
+    chunks = ceil(p.seqlen / size)
+    spans = min(chunks, ceil(tokens / max(span_tokens(p), 1)))
+    return Work(
+        tokens * p.nheads * per_head,
+        tokens * p.nheads * touched,
+        4 * tokens * p.nheads * (4 * p.dstate + 2 * p.headdim),
+        10.0 + 8.0 * chunks + (60.0 + 12.0 * levels) * spans,
+    )
 
 
 class ChannelScan(Scan):
@@ -53,39 +75,36 @@ class ChannelScan(Scan):
         return "cols" in self.slots or "log_cols" in self.slots
 
     def span_tokens(self) -> int:
-        """Fewer where heads and channels are many."""
-        p = self.x.problem
-        return min(SPAN, ELEMENTS // max(p.nheads * p.dstate, 1))
+        """Tokens, over all rows, that a span aims at."""
+        return span_tokens(self.x.problem)
 
     @property
     def big_a(self) -> Tensor:
-        """A of a decay in factors, [H, 1, N]."""
-        return repeat_heads(self.x.values["A"].to(self.acc), self.x.problem.nheads, 0)[:, None]
+        """A of a decay in factors, [H, 1, N], in the dtype of exponents."""
+        return repeat_heads(self.x.values["A"].to(self.exact), self.x.problem.nheads, 0)[:, None]
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def tile(self, t0: int, chunks: int, keep: bool = False) -> ChannelTile:
         """A span of chunks; with `keep`, and with the levels of its tree."""
         x, term = self.x, self.term
-        dtypes = {"log_cols": self.exact}
+        narrow = ("rows", "cols", "channel")  # of these the last is widened only if it is summed up
         given = {name: slot for name, slot in self.slots.items() if slot is not None}
-        slots = {name: self.read(slot, t0, chunks, dtypes.get(name)) for name, slot in given.items()}
+        slots = {name: self.read(slot, t0, chunks, None if name in narrow else self.exact) for name, slot in given.items()}
         columns = self._columns(slots)
         v = repeat_heads(self.read(x.v, t0, chunks), x.problem.nheads, 3)
         q, k = (self.read(t, t0, chunks).transpose(2, 3) for t in (x.q, x.k))  # [M, R, heads, C, N]
-        logs = self._logs(slots, v.shape[2])
-        decays = exp_(self.room("tree decays", *logs.shape).copy_(logs))
+        logs, decays = self._logs(slots, v.shape[2])
         scores = self._own_scores(q, k, logs.shape[3])
         rows = self._leaves("rows", q, decays, weigh=term.row_inclusive)
         cols = self._leaves("cols", k, decays, weigh=not term.col_inclusive)
         leaves = Leaves(*(t.flatten(0, 2) for t in (rows, cols, logs, decays)))
-        total, levels = climb(leaves, scores, exp_, keep)
-        passing = exp_(total.clone()).view(*logs.shape[:3], -1)
+        passing, levels = climb(leaves, scores, lambda x: exp_(x, self.acc), keep)
         rows, cols = (t[..., : v.shape[2], :] for t in (rows, cols))
         v = v if columns is None else v * columns[..., None]
         return ChannelTile(
             t0, v.shape[1], rows, cols, v, slots.get("rows"), None, None, None, None, None,
-            (q, k), columns, scores, decays, passing, levels,
+            (q, k), columns, scores, decays, passing.view(*logs.shape[:3], -1), levels,
         )  # fmt: skip
 
     def _columns(self, slots: dict[str, Tensor]) -> Tensor | None:
@@ -96,19 +115,27 @@ class ChannelScan(Scan):
         ]
         return None if not weights else weights[0] if len(weights) == 1 else weights[0] * weights[1]
 
-    def _logs(self, slots: dict[str, Tensor], count: int) -> Tensor:
-        """Log decays of `count` tokens a chunk, zero in the padding, [M, R, H, C', N]."""
+    def _logs(self, slots: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """Log decays in the dtype of exponents, zero behind `count` tokens of a chunk, and their exp, [M, R, H, C', N]."""
         p = self.x.problem
         m, rows = next(iter(slots.values())).shape[:2]
-        out = self._padded("logs", m, rows, count)
-        part = out[..., :count, :]
+        logs = self._padded("logs", m, rows, count, self.exact)
+        part = logs[..., :count, :]
+        scalar = slots["log_a"].transpose(2, 3)[..., None] if "log_a" in slots else None  # [M, R, H, C, 1]
         if "channel" in slots:
             part.copy_(repeat_heads(slots["channel"], p.nheads, 3).transpose(2, 3))
         else:
             torch.mul(slots["dt"].transpose(2, 3)[..., None], self.big_a, out=part)
-        if "log_a" in slots:
-            part += slots["log_a"].transpose(2, 3)[..., None]
-        return out
+        room = self.room("tree decays", *logs.shape)
+        if "channel" in slots and self.x.values["channel"].dtype.itemsize <= self.acc.itemsize:
+            decays = exp_(room.copy_(logs))  # each is a number of the accumulation dtype, where exp is quick
+            if scalar is not None:
+                decays[..., :count, :] *= exp_(scalar.clone(), self.acc)
+                part += scalar
+            return logs, decays
+        if scalar is not None:
+            part += scalar
+        return logs, room.copy_(exp_(logs.clone(), self.acc))
 
     def _leaves(self, name: str, x: Tensor, decays: Tensor, weigh: bool) -> Tensor:
         """q̃ or k̃ of single tokens, [M, R, H, C', N], from q or k as given [M, R, heads, C, N]."""
@@ -121,10 +148,10 @@ class ChannelScan(Scan):
             part.copy_(each)
         return out
 
-    def _padded(self, name: str, m: int, rows: int, count: int) -> Tensor:
+    def _padded(self, name: str, m: int, rows: int, count: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for [M, R, H, C', N] with zeros behind the first `count` tokens of a chunk."""
         p = self.x.problem
-        out = self.room(name, m, rows, p.nheads, 1 << (count - 1).bit_length(), p.dstate)
+        out = self.room(name, m, rows, p.nheads, 1 << (count - 1).bit_length(), p.dstate, dtype=dtype)
         out[..., count:, :].zero_()
         return out
 

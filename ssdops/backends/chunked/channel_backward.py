@@ -21,7 +21,8 @@ class ChannelBackward(Backward):
 
     def __init__(self, scan: ChannelScan, cotangents: Cotangents) -> None:
         super().__init__(scan, cotangents)
-        self.of_a = torch.zeros_like(scan.big_a[:, 0]) if "A" in scan.x.values else None  # [H, N]
+        self.big_a = scan.big_a.to(scan.acc) if "A" in scan.x.values else None  # [H, 1, N]
+        self.of_a = None if self.big_a is None else torch.zeros_like(self.big_a[:, 0])  # [H, N]
 
     def of_slots(self) -> dict[str, Tensor]:
         """What was written, shaped as operands are."""
@@ -99,6 +100,6 @@ class ChannelBackward(Backward):
             out["channel"] = dlogs.transpose(2, 3)
         if "log_a" in slots:
             out["log_a"] = dlogs.sum(4).transpose(2, 3)
-        if (dt := slots.get("dt")) is not None and self.of_a is not None:
-            out["dt"] = (dlogs * self.scan.big_a).sum(4).transpose(2, 3)
+        if (dt := slots.get("dt")) is not None and self.big_a is not None and self.of_a is not None:
+            out["dt"] = torch.linalg.vecdot(dlogs, self.big_a).transpose(2, 3)
             self.of_a += torch.einsum("mrhcn,mrch->hn", dlogs, self.read(dt, tile))

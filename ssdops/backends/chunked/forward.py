@@ -21,13 +21,13 @@ SPAN = 512
 """Tokens, over all rows, that a span aims at: enough to hide the cost of calls, few enough to stay in cache."""
 
 
-def exp_(x: Tensor) -> Tensor:
-    """exp in place, with results below 1e-34 (float64: 1e-303) put to 0.
+def exp_(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """exp in place, or (where it is a narrower one) in another dtype, with results below 1e-34 (float64: 1e-303) put to 0.
 
     On CPUs exp takes ten times as long where its result is denormal, zero or infinite, as strong decays make it.
     """
-    floor = -78.0 if x.dtype == torch.float32 else -696.0
-    return torch.threshold_(x.clamp_min_(floor).exp_(), math.exp(floor) * 1.001, 0.0)
+    floor = -78.0 if (dtype or x.dtype) == torch.float32 else -696.0
+    return torch.threshold_(x.clamp_min_(floor).exp_().to(dtype or x.dtype), math.exp(floor) * 1.001, 0.0)
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Scan:
         every, length = self.x.problem.state_every, self.rows.length
         return length if every is None else min((t0 // every + 1) * every, length)
 
-    def room(self, name: str, *shape: int) -> Tensor:
-        """A buffer to write into, the same memory at every call of that name."""
+    def room(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer to write into, the same memory (of the same dtype) at every call of that name."""
         size = math.prod(shape)
         have = self._room.get(name)
         if have is None or have.numel() < size:
-            have = self._room[name] = torch.empty(size, dtype=self.acc, device=self.x.q.device)
+            have = self._room[name] = torch.empty(size, dtype=dtype or self.acc, device=self.x.q.device)
         return have[:size].view(shape)
 
     # --- states: [R, G, N, r·P] here, [R, H, P, N] outside ------------------------------------------------------------

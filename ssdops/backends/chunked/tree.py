@@ -37,7 +37,7 @@ class Leaves:
 
     q: Tensor  # q̃
     k: Tensor  # k̃
-    logs: Tensor  # log decays
+    logs: Tensor  # log decays, in the dtype of exponents: in a narrower one their sums would be rounded
     decays: Tensor  # their exp
 
 
@@ -56,25 +56,28 @@ def climb(leaves: Leaves, scores: Tensor, exp: Exp, keep: bool) -> tuple[Tensor,
     Args:
         leaves: what there is of single tokens; q and k are written to.
         scores: [Z, C, C]; the diagonal and what is above it are left as they are.
-        exp: of a tensor that may be written to.
+        exp: of sums of logs, in the dtype of the rest; it may write to them.
         keep: whether the levels are wanted, for `descend`.
 
     Returns:
-        The sum of each chunk's logs [Z, N], and the levels from the lowest up.
+        exp(sum of logs) of each chunk [Z, N], and the levels from the lowest up.
     """
     levels: list[Level] = []
-    size, total = 1, leaves.logs  # the sum of logs of each segment, [Z, segments, N]
+    size, total, decays = 1, leaves.logs, leaves.decays  # the sum of logs of each segment, and its exp, [Z, segments, N]
     while total.shape[1] > 1:
         right, left = _halves(leaves.q, size)[1], _halves(leaves.k, size)[0]
         blocks(scores, size).copy_(_scores(right, left))
-        pairs = total.unflatten(1, (-1, 2))  # [Z, K, 2, N]
-        factors = leaves.decays.unflatten(1, (-1, 2)) if size == 1 else exp(pairs.clone())
+        if size == 2:  # halves the number of exponentials; from products of more factors their roundings would add up
+            decays = decays[:, 0::2] * decays[:, 1::2]
+        elif size > 2:
+            decays = exp(total.clone())
+        factors = decays.unflatten(1, (-1, 2))
         if keep:
             levels.append(Level(right.clone(), left.clone(), factors))
         right *= factors[:, :, :1]
         left *= factors[:, :, 1:]
-        total, size = pairs.sum(2), 2 * size
-    return total[:, 0], levels
+        total, size = total[:, 0::2] + total[:, 1::2], 2 * size
+    return exp(total[:, 0]), levels
 
 
 def descend(levels: list[Level], dscores: Tensor, dq: Tensor, dk: Tensor, dtotal: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ def descend(levels: list[Level], dscores: Tensor, dq: Tensor, dk: Tensor, dtotal
         levels: as `climb` gave them.
         dscores: [Z, C, C], of which the lower triangle is read.
         dq, dk: gradients of q̃ and k̃ of the whole chunk, which become those of single tokens, in place, [Z, C, N].
-        dtotal: of the sum of each chunk's logs, [Z, N].
+        dtotal: the gradient of the sum of each chunk's logs, [Z, N].
 
     Returns:
         The gradient of logs, as far as they stand between tokens [Z, C, N].
@@ -131,4 +134,4 @@ def _add_product(out: Tensor, block: Tensor, x: Tensor) -> None:
         for j in range(size):
             out.addcmul_(block[:, :, :, j, None], x[:, :, j, None])
         return
-    out.flatten(0, 1).baddbmm_(block.flatten(0, 1), x.flatten(0, 1))
+    out += torch.bmm(block.flatten(0, 1), x.flatten(0, 1)).view(out.shape)  # baddbmm_ into a view is a call per matrix
