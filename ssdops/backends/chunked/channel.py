@@ -99,7 +99,7 @@ class ChannelScan(Scan):
         rows = self._leaves("rows", q, decays, weigh=term.row_inclusive)
         cols = self._leaves("cols", k, decays, weigh=not term.col_inclusive)
         leaves = Leaves(*(t.flatten(0, 2) for t in (rows, cols, logs, decays)))
-        passing, levels = climb(leaves, scores, lambda x: exp_(x, self.acc), keep)
+        passing, levels = climb(leaves, scores, lambda x: exp_(x, self.acc), self.room, keep)
         rows, cols = (t[..., : v.shape[2], :] for t in (rows, cols))
         v = v if columns is None else v * columns[..., None]
         return ChannelTile(

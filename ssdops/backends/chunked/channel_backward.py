@@ -44,7 +44,8 @@ class ChannelBackward(Backward):
         v_head, gu_head = scan.by_head("v", tile.v), scan.by_head("gu", gu)
         scores = scan.masked_scores(tile, None, None)
         dv = torch.bmm(scores.transpose(1, 2), gu_head, out=scan.room("dv", *v_head.shape))
-        dscores = torch.bmm(gu_head, v_head.transpose(1, 2))  # only what is on and below the diagonal is ever read
+        # only what is on and below the diagonal is ever read
+        dscores = torch.bmm(gu_head, v_head.transpose(1, 2), out=scan.room("dscores", len(v_head), c, c))
         dscores = dscores if c == width else pad(dscores, (0, width - c, 0, width - c))
         # through the states on either side, as far as q̃ and k̃ of whole chunks
         dq, dk = (scan.room(name, m, rows * heads, width, tile.q.shape[4]).zero_() for name in ("drows", "dcols"))
@@ -52,7 +53,7 @@ class ChannelBackward(Backward):
         late, through = self.through_states(tile, kept.starts, g_in, v_out, dq[:, :, :c], dk[:, :, :c])
         assert through is not None  # there is a decay
         # down to q, k and logs of tokens
-        dlogs = descend(tile.levels, dscores, dq.flatten(0, 1), dk.flatten(0, 1), through.flatten(0, 1))
+        dlogs = descend(tile.levels, dscores, (dq.flatten(0, 1), dk.flatten(0, 1)), through.flatten(0, 1), scan.room)
         dq, dk, dlogs = (x.view(m, rows, heads, width, -1)[..., :c, :] for x in (dq, dk, dlogs))
         self._to_tokens(tile, dq, dk, dlogs, dscores.diagonal(0, 1, 2)[:, :c].reshape(m, rows, heads, c, 1))
         out = {"v": self.of_values(tile, dv, late), "q": dq.transpose(2, 3), "k": dk.transpose(2, 3)}

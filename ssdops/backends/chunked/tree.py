@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 Exp = Callable[[Tensor], Tensor]
+Room = Callable[..., Tensor]
 SMALL = 2
 """Segments up to this size are multiplied elementwise: a matmul of so few rows costs more than it computes."""
 
@@ -50,13 +51,14 @@ class Level:
     decays: Tensor  # exp(sum of logs) of left and right segments, [Z, K, 2, N]
 
 
-def climb(leaves: Leaves, scores: Tensor, exp: Exp, keep: bool) -> tuple[Tensor, list[Level]]:
+def climb(leaves: Leaves, scores: Tensor, exp: Exp, room: Room, keep: bool) -> tuple[Tensor, list[Level]]:
     """Fill the lower triangle of scores, and take q̃ and k̃ from single tokens to the whole chunk, in place.
 
     Args:
         leaves: what there is of single tokens; q and k are written to.
         scores: [Z, C, C]; the diagonal and what is above it are left as they are.
         exp: of sums of logs, in the dtype of the rest; it may write to them.
+        room: memory by name and shape.
         keep: whether the levels are wanted, for `descend`.
 
     Returns:
@@ -66,28 +68,31 @@ def climb(leaves: Leaves, scores: Tensor, exp: Exp, keep: bool) -> tuple[Tensor,
     size, total, decays = 1, leaves.logs, leaves.decays  # the sum of logs of each segment, and its exp, [Z, segments, N]
     while total.shape[1] > 1:
         right, left = _halves(leaves.q, size)[1], _halves(leaves.k, size)[0]
-        blocks(scores, size).copy_(_scores(right, left))
+        blocks(scores, size).copy_(_scores(right, left, room))
+        longer = total[:, 0::2] + total[:, 1::2]
         if size == 2:  # halves the number of exponentials; from products of more factors their roundings would add up
             decays = decays[:, 0::2] * decays[:, 1::2]
         elif size > 2:
-            decays = exp(total.clone())
+            decays = exp(total)
         factors = decays.unflatten(1, (-1, 2))
         if keep:
-            levels.append(Level(right.clone(), left.clone(), factors))
+            rows, cols = (room(f"{name} {size}", *x.shape).copy_(x) for name, x in (("right", right), ("left", left)))
+            levels.append(Level(rows, cols, factors))
         right *= factors[:, :, :1]
         left *= factors[:, :, 1:]
-        total, size = total[:, 0::2] + total[:, 1::2], 2 * size
+        total, size = longer, 2 * size
     return exp(total[:, 0]), levels
 
 
-def descend(levels: list[Level], dscores: Tensor, dq: Tensor, dk: Tensor, dtotal: Tensor) -> Tensor:
+def descend(levels: list[Level], dscores: Tensor, tops: tuple[Tensor, Tensor], dtotal: Tensor, room: Room) -> Tensor:
     """The gradients of `climb`, from the whole chunk down to single tokens.
 
     Args:
         levels: as `climb` gave them.
         dscores: [Z, C, C], of which the lower triangle is read.
-        dq, dk: gradients of q̃ and k̃ of the whole chunk, which become those of single tokens, in place, [Z, C, N].
+        tops: gradients of q̃ and k̃ of the whole chunk, which become those of single tokens, in place, [Z, C, N].
         dtotal: the gradient of the sum of each chunk's logs, [Z, N].
+        room: memory by name and shape.
 
     Returns:
         The gradient of logs, as far as they stand between tokens [Z, C, N].
@@ -95,15 +100,17 @@ def descend(levels: list[Level], dscores: Tensor, dq: Tensor, dk: Tensor, dtotal
     dlogs = dtotal[:, None]  # of the sum of each segment, [Z, segments, N]
     for level in reversed(levels):
         size = level.rows.shape[2]
-        right, left = _halves(dq, size)[1], _halves(dk, size)[0]
+        right, left = _halves(tops[0], size)[1], _halves(tops[1], size)[0]
         right *= level.decays[:, :, :1]
         left *= level.decays[:, :, 1:]
         # the decay of a left segment weighs on the rows to its right, that of a right one on the columns to its left
-        through = torch.stack([(right * level.rows).sum(2), (left * level.cols).sum(2)], 2)  # [Z, K, 2, N]
-        dlogs = (dlogs[:, :, None] + through).flatten(1, 2)
+        through = dlogs.new_empty(len(dlogs), dlogs.shape[1], 2, dlogs.shape[2])  # [Z, K, 2, N]
+        for half, pair in enumerate(((right, level.rows), (left, level.cols))):
+            torch.sum(torch.mul(*pair, out=room("product", *right.shape)), 2, out=through[:, :, half])
+        dlogs = through.add_(dlogs[:, :, None]).flatten(1, 2)
         block = blocks(dscores, size)
-        _add_product(right, block, level.cols)
-        _add_product(left, block.transpose(2, 3), level.rows)
+        _add_product(right, block, level.cols, room)
+        _add_product(left, block.transpose(2, 3), level.rows, room)
     return dlogs
 
 
@@ -120,18 +127,22 @@ def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-def _scores(rows: Tensor, cols: Tensor) -> Tensor:
+def _scores(rows: Tensor, cols: Tensor, room: Room) -> Tensor:
     """rows · colsᵀ, [Z, K, s, s]."""
     if rows.shape[2] <= SMALL:
         return (rows[:, :, :, None] * cols[:, :, None]).sum(4)
-    return torch.bmm(rows.flatten(0, 1), cols.flatten(0, 1).transpose(1, 2)).view(*rows.shape[:3], -1)
+    z, pairs, size, _ = rows.shape
+    out = room("block", z * pairs, size, size)
+    return torch.bmm(rows.flatten(0, 1), cols.flatten(0, 1).transpose(1, 2), out=out).view(z, pairs, size, size)
 
 
-def _add_product(out: Tensor, block: Tensor, x: Tensor) -> None:
+def _add_product(out: Tensor, block: Tensor, x: Tensor, room: Room) -> None:
     """out += block · x, with block [Z, K, s, s] and the others [Z, K, s, N]."""
     size = x.shape[2]
     if size <= SMALL:
         for j in range(size):
             out.addcmul_(block[:, :, :, j, None], x[:, :, j, None])
         return
-    out += torch.bmm(block.flatten(0, 1), x.flatten(0, 1)).view(out.shape)  # baddbmm_ into a view is a call per matrix
+    # baddbmm_ into a view is a call per matrix
+    product = torch.bmm(block.flatten(0, 1), x.flatten(0, 1), out=room("product", len(x) * x.shape[1], *x.shape[2:]))
+    out += product.view(out.shape)
