@@ -1,5 +1,6 @@
 """The chunked backend keeps every law at every chunk size: for sums of scans, and for scans with decay per channel alone."""
 
+from ssdops import masks
 from ssdops.masks import Mask
 from ssdops.testing import Conformance
 from ssdops.testing.source import Source
@@ -17,6 +18,7 @@ class TestChunked(Conformance):
 def channel_scan(s: Source) -> Mask:
     """A scan with decay per channel, shifted, strict, turned, scaled or not."""
     mask = CHANNEL_SCANS[s.pick(list(CHANNEL_SCANS))](s)
+    mask = mask * masks.channel_decay(s.channel_log()) if s.chance(5) else mask
     mask = mask.shift(1) if s.chance(4) else mask
     mask = mask.strict() if s.chance(4) else mask
     turned = s.pick(["", "", "T", "reverse"])  # not both: a causal scan over flipped operands has no steps

@@ -74,7 +74,7 @@ class Inputs:
 
     Attributes:
         q, k: `(batch, seqlen, heads, dstate)`; v: `(batch, seqlen, heads, headdim)`; heads as given, never repeated.
-        values: slot → operand in canonical axes (`ir/resolve.py`).
+        values: slot → operand in canonical axes (`ir/resolve.py`); for a backend that is `factored`, `dt` and `A` too.
         operands: name → tensor as the user gave it, for terms that run by entries.
         documents: how rows are packed, or None where every batch row is one document.
         initial: initial states `(n_states, nheads, headdim, dstate)` or None.

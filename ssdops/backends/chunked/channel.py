@@ -79,6 +79,12 @@ class ChannelScan(Scan):
         return span_tokens(self.x.problem)
 
     @property
+    def short_logs(self) -> bool:
+        """Whether log decays per channel are given as numbers of the accumulation dtype, or of a narrower one."""
+        channel = self.x.values.get("channel")
+        return channel is not None and channel.dtype.itemsize <= self.acc.itemsize
+
+    @property
     def big_a(self) -> Tensor:
         """A of a decay in factors, [H, 1, N], in the dtype of exponents."""
         return repeat_heads(self.x.values["A"].to(self.exact), self.x.problem.nheads, 0)[:, None]
@@ -88,9 +94,9 @@ class ChannelScan(Scan):
     def tile(self, t0: int, chunks: int, keep: bool = False) -> ChannelTile:
         """A span of chunks; with `keep`, and with the levels of its tree."""
         x, term = self.x, self.term
-        narrow = ("rows", "cols", "channel")  # of these the last is widened only if it is summed up
+        factors = ("rows", "cols", *(["channel"] if self.short_logs else []))  # the rest are logs, to be summed exactly
         given = {name: slot for name, slot in self.slots.items() if slot is not None}
-        slots = {name: self.read(slot, t0, chunks, None if name in narrow else self.exact) for name, slot in given.items()}
+        slots = {name: self.read(slot, t0, chunks, None if name in factors else self.exact) for name, slot in given.items()}
         columns = self._columns(slots)
         v = repeat_heads(self.read(x.v, t0, chunks), x.problem.nheads, 3)
         q, k = (self.read(t, t0, chunks).transpose(2, 3) for t in (x.q, x.k))  # [M, R, heads, C, N]
@@ -127,8 +133,8 @@ class ChannelScan(Scan):
         else:
             torch.mul(slots["dt"].transpose(2, 3)[..., None], self.big_a, out=part)
         room = self.room("tree decays", *logs.shape)
-        if "channel" in slots and self.x.values["channel"].dtype.itemsize <= self.acc.itemsize:
-            decays = exp_(room.copy_(logs))  # each is a number of the accumulation dtype, where exp is quick
+        if self.short_logs:
+            decays = exp_(room.copy_(logs))  # nothing is lost, and exp is quick there
             if scalar is not None:
                 decays[..., :count, :] *= exp_(scalar.clone(), self.acc)
                 part += scalar
