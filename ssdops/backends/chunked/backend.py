@@ -10,7 +10,7 @@ from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import Every, diagonal_backward, diagonal_forward, diagonal_work
 from .backward import Backward
-from .channel import ChannelScan, channel_work
+from .channel import CHANNEL_SIZES, ChannelScan, channel_work
 from .channel_backward import ChannelBackward
 from .forward import SIZES, SPAN, Kept, Scan
 
@@ -29,7 +29,8 @@ class Chunked:
         """Chunk sizes; on a GPU longer chunks, as every chunk is a round of launches."""
         if isinstance(term, Diagonal) or chunk_size is not None:
             return (Config(chunk_size),)
-        sizes = SIZES if problem.target.device == "cpu" else tuple(sorted(SIZES, reverse=True))
+        sizes: tuple[int, ...] = SIZES if isinstance(term, Linear) and term.channel is None else CHANNEL_SIZES
+        sizes = sizes if problem.target.device == "cpu" else tuple(sorted(sizes, reverse=True))
         return tuple(Config(size) for size in sizes)
 
     def work(self, term: Term, problem: Problem, config: Config) -> Work:

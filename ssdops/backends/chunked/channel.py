@@ -14,6 +14,8 @@ from ..base import Work
 from .forward import SPAN, Scan, Tile, exp_
 from .tree import Leaves, Level, climb
 
+CHANNEL_SIZES = (64, 32, 16, 128, 256)
+"""Chunk sizes to consider, the default first: with headdim 1, what a chunk's pairs cost counts more than what states do."""
 ELEMENTS = 2**18
 """Elements of q̃, over all rows and heads, that a span aims at: they stay in cache, and the cost of calls is hidden."""
 
