@@ -12,8 +12,8 @@ weak, as no cumulative sum is subtracted from another. From halves of s tokens t
 is multiplied by the whole decay of the segment to its left, k̃ of the others by that of the one to their right; at the top
 they are what meets the states before and behind the chunk. No tensor has an axis of pairs and one of channels.
 
-The gradient goes the same way down. That of a log decay is a sum over the pairs that it lies between and nothing else: of
-q̃ · dq̃ over the right half for all that lies left of it and right of j, of k̃ · dk̃ likewise.
+The gradient goes the same way down. At every cut a log decay in the right half gets q̃ · dq̃ of the rows from it on, and one
+in the left half k̃ · dk̃ of the columns before it: every pair that it lies between, once, and nothing to be subtracted.
 
 Shapes: Z matrices (chunks · rows · heads), C tokens of a chunk, a power of two, K = C / 2s pairs of segments, N dstate.
 """
@@ -70,7 +70,7 @@ def climb(leaves: Leaves, scores: Tensor, exp: Exp, room: Room, keep: bool) -> t
         right, left = _halves(leaves.q, size)[1], _halves(leaves.k, size)[0]
         blocks(scores, size).copy_(_scores(right, left, room))
         longer = total[:, 0::2] + total[:, 1::2]
-        if size == 2:  # halves the number of exponentials; from products of more factors their roundings would add up
+        if size == 2:  # spares half of the exponentials from here on; of products of more factors the roundings would add up
             decays = decays[:, 0::2] * decays[:, 1::2]
         elif size > 2:
             decays = exp(total)
