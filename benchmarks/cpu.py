@@ -24,8 +24,10 @@ from workload import (
     chunked,
     forward,
     forward_backward,
+    gla_inputs,
     listing1,
     mamba2_inputs,
+    per_channel,
     recurrence_float64,
     set_up,
     tvm,
@@ -35,6 +37,7 @@ from ssdops.backends import registry
 from ssdops.backends.base import Output
 
 SHAPES = (Shape(2, 2048, 24, 64, 1, 128), Shape(1, 8192, 24, 64, 1, 128))
+CHANNEL_SHAPES = (Shape(1, 2048, 8, 64, 8, 64), Shape(2, 512, 4, 64, 1, 16))
 LONG = Shape(1, 16384, 24, 64, 1, 128)
 SHORT = replace(LONG, seqlen=2048)
 TINY = Shape(1, 4, 2, 4, 1, 4)
@@ -90,6 +93,19 @@ def _flops(s: Shape) -> dict[str, float]:
     forward = by_group + by_head + 2 * of_states * s.nheads
     backward = 2 * by_group + 2 * by_head + 4 * of_states * s.nheads
     return {"forward": float(tokens * forward), "forward + backward": float(tokens * (forward + backward))}
+
+
+def channels(quick: bool) -> Section:
+    """How many times faster chunks are than token by token where every state channel has its own decay."""
+    figures = []
+    for shape in CHANNEL_SHAPES:
+        inputs = gla_inputs(shape)
+        for name, direction in DIRECTIONS.items():
+            sides = (direction(per_channel(backend), inputs) for backend in ("chunked", "recurrent"))
+            times = paired(*sides, rounds=1 if quick else 3)
+            parts = {"chunked ms": times.first * 1e3, "recurrent ms": times.second * 1e3} | _spread(times)
+            figures.append(Figure(f"{shape} {name}", times.ratio, "×", "at least", 5, parts))
+    return Section("Decay per channel, against token by token", figures)
 
 
 def _spread(times: Paired) -> dict[str, float]:
@@ -216,7 +232,7 @@ def extreme_inputs() -> Inputs:
 
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
-    run.__name__: run for run in (speed, compiled, memory, linearity, overhead, accuracy, extremes)
+    run.__name__: run for run in (speed, compiled, channels, memory, linearity, overhead, accuracy, extremes)
 }
 
 

@@ -10,7 +10,7 @@ from listing1 import require_opt_einsum, ssd_listing1
 from torch import Tensor
 
 from ssdops import ssd
-from ssdops.masks import decay
+from ssdops.masks import channel_decay, decay
 
 THREADS = 2
 
@@ -69,6 +69,18 @@ def tvm(inputs: Inputs) -> Tensor:
     return y
 
 
+def per_channel(backend: str) -> Side:
+    """A decay of its own for every state channel, as GLA has it: log_a is `(batch, seqlen, nheads, dstate)`."""
+
+    def side(inputs: Inputs) -> Tensor:
+        q, k, v, log_a = inputs
+        y = ssd(q, k, v, channel_decay(log_a), backend=backend)
+        assert isinstance(y, Tensor)  # the pair (y, state) comes only when asked for
+        return y
+
+    return side
+
+
 SIDES: dict[str, Side] = {"chunked": chunked, "listing1": listing1}
 
 
@@ -87,6 +99,16 @@ def mamba2_inputs(shape: Shape, seed: int = 0) -> Inputs:
     bias = usual_dt + torch.log(-torch.expm1(-usual_dt))  # the inverse of softplus
     dt = torch.nn.functional.softplus(torch.randn(*tokens, shape.nheads, generator=draw) + bias)
     return Inputs(q, k, x * dt[..., None], -a * dt)
+
+
+def gla_inputs(shape: Shape, seed: int = 0) -> Inputs:
+    """float32 inputs as a fresh GLA layer makes them: log_a = log σ(noise) / 16, normal q, k and v."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = (shape.batch, shape.seqlen)
+    q, k = (torch.randn(*tokens, shape.ngroups, shape.dstate, generator=draw) for _ in range(2))
+    v = torch.randn(*tokens, shape.nheads, shape.headdim, generator=draw)
+    gate = torch.randn(*tokens, shape.nheads, shape.dstate, generator=draw)
+    return Inputs(q, k, v, torch.nn.functional.logsigmoid(gate) / 16)
 
 
 def forward(side: Side, inputs: Inputs) -> Callable[[], Tensor]:

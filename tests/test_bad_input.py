@@ -145,14 +145,13 @@ KINDS: dict[str, tuple[Call, type[SsdopsError], list[str]]] = {
         UnsupportedError, ["'chunked' cannot run window(left=3, right=0)", "semiseparable", "able: ", "naive)"],
     ),
     "a backend without channels": (
-        lambda x: run(x, masks.channel_decay(x["c"]), backend="chunked"),
-        UnsupportedError, ["'chunked' cannot run channel_decay(log_a)", "per channel", "able: recurrent, naive"],
+        lambda x: run(x, masks.channel_decay(x["c"]), backend="tvm"),
+        UnsupportedError, ["'tvm' cannot run channel_decay(log_a)", "per channel", "able: chunked, recurrent, naive"],
     ),
     "a backend without chunks": (
         lambda x: run(x, backend="recurrent", chunk_size=4),
         UnsupportedError, ["'recurrent' has no chunks", "chunk_size=4", "able: chunked"],
     ),
-    "chunks for channels": (lambda x: run(x, masks.channel_decay(x["c"]), chunk_size=4), UnsupportedError, ["no backend can run channel_decay", "scalar decays only", "has no chunks"]),
     "a state of a band": (lambda x: run(x, masks.window(3), return_state=True), UnsupportedError, ["window(left=3, right=0) has no recurrence"]),
     "a state of a trapezoid": (lambda x: run(x, masks.trapezoidal(x["a"], x["a"], x["a"]) + masks.causal(), return_state=True), UnsupportedError, ["trapezoidal()", "previous k and v"]),
     "a mask that grows": (lambda x: run(x, _grown(x)), MaskError, ["12 factors", "4096 terms", "512"]),

@@ -60,3 +60,22 @@ def test_gradient_of_log_a(backend: str, slowest: float) -> None:
     big = dense_log_gradient(log_a.detach(), (q, k, v, dy)).max()
     length = seqlen * dims[0] * dims[1]
     assert_close(found.flatten(), expected, tolerance(torch.float32, torch.float32, length, float(big)), "dlog_a")
+
+
+@pytest.mark.parametrize("slowest", [-1e-4, -1e-7, -1.0, -20.0])
+def test_gradient_of_log_a_per_channel(slowest: float) -> None:
+    """The same where each of three channels decays by itself: its gradient is that of a scan over this channel alone."""
+    seqlen, dims = 4096, (2, 3)
+    q, k, v, dy = draws(seqlen, dims)
+    spread = 0.5 + torch.rand(1, seqlen, 1, dims[1], generator=torch.Generator().manual_seed(2))
+    log_a = (slowest * spread).requires_grad_()
+    y = ssd(q, k, v, masks.channel_decay(log_a), backend="chunked")
+    (found,) = torch.autograd.grad(y, log_a, dy)
+    for n in range(dims[1]):
+        alone = (q[..., n : n + 1], k[..., n : n + 1], v, dy)
+        expected = dense_log_gradient(log_a.detach()[..., n], alone)
+        q_size, k_size, v_size, dy_size = (x.abs() for x in alone)
+        big = float(dense_log_gradient(log_a.detach()[..., n], (q_size, k_size, v_size, dy_size)).max())
+        assert_close(
+            found[0, :, 0, n], expected, tolerance(torch.float32, torch.float32, seqlen * dims[0], big), f"channel {n}"
+        )

@@ -246,7 +246,7 @@ PLAIN, PROBLEM = Linear(log_a="log_a"), Make().case(masks.decay(Make().log())).p
 BAD: dict[str, tuple[Linear | Diagonal, Callable[[Problem], Problem], str]] = {
     "device": (PLAIN, lambda p: replace(p, target=Target("mps")), "runs on CPUs and CUDA GPUs, and the tensors are on mps"),
     "capability": (PLAIN, lambda p: replace(p, target=Target("cuda", "T4", (7, 5))), "needs compute capability 8.0"),
-    "channel": (Linear(channel="a"), lambda p: p, "per channel; 'recurrent' and 'naive' run it"),
+    "channel": (Linear(channel="a"), lambda p: p, "per channel; 'chunked', 'recurrent' and 'naive' run it"),
     "headdim": (PLAIN, lambda p: replace(p, headdim=257), "headdim from 1 to 256, got 257; 'chunked' has no such limit"),
     "dstate": (PLAIN, lambda p: replace(p, dstate=300), "dstate from 1 to 256, got 300"),
     "every": (PLAIN, lambda p: replace(p, state_every=24), "state_every=24 is between them; 'chunked' has no such limit"),

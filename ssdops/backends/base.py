@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..ir import nodes as n
-from ..ir.operands import ChannelLog, Operand, names
+from ..ir.operands import Operand, names
 from ..ir.problem import Problem
 from ..ir.resolve import Span, canonical, document_boundaries, document_spans, reduce_to, repeat_heads, resolve
-from ..ir.terms import Linear, Term, term_operands
+from ..ir.terms import Linear, Term, factored_operands, term_operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Inputs:
 
     Attributes:
         q, k: `(batch, seqlen, heads, dstate)`; v: `(batch, seqlen, heads, headdim)`; heads as given, never repeated.
-        values: slot → operand in canonical axes (`ir/resolve.py`).
+        values: slot → operand in canonical axes (`ir/resolve.py`); for a backend that is `factored`, `dt` and `A` too.
         operands: name → tensor as the user gave it, for terms that run by entries.
         documents: how rows are packed, or None where every batch row is one document.
         initial: initial states `(n_states, nheads, headdim, dstate)` or None.
@@ -176,9 +176,14 @@ class Gradients:
 
 
 class Backend(Protocol):
-    """A way to run terms. Stateless; one instance serves every call."""
+    """A way to run terms. Stateless; one instance serves every call.
+
+    Attributes:
+        factored: whether a per-channel decay dt · A comes as its factors, in slots `dt` and `A`, instead of multiplied out.
+    """
 
     name: str
+    factored: bool
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Whether this backend runs the term, forward and backward."""
@@ -245,11 +250,8 @@ class Stepper(Protocol):
 
 def step_values(term: Term, problem: Problem, operands: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The operand expressions of a term, evaluated for a step: nothing runs for those that are plain names."""
-    slots = dict(term_operands(term))
-    if isinstance(channel := slots.get("channel", ("", ""))[0], ChannelLog):
-        del slots["channel"]
-        slots |= {"dt": (channel.dt, n.TOKEN), "A": (channel.A, n.HEAD_CHANNEL)}
-    return {slot: resolve(x, _widened(slot, x, operands, problem), axes, problem.seqlen) for slot, (x, axes) in slots.items()}
+    slots = factored_operands(term).items()
+    return {slot: resolve(x, _widened(slot, x, operands, problem), axes, problem.seqlen) for slot, (x, axes) in slots}
 
 
 def bind(
@@ -263,13 +265,17 @@ def bind(
     scale: float,
     out: torch.dtype | None = None,
     wants_state: bool = True,
+    factored: bool = False,
 ) -> Inputs:
-    """Evaluate the operand expressions of a term (differentiable in the operands). `out` None is the accumulation dtype."""
+    """Evaluate the operand expressions of a term (differentiable in the operands).
+
+    `out` None is the accumulation dtype; `factored` as for `Backend`.
+    """
     values = {
         slot: canonical(operands[x], axes)
         if isinstance(x, str)  # which `resolve` knows as well, and gets to later
         else resolve(x, _widened(slot, x, operands, problem), axes, problem.seqlen)
-        for slot, (x, axes) in term_operands(term).items()
+        for slot, (x, axes) in (factored_operands if factored else term_operands)(term).items()
     }
     documents = term.documents if isinstance(term, Linear) else None
     out = problem.accumulate if out is None else out

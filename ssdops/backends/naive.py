@@ -27,6 +27,7 @@ class Naive:
     """The quadratic form of the contraction."""
 
     name = "naive"
+    factored = False
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Everything, wherever there is float64."""
@@ -42,7 +43,8 @@ class Naive:
         """T² of everything."""
         p = problem
         pairs = float(p.batch * p.nheads) * p.seqlen**2
-        return Work(2 * pairs * (p.dstate + p.headdim), 12 * pairs, 40 * pairs, 40.0 + 20 * p.seqlen / ROWS)
+        entries = pairs * (p.dstate if isinstance(term, Linear) and term.channel is not None else 1)
+        return Work(2 * pairs * (p.dstate + p.headdim), 12 * entries, 40 * entries, 40.0 + 20 * p.seqlen / ROWS)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """By entries."""

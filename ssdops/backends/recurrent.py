@@ -26,6 +26,7 @@ class Recurrent:
     """The recurrent form of the contraction."""
 
     name = "recurrent"
+    factored = False
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Any scan, and diagonals."""

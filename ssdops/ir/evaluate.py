@@ -253,7 +253,7 @@ def linear_state(
         inclusive = d.cumsum(0)
         rho = inclusive if term.row_inclusive else inclusive - d
         kappa = inclusive if term.col_inclusive else inclusive - d
-        total = d.sum(0)  # [H, 1 | N]
+        total = inclusive[-1] if len(d) else d.sum(0)  # [H, 1 | N]; the sum that κ is of, as another order rounds otherwise
         weight = (total - kappa).exp() * local(cols, span)  # [T, H, 1 | N]
         state = torch.einsum("thp,thn->hpn", local(v, span), local(k, span) * weight)
         if initial is not None:

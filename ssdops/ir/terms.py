@@ -150,3 +150,15 @@ def term_operands(term: Term) -> Mapping[str, tuple[Operand, str]]:
             return {} if value is None else {"value": (value, n.TOKEN)}
         case Quadratic():
             return {}
+
+
+@lru_cache(maxsize=4096)
+def factored_operands(term: Term) -> Mapping[str, tuple[Operand, str]]:
+    """`term_operands`, except that a per-channel decay that is a product comes as its factors, in slots `dt` and `A`."""
+    slots = dict(term_operands(term))
+    match slots.pop("channel", (None, n.CHANNEL))[0]:
+        case ops.ChannelLog(dt, big_a):
+            return slots | {"dt": (dt, n.TOKEN), "A": (big_a, n.HEAD_CHANNEL)}
+        case ops.Flip(ops.ChannelLog(dt, big_a)):
+            return slots | {"dt": (ops.Flip(dt), n.TOKEN), "A": (big_a, n.HEAD_CHANNEL)}
+    return term_operands(term)

@@ -7,6 +7,8 @@ enters and what leaves a chunk are single large matmuls, and gradients of shared
 What needs no state (scores, decays, what is inside a chunk) is done for a *span* of M chunks at once, as on a CPU every torch
 call costs microseconds, and in buffers that are used again, as fresh memory costs a page fault.
 
+Decay per channel (`channel.py`) walks the same way, with heads each by itself and what is inside a chunk by halves (`tree.py`).
+
 Shapes: M chunks of a span, R rows still running, C tokens of a chunk, G distinct score heads, r = H/G heads sharing them,
 N dstate, P headdim.
 """

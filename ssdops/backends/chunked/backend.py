@@ -10,6 +10,8 @@ from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import Every, diagonal_backward, diagonal_forward, diagonal_work
 from .backward import Backward
+from .channel import CHANNEL_SIZES, ChannelScan, channel_work
+from .channel_backward import ChannelBackward
 from .forward import SIZES, SPAN, Kept, Scan
 
 
@@ -17,18 +19,18 @@ class Chunked:
     """The block form of the contraction."""
 
     name = "chunked"
+    factored = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Any scan with scalar decay, and diagonals."""
-        if isinstance(term, Linear) and term.channel is not None:
-            return Support.no("'chunked' has scalar decays only, and this one is per channel; 'recurrent' and 'naive' run it")
+        """Any scan, and diagonals."""
         return reject_scan(term, self.name) or Support.yes()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Chunk sizes; on a GPU longer chunks, as every chunk is a round of launches."""
         if isinstance(term, Diagonal) or chunk_size is not None:
             return (Config(chunk_size),)
-        sizes = SIZES if problem.target.device == "cpu" else tuple(sorted(SIZES, reverse=True))
+        sizes: tuple[int, ...] = SIZES if isinstance(term, Linear) and term.channel is None else CHANNEL_SIZES
+        sizes = sizes if problem.target.device == "cpu" else tuple(sorted(sizes, reverse=True))
         return tuple(Config(size) for size in sizes)
 
     def work(self, term: Term, problem: Problem, config: Config) -> Work:
@@ -37,6 +39,8 @@ class Chunked:
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
             return diagonal_work(p)
+        if isinstance(term, Linear) and term.channel is not None:
+            return channel_work(p, size)
         scores = 2 * size * p.dstate * common_heads(p)
         per_head = 2 * size * p.headdim + 4 * p.dstate * p.headdim
         chunks = ceil(p.seqlen / size) if p.seqlen else 0
@@ -52,7 +56,8 @@ class Chunked:
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
         assert isinstance(term, Linear)  # supports() refuses the rest
-        scan, y, every = Scan(term, x, config), x.empty_output(), Every(x)
+        scan = Scan(term, x, config) if term.channel is None else ChannelScan(term, x, config)
+        y, every = x.empty_output(), Every(x)
         state = scan.initial()
         kept: list[Kept] = []
         for span in scan.spans:
@@ -70,5 +75,6 @@ class Chunked:
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
         assert isinstance(term, Linear)  # supports() refuses the rest
-        scan = Scan(term, x, config)
-        return Backward(scan, cotangents).run()
+        if term.channel is None:
+            return Backward(Scan(term, x, config), cotangents).run()
+        return ChannelBackward(ChannelScan(term, x, config), cotangents).run()

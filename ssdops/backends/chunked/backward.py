@@ -27,9 +27,9 @@ class Backward:
             return make((p.batch, p.seqlen, *shape), dtype=scan.acc, device=self.dy.device)
 
         self.inputs = {"q": empty(p.q_heads, p.dstate), "k": empty(p.k_heads, p.dstate), "v": empty(p.v_heads, p.headdim)}
-        self.values = {slot: empty(p.nheads) for slot in scan.slots}
+        self.values = {slot: empty(p.nheads, *x.shape[3:]) for slot, x in scan.slots.items() if x is not None}
         # whether the gradient of v can be written where it belongs, unscaled and unshared
-        self.in_place = p.v_heads == p.nheads and "cols" not in scan.slots
+        self.in_place = p.v_heads == p.nheads and not scan.scaled_columns
 
     def _forward(self) -> list[Tensor]:
         """What `Chunked.forward` saves, computed again."""
@@ -45,23 +45,35 @@ class Backward:
         """All spans."""
         scan = self.scan
         for span, kept in zip(reversed(scan.spans), reversed(self.kept), strict=True):
-            tile = scan.tile(*span)
+            tile = self.tile(*span)
             grads = self.span(tile, kept)
             for name, total in {**self.inputs, **self.values}.items():
                 if name == "v" and self.in_place and scan.view(total, tile) is not None:
                     continue  # written by span()
                 grad = grads[name]  # [M, R, C, heads, D] or [M, R, C, H]
                 scan.write(total, reduce_to(grad, (*grad.shape[:3], *total.shape[2:]), 3), tile)
-        x = scan.x
-        values = {slot: reduce_value(total, x.values[slot]) for slot, total in self.values.items()}
-        initial = None if x.initial is None else scan.leave(self.dstate)
+        initial = None if scan.x.initial is None else scan.leave(self.dstate)
         q, k, v = self.inputs.values()
-        return Gradients(q, k, v, initial=initial, values=values)
+        return Gradients(q, k, v, initial=initial, values=self.of_slots())
+
+    def of_slots(self) -> dict[str, Tensor]:
+        """What was written, shaped as operands are."""
+        return {slot: reduce_value(total, self.scan.x.values[slot]) for slot, total in self.values.items()}
+
+    def tile(self, t0: int, chunks: int) -> Tile:
+        """A span of chunks, with what its gradients need."""
+        return self.scan.tile(t0, chunks)
 
     def read(self, x: Tensor, tile: Tile) -> Tensor:
         """[M, R, C, …] of a tensor laid out like dy."""
         part = self.scan.rows.read(x, tile.t0, tile.t1).to(self.scan.acc)
         return part.reshape(tile.rows, tile.v.shape[0], -1, *part.shape[2:]).transpose(0, 1)
+
+    def cotangents(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The cotangent of Y before its row scales, and of what they multiply, [M, R, C, H, P]."""
+        g = self.read(self.dy, tile)
+        g = g if self.scan.scale == 1.0 else g * self.scan.scale
+        return g, g if tile.u is None else g * tile.u[..., None]
 
     def span(self, tile: Tile, kept: Kept) -> dict[str, Tensor]:
         """Gradients of one span, [M, R, C, heads, …].
@@ -69,11 +81,9 @@ class Backward:
         `self.dstate`, the cotangent of the state at its end, becomes that of the state at its start.
         """
         scan = self.scan
-        m, rows, c, heads, dim = tile.v.shape
+        m, rows, c = tile.v.shape[:3]
         n = tile.q.shape[4]
-        g = self.read(self.dy, tile)
-        g = g if scan.scale == 1.0 else g * scan.scale
-        gu = g if tile.u is None else g * tile.u[..., None]
+        g, gu = self.cotangents(tile)
         # inside chunks
         decays = scan.decays(tile)
         scores = scan.masked_scores(tile, decays, None if decays is None else scan.room("scores", *decays.shape))
@@ -88,28 +98,37 @@ class Backward:
         # between chunks
         g_in = scan.wide("entering", gu, tile.entering)
         v_out = scan.wide("leaving", tile.v, tile.leaving)
-        late, through = self._through_states(tile, kept.starts, g_in, v_out, dq, dk)
-        place = scan.view(self.inputs["v"], tile) if self.in_place else None
-        place = scan.room("dv_tile", *tile.v.shape) if place is None else place
-        dv, reaching = dv.view(m, rows, heads, c, dim).transpose(2, 3), scan.narrow(late, rows)
-        if tile.leaving is None:
-            torch.add(dv, reaching, out=place)
-        else:
-            torch.addcmul(dv, reaching, tile.leaving[..., None], out=place)
-        out = {"v": place, **{name: d.view(m, rows, -1, c, n).transpose(2, 3) for name, d in (("q", dq), ("k", dk))}}
-        self._scales(tile, out, g, scores, kept)
-        if "log_a" in scan.slots or "log_cols" in scan.slots:
+        late, through = self.through_states(tile, kept.starts, g_in, v_out, dq, dk)
+        dq, dk = (d.view(m, rows, -1, c, n).transpose(2, 3) for d in (dq, dk))
+        out = {"v": self.of_values(tile, dv, late), "q": dq, "k": dk}
+        self.scales(tile, out, g, scores, kept)
+        if through is not None:
             entering, leaving = self._dot(g_in, kept.across, tile), self._dot(v_out, late, tile)
-            self._exponents(out, change, entering, leaving, through)
+            self._exponents(out, change, entering, leaving, through.view(m, rows, -1))
         return out
 
-    def _through_states(
+    def of_values(self, tile: Tile, inside: Tensor, late: Tensor) -> Tensor:
+        """The gradient of tile.v, [M, R, C, H, P], written where it belongs if it can be.
+
+        Args:
+            inside: what reaches it from its chunk, [M·R·H, C, P]; late: from the state behind it, [M, R·G, C, r·P].
+        """
+        scan, (m, rows, c, heads, dim) = self.scan, tile.v.shape
+        place = scan.view(self.inputs["v"], tile) if self.in_place else None
+        place = scan.room("dv_tile", *tile.v.shape) if place is None else place
+        inside, reaching = inside.view(m, rows, heads, c, dim).transpose(2, 3), scan.narrow(late, rows)
+        if tile.leaving is None:
+            return torch.add(inside, reaching, out=place)
+        return torch.addcmul(inside, reaching, tile.leaving[..., None], out=place)
+
+    def through_states(
         self, tile: Tile, starts: Tensor, g_in: Tensor, v_out: Tensor, dq: Tensor, dk: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Walk dS back through the span, in place, and add to dq and dk.
 
         Returns:
-            What reaches v, exp(E − κ) apart [M, R·G, C, r·P]; and ⟨dS, exp(E) S⟩ of each chunk's two ends [M, R, H].
+            What reaches v, exp(E − κ) apart [M, R·G, C, r·P]; and ⟨dS, exp(E) S⟩ of each chunk's two ends [M, R, H], or
+            with an axis more what `Scan.passed` leaves of it; None where nothing decays.
         """
         scan = self.scan
         m, rows, groups, c, n = tile.q.shape
@@ -118,29 +137,31 @@ class Backward:
         q, k = (x.view(m, rows * groups, c, n) for x in (tile.q, tile.k))
         start = starts.view(m, rows * groups, n, -1)
         factors, by_head = scan.factors(tile), scan.heads_of(running)
-        through = [running.new_zeros(rows * groups, scan.shared)] * m
+        through: list[Tensor] = []
         for index in reversed(range(m)):
             torch.bmm(k[index], running, out=late[index])
             dk[index].baddbmm_(v_out[index], running.transpose(1, 2))
             dq[index].baddbmm_(g_in[index], start[index].transpose(1, 2))
             if factors is not None:
                 by_head.mul_(factors[index])
-            if "log_a" in scan.slots:
                 passing = torch.mul(running, start[index], out=scan.room("passing", *running.shape))
-                through[index] = scan.heads_of(passing).sum((1, 3))
+                through.append(scan.passed(passing))
             running.baddbmm_(q[index].transpose(1, 2), g_in[index])
-        return late, torch.stack(through).view(m, rows, -1)
+        return late, torch.stack(through[::-1]) if through else None
 
-    def _scales(self, tile: Tile, out: dict[str, Tensor], g: Tensor, scores: Tensor, kept: Kept) -> None:
+    def scales(self, tile: Tile, out: dict[str, Tensor], g: Tensor, scores: Tensor, kept: Kept) -> None:
         """Gradients of row and column scales, and v's own where columns are scaled."""
-        scan, slots = self.scan, self.scan.slots
-        if "cols" in slots:
-            w = self.read(slots["cols"], tile)  # type: ignore[arg-type]  # a slot that is there has a value
-            out["cols"] = (out["v"] * repeat_heads(self.read(scan.x.v, tile), tile.v.shape[3], 3)).sum(4)
-            out["v"] = out["v"] * w[..., None]
-        if "rows" in slots:
+        self.columns(tile, out)
+        scan = self.scan
+        if "rows" in scan.slots:
             across = scan.narrow(kept.across, tile.rows)
             out["rows"] = (g * scan.combine(tile, scan.inside(tile, scores), across)).sum(4)
+
+    def columns(self, tile: Tile, out: dict[str, Tensor]) -> None:
+        """The gradient of column scales, and v's own where they scale it."""
+        if (w := self.scan.slots.get("cols")) is not None:
+            out["cols"] = (out["v"] * repeat_heads(self.read(self.scan.x.v, tile), tile.v.shape[3], 3)).sum(4)
+            out["v"] = out["v"] * self.read(w, tile)[..., None]
 
     def _exponents(self, out: dict[str, Tensor], change: Tensor, entering: Tensor, leaving: Tensor, through: Tensor) -> None:
         """Gradients of log_cols and log_a, from how Y changes with ρ_i and κ_j.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ir.problem import common_heads
+from ...ir.problem import Problem, common_heads
 from ...ir.resolve import repeat_heads
 from ...ir.terms import Linear
 from ..base import Config, Inputs, exponent_dtype
@@ -21,13 +21,13 @@ SPAN = 512
 """Tokens, over all rows, that a span aims at: enough to hide the cost of calls, few enough to stay in cache."""
 
 
-def exp_(x: Tensor) -> Tensor:
-    """exp in place, with results below 1e-34 (float64: 1e-303) put to 0.
+def exp_(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """exp in place, or (where it is a narrower one) in another dtype, with results below 1e-34 (float64: 1e-303) put to 0.
 
     On CPUs exp takes ten times as long where its result is denormal, zero or infinite, as strong decays make it.
     """
-    floor = -78.0 if x.dtype == torch.float32 else -696.0
-    return torch.threshold_(x.clamp_min_(floor).exp_(), math.exp(floor) * 1.001, 0.0)
+    floor = -78.0 if (dtype or x.dtype) == torch.float32 else -696.0
+    return torch.threshold_(x.clamp_min_(floor).exp_().to(dtype or x.dtype), math.exp(floor) * 1.001, 0.0)
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,31 @@ class Scan:
         self.term, self.x = term, x
         self.rows = Rows(x.spans, p.batch, p.seqlen, term.causal, x.q.device)
         self.size = config.chunk_size or SIZES[0]
-        self.groups = common_heads(p)
+        self.groups = self.score_heads(p)
         self.shared = p.nheads // self.groups
         self.acc, self.exact = p.accumulate, exponent_dtype(p)
         self.scale = term.sign * x.scale
-        self.slots = {name: x.per_head(name) for name in x.values}
+        self.slots = self.read_slots()
         self.spans = self._spans()
         self._room: dict[str, Tensor] = {}
+
+    @staticmethod
+    def score_heads(problem: Problem) -> int:
+        """Heads that have scores of their own."""
+        return common_heads(problem)
+
+    def read_slots(self) -> dict[str, Tensor | None]:
+        """What there is per token, `(batch, seqlen, heads, …)`."""
+        return {name: self.x.per_head(name) for name in self.x.values}
+
+    @property
+    def scaled_columns(self) -> bool:
+        """Whether a tile's v is not the one given, but scaled."""
+        return "cols" in self.slots
+
+    def span_tokens(self) -> int:
+        """Tokens, over all rows, that a span aims at."""
+        return SPAN
 
     def _spans(self) -> list[tuple[int, int]]:
         """(start, chunks) of each span in local time; a last chunk that is short is a span of its own.
@@ -83,7 +101,7 @@ class Scan:
         """
         out, t0 = [], 0
         while t0 < self.rows.length:
-            chunks = max(SPAN // (self.size * max(self.rows.alive(t0), 1)), 1)
+            chunks = max(self.span_tokens() // (self.size * max(self.rows.alive(t0), 1)), 1)
             stop = self._stop(t0)
             chunks = max(min(chunks, (stop - t0) // self.size), 1)
             out.append((t0, chunks))
@@ -95,12 +113,12 @@ class Scan:
         every, length = self.x.problem.state_every, self.rows.length
         return length if every is None else min((t0 // every + 1) * every, length)
 
-    def room(self, name: str, *shape: int) -> Tensor:
-        """A buffer to write into, the same memory at every call of that name."""
+    def room(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer to write into, the same memory (of the same dtype) at every call of that name."""
         size = math.prod(shape)
         have = self._room.get(name)
         if have is None or have.numel() < size:
-            have = self._room[name] = torch.empty(size, dtype=self.acc, device=self.x.q.device)
+            have = self._room[name] = torch.empty(size, dtype=dtype or self.acc, device=self.x.q.device)
         return have[:size].view(shape)
 
     # --- states: [R, G, N, r·P] here, [R, H, P, N] outside ------------------------------------------------------------
@@ -129,19 +147,18 @@ class Scan:
 
     def tile(self, t0: int, chunks: int) -> Tile:
         """A span of chunks."""
-        t1 = min(t0 + chunks * self.size, self._stop(t0))
-        p = self.x.problem
-
-        def read(x: Tensor, dtype: torch.dtype = self.acc) -> Tensor:  # [R, T, …] → [M, R, C, …]
-            tile = self.rows.read(x, t0, t1).to(dtype)
-            return tile.reshape(len(tile), chunks, -1, *tile.shape[2:]).transpose(0, 1)
-
-        slots = {name: read(slot, self.exact) for name, slot in self.slots.items() if slot is not None}
-        q, k = (repeat_heads(read(t).transpose(2, 3), self.groups, 2).contiguous() for t in (self.x.q, self.x.k))
-        v = repeat_heads(read(self.x.v), p.nheads, 3)
+        x, nheads = self.x, self.x.problem.nheads
+        slots = {name: self.read(slot, t0, chunks, self.exact) for name, slot in self.slots.items() if slot is not None}
+        q, k = (repeat_heads(self.read(t, t0, chunks).transpose(2, 3), self.groups, 2).contiguous() for t in (x.q, x.k))
+        v = repeat_heads(self.read(x.v, t0, chunks), nheads, 3)
         u, w = (slots[name].to(self.acc) if name in slots else None for name in ("rows", "cols"))
         v = v if w is None else v * w[..., None]
         return Tile(t0, v.shape[1], q, k, v, u, *self._exponentials(slots.get("log_a"), slots.get("log_cols")))
+
+    def read(self, x: Tensor, t0: int, chunks: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A span of [R, T, …] as [M, R, C, …], in the accumulation dtype or another."""
+        tile = self.rows.read(x, t0, min(t0 + chunks * self.size, self._stop(t0))).to(dtype or self.acc)
+        return tile.reshape(len(tile), chunks, -1, *tile.shape[2:]).transpose(0, 1)
 
     def _exponentials(self, log_a: Tensor | None, log_cols: Tensor | None) -> tuple[Tensor | None, ...]:
         """ρ, κ, exp(ρ), exp(E − κ) and exp(E), from log decays and column exponents [M, R, C, H]."""
@@ -249,6 +266,10 @@ class Scan:
                 by_head.mul_(factors[index])
             running.baddbmm_(k[index].transpose(1, 2), v[index])
         return self.narrow(out, rows)
+
+    def passed(self, product: Tensor) -> Tensor:
+        """The parts of ⟨dS, exp(E) S⟩ [R·G, N, r·P], summed to what exp(E) has: [R·G, r]."""
+        return self.heads_of(product).sum((1, 3))
 
     def factors(self, tile: Tile) -> tuple[Tensor, ...] | None:
         """exp(E) of each chunk, shaped for `heads_of`; None where nothing decays."""

@@ -26,6 +26,7 @@ class Triton:
     """Triton kernels: one pass over memory, forward and backward."""
 
     name = "triton"
+    factored = False
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Scans with scalar decay, diagonals, and what has a tile form, on a GPU."""
@@ -37,7 +38,9 @@ class Triton:
         if isinstance(term, Quadratic):
             return tiles.supports(term, p)
         if term.channel is not None:
-            return Support.no("'triton' runs decays of one number per token and head; 'recurrent' runs per-channel decay")
+            return Support.no(
+                "'triton' runs decays of one number per token and head; 'chunked' and 'recurrent' run per-channel decay"
+            )
         if p.state_every is not None and p.state_every % min(CHUNKS):
             return _between_chunks(p.state_every, min(CHUNKS))
         if p.accumulate == torch.float64:

@@ -28,12 +28,15 @@ class Tvm:
     """Tensor programs, compiled by TVM through LLVM for CPUs and through CUDA for GPUs."""
 
     name = "tvm"
+    factored = False
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Scans with scalar decay, and diagonals."""
         p = problem
         if isinstance(term, Linear) and term.channel is not None:
-            return Support.no("'tvm' has scalar decays only, and this one is per channel; 'recurrent' and 'naive' run it")
+            return Support.no(
+                "'tvm' has scalar decays only, and this one is per channel; 'chunked', 'recurrent' and 'naive' run it"
+            )
         if p.target.device not in ("cpu", "cuda"):
             return Support.no(f"'tvm' runs on CPUs and CUDA GPUs, and the tensors are on {p.target.device}")
         if p.target.device == "cuda" and (p.target.capability or (0, 0)) < OLDEST:
