@@ -1,4 +1,4 @@
-"""The command line: `ssdops demo | explain | doctor`.
+"""The command line: `ssdops demo | explain | export | doctor`.
 
 This module holds the commands' options; what they do lives in `cli_demo`, `cli_explain` and `cli_doctor`, imported
 when one runs. Every error that ssdops raises on purpose ends as one line on stderr and exit status 2.
@@ -84,6 +84,25 @@ def explain(
     from .cli_explain import Question, run
 
     run(Question(shape, mask, device, dtype, backend, chunk_size), plot, Console())
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="Where to write the programs.")],
+    shape: Annotated[str, typer.Option(help="B,T,H,P,G,N; the programs serve any batch, seqlen and numbers of heads.")],
+    mask: Annotated[
+        str, typer.Option(help="A mask as text; programs serve any that is made of the same parts.")
+    ] = "decay(log_a)",
+    dtype: Dtype = "float32",
+    backend: Annotated[str, typer.Option(help="A backend that compiles ahead.")] = "tvm",
+    cpu: Annotated[
+        str | None, typer.Option(help="For whom, as LLVM calls it (x86-64-v3); this processor if not given.")
+    ] = None,
+) -> None:
+    """Compile a backend's programs ahead, for CPUs, into shared libraries that run without its compiler."""
+    from .cli_export import Order, run
+
+    run(Order(shape, mask, dtype, backend, cpu), directory, Console())
 
 
 @app.command()

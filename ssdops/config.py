@@ -3,6 +3,7 @@
 SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pass; 3 also generated source
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
 SSDOPS_CACHE_DIR  where compiled programs are kept; by default the platform's cache directory
+SSDOPS_TVM_PROGRAMS  a directory that `ssdops export` wrote: its programs run without TVM's compiler
 TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
 CUDA_PATH, CUDA_HOME  where TVM finds CUDA's headers, if not at a usual place
 TVM_CUDA_COMPILE_MODE  (TVM's own) nvrtc or nvcc; by default nvrtc where cuda-bindings is
@@ -43,6 +44,13 @@ def cache_dir() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("ssdops")
+
+
+@lru_cache(maxsize=1)
+def tvm_programs() -> Path | None:
+    """Where programs of TVM are that were exported (SSDOPS_TVM_PROGRAMS)."""
+    chosen = os.environ.get("SSDOPS_TVM_PROGRAMS")
+    return Path(chosen) if chosen else None
 
 
 @lru_cache(maxsize=1)

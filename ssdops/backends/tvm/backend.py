@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ...config import tvm_programs
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
@@ -129,14 +130,25 @@ def _between_chunks(problem: Problem) -> Support:
 
 @cache
 def installed() -> Support:
-    """Whether TVM and its FFI are here, of versions that work together. They are not imported."""
-    for package, known in PACKAGES.items():
-        try:
-            found = version(package)
-        except PackageNotFoundError:
+    """Whether TVM and its FFI are here, of versions that work together; the FFI alone, where programs come compiled.
+
+    Neither is imported.
+    """
+    needed = {"apache-tvm-ffi"} if tvm_programs() is not None else set(PACKAGES)
+    for package in (package for package in PACKAGES if package in needed):
+        if not is_installed(package):
             return Support.no(
                 f"'tvm' needs {package}, which is not installed: pip install 'ssdops[tvm]'; 'chunked' runs without"
             )
-        if not found.startswith(known):
+        if not (found := version(package)).startswith(known := PACKAGES[package]):
             return Support.no(f"'tvm' works with {package} {known}*, and {found} is installed: pip install 'ssdops[tvm]'")
     return Support.yes()
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is here, of any version."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -13,8 +13,10 @@ import platform
 import stat
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config import cache_dir
-from . import threads
+from ...errors import UnsupportedError
+from . import backend, exported, threads
 from .backend import PACKAGES
 from .tile import Tile
 
@@ -44,6 +47,8 @@ SOURCES = (
 )
 
 
+_collected: ContextVar[dict[tuple[str, Tile], None] | None] = ContextVar("_collected", default=None)
+"""Programs that passes have wanted, where they are to be exported and not run."""
 _told: set[Path] = set()
 """Directories of which a warning has said that nothing can be kept there."""
 
@@ -52,12 +57,28 @@ MADE: dict[tuple[str, Tile], Callable[..., None]] = {}
 """The programs of this process, to be called with tensors that are contiguous, and numbers."""
 
 
+@contextmanager
+def collecting() -> Iterator[dict[tuple[str, Tile], None]]:
+    """A context in which passes only say which programs they want."""
+    found: dict[tuple[str, Tile], None] = {}
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
+def collected() -> dict[tuple[str, Tile], None] | None:
+    """What has been wanted in such a context; None outside one."""
+    return _collected.get()
+
+
 def known(name: str, tile: Tile) -> Callable[..., None] | None:
     """One of `lower.py`, `walk.py`, … that was made before, by this process or another; None if it must be compiled."""
     if (name, tile) in MADE:
         return MADE[name, tile]
-    path = place(name, tile)
-    if not path.exists() or not _ours(path.parent):
+    path = exported.place(name, tile) or place(name, tile)
+    if not path.exists() or not ours(path.parent):
         return None
     try:
         MADE[name, tile] = _load(path)
@@ -68,8 +89,19 @@ def known(name: str, tile: Tile) -> Callable[..., None] | None:
 
 
 def make(wanted: Iterable[tuple[str, Tile]]) -> None:
-    """Compile programs side by side, but for their lowering, which is Python's."""
-    from . import compiler
+    """Compile programs side by side, but for their lowering, which is Python's.
+
+    Raises:
+        UnsupportedError: TVM is not installed, and what was exported has not all of them.
+    """
+    try:
+        from . import compiler
+    except ImportError as error:
+        missing = ", ".join(f"{name} ({tile})" for name, tile in wanted)
+        raise UnsupportedError(
+            f"what was exported to {exported.directory()} has not {missing}, and apache-tvm is not installed to compile it: "
+            "export for these sizes and this dtype too, or pip install 'ssdops[tvm]'"
+        ) from error
 
     def finish(lowered: Any, name: str, tile: Tile) -> Callable[..., None]:
         return _keep(compiler.compiled(lowered, tile), place(name, tile))
@@ -77,6 +109,21 @@ def make(wanted: Iterable[tuple[str, Tile]]) -> None:
     with ThreadPoolExecutor() as pool:
         made = {key: pool.submit(finish, compiler.lowered(*key), *key) for key in dict.fromkeys(wanted)}
     MADE.update({key: future.result() for key, future in made.items()})
+
+
+def export(name: str, tile: Tile, directory: Path, cpu: str | None) -> Path:
+    """Compile a program into a directory, for this processor or for one that LLVM has a name for.
+
+    Raises:
+        UnsupportedError: it would need TVM's runtime.
+    """
+    from . import compiler
+
+    if not threads.of_torch():
+        raise UnsupportedError("programs are exported for the OpenMP runtime of torch on Linux, and it is not here")
+    made, path = compiler.compiled(compiler.lowered(name, tile), tile, cpu), directory / exported.file(name, tile)
+    made.export_library(str(path), addons=[str(threads.SOURCE)])
+    return path
 
 
 def place(name: str, tile: Tile) -> Path:
@@ -90,7 +137,7 @@ def _keep(made: Any, path: Path) -> Callable[..., None]:
     addons = [str(threads.SOURCE)] if "-cpu-" in path.name and threads.of_torch() else []
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _ours(path.parent):
+        if not ours(path.parent):
             raise PermissionError("it is another user's, or others can write there (chmod go-w)")
         with tempfile.TemporaryDirectory(dir=path.parent) as room:
             made.export_library(os.path.join(room, path.name), addons=addons)  # which needs a linker
@@ -107,12 +154,12 @@ def _keep(made: Any, path: Path) -> Callable[..., None]:
     return run
 
 
-def _ours(directory: Path) -> bool:
+def ours(directory: Path) -> bool:
     """Whether nobody else can have put a program there: what is loaded runs with all that the user may do."""
     if platform.system() == "Windows":  # whose owners and modes say nothing of it
         return True
     found = directory.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)  # root may do it all
 
 
 def _load(path: Path) -> Callable[..., None]:
@@ -147,9 +194,14 @@ def _key(tile: Tile) -> str:
 @cache
 def _common() -> str:
     """What all programs of this machine and installation share."""
-    sources = b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)
-    versions = [version(package) for package in PACKAGES]
-    return f"{hashlib.sha256(sources).hexdigest()} {versions} {platform.system()} {platform.machine()}"
+    versions = [version(package) for package in PACKAGES if backend.is_installed(package)]
+    return f"{sources()} {versions} {platform.system()} {platform.machine()}"
+
+
+@cache
+def sources() -> str:
+    """A hash of all that programs are made from."""
+    return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in SOURCES)).hexdigest()
 
 
 @cache

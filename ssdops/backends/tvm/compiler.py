@@ -7,6 +7,7 @@ from typing import Any
 import tvm
 from tvm.target import Target, codegen
 
+from ...errors import UnsupportedError
 from . import exchange, gradients, lower, outputs, rules, toolkit, walk
 from .tile import Tile
 
@@ -27,12 +28,28 @@ def lowered(name: str, tile: Tile) -> Any:
     return rules.schedule(PROGRAMS[name](tile), tile)
 
 
-def compiled(program: Any, tile: Tile) -> Any:
-    """What TVM makes of it, at any time."""
+def compiled(program: Any, tile: Tile, cpu: str | None = None) -> Any:
+    """What TVM makes of it, at any time: for this processor, or for one that LLVM has a name for."""
     if tile.target == "cpu":
-        return tvm.compile(program, target=Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}))
+        return tvm.compile(program, target=processor(cpu))
     toolkit.prepare()
     target = Target({"kind": "cuda", "arch": tile.target, **LIMITS}, host="llvm")
     # the program has its own barriers, and its tiles may lie over one another where those allow it
     with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=["s_tir.ThreadSync"]):
         return tvm.compile(program, target=target)
+
+
+def processor(cpu: str | None) -> Target:
+    """This processor, or one that LLVM has a name for.
+
+    Raises:
+        UnsupportedError: LLVM knows none of that name.
+    """
+    if cpu is not None and cpu not in codegen.llvm_get_cpu_archlist(Target("llvm")):
+        raise UnsupportedError(f"LLVM knows no processor {cpu!r} here; x86-64-v3 has AVX2, for example")
+    return Target({"kind": "llvm", "mcpu": cpu or codegen.llvm_get_system_cpu()})
+
+
+def features(cpu: str | None) -> list[str]:
+    """The instructions that such a processor has, in LLVM's names."""
+    return [str(feature) for feature in codegen.llvm_get_cpu_features(processor(cpu))]

@@ -31,6 +31,9 @@ def complete(term: Linear, x: Inputs, config: Config, run: Callable[[OnCpu | OnG
     with Alone(x.q.device):
         first = scan(term, x, config)
         out = run(first)
+        if (collected := build.collected()) is not None:
+            collected.update(dict.fromkeys(first.wanted))
+            return out
         if not first.wanted:
             return out
         build.make(first.wanted)

@@ -127,11 +127,11 @@ class Scan:
     def program(self, name: str, **fields: Any) -> Callable[..., None]:
         """A compiled one; or nothing, if it is yet to be made, and the pass will be gone through again (`passes.py`)."""
         key = (name, self.machine.target, self.data, self.acc, self.chunk, *fields.items())  # hashed faster than a `Tile`
-        if (run := _known.get(key)) is not None:
+        if (run := _known.get(key)) is not None and build.collected() is None:
             return run
         data, acc = (str(dtype).removeprefix("torch.") for dtype in (self.data, self.acc))
         tile = Tile(self.machine.target, data, acc, self.chunk, **fields)
-        if (run := build.known(name, tile)) is None:
+        if build.collected() is not None or (run := build.known(name, tile)) is None:
             self.wanted.append((name, tile))
             return lambda *_: None
         _known[key] = run
