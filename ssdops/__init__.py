@@ -15,10 +15,23 @@ if TYPE_CHECKING:
     from .errors import SsdopsError
     from .ir.problem import Target
     from .masks import Mask
+    from .register import operand, register_mask
 
-__all__ = ["Explanation", "Mask", "SsdopsError", "Target", "__version__", "explain", "masks", "ssd", "ssd_step"]
+__all__ = [
+    "Explanation",
+    "Mask",
+    "SsdopsError",
+    "Target",
+    "__version__",
+    "explain",
+    "masks",
+    "operand",
+    "register_mask",
+    "ssd",
+    "ssd_step",
+]
 
-_HOMES = {"Mask": "masks", "SsdopsError": "errors", "Target": "ir.problem"}
+_HOMES = {"Mask": "masks", "SsdopsError": "errors", "Target": "ir.problem", "operand": "register", "register_mask": "register"}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,9 +24,11 @@ ROOMS = (
     ("plan",),
     ("autotune",),
     ("backends",),
+    ("register", "symbols"),
     ("masks",),
     ("ir.passes",),
     ("ir",),
+    ("plugins",),
     ("errors", "config"),
 )
 """From the top down; a room is a module or a package of that name inside ssdops."""

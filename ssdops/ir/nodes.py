@@ -7,11 +7,13 @@ validation, verification and the parser take what they need.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+from .. import plugins
+from ..errors import MaskError
 from . import operands as ops
 from .operands import Operand
 
@@ -168,6 +170,32 @@ class ChannelDecay(Leaf):
     A: Operand | None = axes(HEAD_CHANNEL, optional=True)
 
 
+class Meaning(Protocol):
+    """What a registered structure says of itself (`definition.py`)."""
+
+    causal: bool
+    """Whether entries above the diagonal are 0."""
+
+    def entries(self, node: Registered, at: Any) -> tuple[Any, Any]:
+        """Its values and support at an `evaluate.Scope`."""
+        ...
+
+    def lowered(self, node: Registered) -> Node | None:
+        """The same matrix by other structures, or None."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Registered(Leaf):
+    """A structure that a user brings: `register_mask` makes a class below this one, whose fields are its operands."""
+
+    definition: ClassVar[Meaning]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name: the class itself was made when the mask was registered."""
+        return _registered, (self.op, tuple(getattr(self, name) for name in FIELDS[type(self)]))
+
+
 # --- combinators ----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +274,9 @@ LEAVES: dict[str, type[Leaf]] = {
         Semiseparable, Fenwick, Trapezoidal, ChannelDecay,
     )
 }  # fmt: skip
+"""The structures that are built in, by name."""
+REGISTERED: dict[str, type[Registered]] = {}
+"""Those that `register_mask` has added."""
 ZERO = Sum(())
 
 
@@ -261,6 +292,27 @@ SLOTS: dict[type[Node], tuple[tuple[str, str], ...]] = {
     kind: tuple((f.name, f.metadata["axes"]) for f in fields(kind) if "axes" in f.metadata) for kind in FIELDS
 }
 """(field, axes) of the operand fields by node class."""
+
+
+def add_leaf(kind: type[Registered]) -> None:
+    """Make a registered structure known by its name."""
+    FIELDS[kind] = tuple(f.name for f in fields(kind))
+    SLOTS[kind] = tuple((f.name, f.metadata["axes"]) for f in fields(kind) if "axes" in f.metadata)
+    REGISTERED[kind.op] = kind
+
+
+def leaf_named(name: str) -> type[Leaf] | None:
+    """The structure of that name, built in or registered, its entry point loaded if it has one; None if there is none."""
+    if name not in LEAVES and name not in REGISTERED:
+        plugins.load(plugins.MASKS, name)
+    return LEAVES.get(name) or REGISTERED.get(name)
+
+
+def _registered(name: str, values: tuple[Any, ...]) -> Node:
+    kind = leaf_named(name)
+    if kind is None:
+        raise MaskError(f"no mask {name!r} is registered in this process; import the module whose register_mask({name!r}) does")
+    return kind(*values)
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -289,6 +341,11 @@ def rebuild(node: Node, inner: tuple[Node, ...]) -> Node:
             return type(node)(inner[0])
         case _:
             return node
+
+
+def rank_of(node: Node) -> int:
+    """How many ranks its operands with that axis have, as far as the node says; else 1."""
+    return rank if isinstance(rank := getattr(node, "rank", 1), int) else 1
 
 
 def sum_of(*terms: Node) -> Node:
@@ -333,8 +390,8 @@ operand_names = lru_cache(maxsize=4096)(names_of)
 """`names_of`, remembered; torch.compile cannot trace the cache, so traced code calls `names_of`."""
 
 
-def rename_operands(node: Node, table: dict[str, str]) -> Node:
-    """The same tree over other operand names."""
+def rename_operands(node: Node, table: Mapping[str, Operand]) -> Node:
+    """The same tree over other operands: names, or expressions in their place."""
     node = rebuild(node, tuple([rename_operands(child, table) for child in children(node)]))
     slots = {name for name, _ in SLOTS[type(node)] if getattr(node, name) is not None}
     if not slots:

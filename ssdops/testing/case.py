@@ -13,6 +13,8 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ir import nodes as n
 from ..ir import operands as ops
+from ..ir.passes.driver import Pass
+from ..ir.passes.normalize import lower_registered
 from ..ir.problem import Problem, count_states, problem_of
 from ..ir.terms import Linear
 from ..masks import Mask
@@ -88,6 +90,14 @@ class Case:
         return replace(self, q=new["q"], k=new["k"], v=new["v"], mask=Mask(self.mask.tree, operands), initial=initial)
 
 
+def lowered(tree: n.Node) -> n.Node:
+    """The tree with every registered mask that has a `lower` written by what it is made of."""
+    return LOWER(tree)
+
+
+LOWER = Pass("lower", (lower_registered,))
+
+
 class Unsliceable(Exception):
     """A mask that has no meaning on a part of the tokens, or whose operands are read from both ends."""
 
@@ -128,10 +138,11 @@ def restrict(mask: Mask, start: int, stop: int, seqlen: int) -> Mask:
     """The mask of tokens [start, stop) alone.
 
     Raises:
-        Unsliceable: its entries are not a function of the tokens between i and j (fenwick, or a shift of scaled rows).
+        Unsliceable: its entries are not a function of the tokens between i and j (fenwick, a shift of scaled rows, or a
+            registered mask of which nothing but entries is known).
     """
-    for node in n.walk(mask.tree):
-        if isinstance(node, n.Fenwick) or (isinstance(node, n.Shift) and not isinstance(node.mask, _SHIFTABLE)):
+    for node in n.walk(lowered(mask.tree)):
+        if isinstance(node, n.Fenwick | n.Registered) or (isinstance(node, n.Shift) and not isinstance(node.mask, _SHIFTABLE)):
             raise Unsliceable(f"{node} on a part of the tokens is another mask")
 
     def cut(x: Tensor, use: Use) -> Tensor:

@@ -181,6 +181,8 @@ class _Reader:
                 self.found["entries"].append((matrix, at))
             case n.Documents():
                 self.found["documents"].append((m, at))
+            case n.Registered():
+                raise Refused(f"of {m.op} only the entries are known, as its class has no lower()")
             case _:
                 raise Refused(f"{m.op} is no product of factors per token, lag and entry")
 
