@@ -12,6 +12,7 @@ from .config import VERSION as __version__
 if TYPE_CHECKING:
     from . import masks
     from .api import Explanation, explain, ssd, ssd_step
+    from .backends.registry import register_backend
     from .errors import SsdopsError
     from .ir.problem import Target
     from .masks import Mask
@@ -26,12 +27,16 @@ __all__ = [
     "explain",
     "masks",
     "operand",
+    "register_backend",
     "register_mask",
     "ssd",
     "ssd_step",
 ]
 
-_HOMES = {"Mask": "masks", "SsdopsError": "errors", "Target": "ir.problem", "operand": "register", "register_mask": "register"}
+_HOMES = {
+    "Mask": "masks", "SsdopsError": "errors", "Target": "ir.problem", "operand": "register", "register_mask": "register",
+    "register_backend": "backends.registry",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from registered import KINDS, TheirAlibi, TheirDecay, TheirMatrix, TheirPowers, 
 from trees import SIZES, Sizes, assert_same_meaning, dense, leaf_of, tensors
 
 import ssdops
+import ssdops.register
 from ssdops import Mask, masks, operand, register_mask, ssd
 from ssdops.errors import MaskError, ParseError, RegistrationError, ShapeError, UnsupportedError
 from ssdops.ir import nodes as n
