@@ -61,7 +61,7 @@ def check_counts(chunk_size: int | None, state_every: int | None) -> None:
 @lru_cache(maxsize=4096)
 def check_recurrence(tree: n.Node) -> None:
     """Raise UnsupportedError unless every term of the mask runs forward in time, token by token."""
-    for node in n.walk(tree):
+    for node in n.walk(n.lowered(tree)):
         if isinstance(node, n.Documents):
             raise UnsupportedError("a step has no documents: give every sequence its own batch row, and drop documents()")
     carry.trapezoid_of(tree)

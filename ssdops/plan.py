@@ -128,7 +128,7 @@ def _check_options(contraction: Contraction) -> None:
 
 def _check_prefixes(mask: n.Node) -> None:
     """Raise UnsupportedError unless what the scans of a mask hold after a token is the state of the prefix that it ends."""
-    for node in n.walk(mask):
+    for node in n.walk(n.lowered(mask)):
         if isinstance(node, n.Documents):
             raise UnsupportedError(
                 "state_every counts the tokens of a batch row, and documents() packs several sequences into one; give each "

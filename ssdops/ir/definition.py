@@ -76,7 +76,7 @@ class Definition:
             if given.dtype != torch.bool:
                 raise MaskError(f"support() of {self.name!r} gave {given.dtype}, expected torch.bool: a comparison of i and j")
             support = support & given
-        return value, support
+        return torch.where(support, value, 0.0), support
 
     def _checked(self, method: str, x: Any, at: Scope) -> Tensor:
         """What a method gave, as [B | 1, H | 1, rows | 1, cols | 1, N | 1]."""

@@ -371,6 +371,15 @@ def walk(node: Node) -> Iterator[Node]:
         yield from walk(child)
 
 
+def lowered(node: Node) -> Node:
+    """The same matrix, with what `lower` gives in the place of every registered mask that has one."""
+    if not any(isinstance(m, Registered) for m in walk(node)):
+        return node
+    node = rebuild(node, tuple(lowered(child) for child in children(node)))
+    other = node.definition.lowered(node) if isinstance(node, Registered) else None
+    return node if other is None else lowered(other)
+
+
 def operands_of(node: Node) -> Iterator[tuple[Operand, str]]:
     """Every operand expression in the tree with the axes of its slot, in printing order."""
     for child in children(node):

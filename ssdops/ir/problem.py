@@ -120,7 +120,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 def count_states(mask: n.Node, operands: Mapping[str, Tensor], batch: int) -> int | None:
     """States per linear term: one per batch row, or per document; None if documents do not say how many they are."""
-    documents = {node for node in n.walk(mask) if isinstance(node, n.Documents)}
+    documents = {node for node in n.walk(n.lowered(mask)) if isinstance(node, n.Documents)}
     if not documents:
         return batch
     counts: list[int | None] = []  # no set: traced sizes compare, but do not hash
@@ -156,7 +156,7 @@ def check_values(mask: n.Node, operands: Mapping[str, Tensor], seqlen: int) -> N
     Raises:
         ValueRangeError: the argument, the rule it breaks, and the place.
     """
-    for node in n.walk(mask):
+    for node in n.walk(n.lowered(mask)):
         if isinstance(node, n.Documents) and isinstance(node.cu_seqlens, str):
             _check_boundaries(operands[node.cu_seqlens], seqlen)
         elif isinstance(node, n.Documents) and isinstance(node.segment_ids, str):
@@ -237,6 +237,7 @@ def _check_operand_shapes(
             x = getattr(node, slot)
             for name in ops.names(x) if x is not None else ():
                 _check_shape(name, operands[name], axes, sizes, node)
+    for node in {m: None for tree in (mask, n.lowered(mask)) for m in n.walk(tree)}:
         match node:
             case n.Documents(cu_seqlens=str(name)) if batch != 1:
                 raise ShapeError(
@@ -296,4 +297,4 @@ def common_heads(problem: Problem) -> int:
 
 def mask_needs_values_checked(mask: n.Node) -> bool:
     """Whether any operand's values, and not only its shape, can be wrong."""
-    return any(isinstance(node, n.Documents) for node in n.walk(mask))
+    return any(isinstance(node, n.Documents) for node in n.walk(n.lowered(mask)))

@@ -13,8 +13,6 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..ir import nodes as n
 from ..ir import operands as ops
-from ..ir.passes.driver import Pass
-from ..ir.passes.normalize import lower_registered
 from ..ir.problem import Problem, count_states, problem_of
 from ..ir.terms import Linear
 from ..masks import Mask
@@ -60,7 +58,7 @@ class Case:
     @cached_property
     def carried(self) -> tuple[Linear, ...] | None:
         """The terms that carry a state, or None where the mask has no states to give, or carries more (a trapezoid)."""
-        if any(isinstance(node, n.Trapezoidal) for node in n.walk(self.mask.tree)):
+        if any(isinstance(node, n.Trapezoidal) for node in n.walk(n.lowered(self.mask.tree))):
             return None
         if count_states(self.mask.tree, self.mask.operands, self.q.shape[0]) is None:
             return None
@@ -88,14 +86,6 @@ class Case:
         operands = {name: new[name] for name in self.mask.operands}
         initial = tuple(new[f"initial_state[{i}]"] for i in range(len(self.initial)))
         return replace(self, q=new["q"], k=new["k"], v=new["v"], mask=Mask(self.mask.tree, operands), initial=initial)
-
-
-def lowered(tree: n.Node) -> n.Node:
-    """The tree with every registered mask that has a `lower` written by what it is made of."""
-    return LOWER(tree)
-
-
-LOWER = Pass("lower", (lower_registered,))
 
 
 class Unsliceable(Exception):
@@ -141,7 +131,7 @@ def restrict(mask: Mask, start: int, stop: int, seqlen: int) -> Mask:
         Unsliceable: its entries are not a function of the tokens between i and j (fenwick, a shift of scaled rows, or a
             registered mask of which nothing but entries is known).
     """
-    for node in n.walk(lowered(mask.tree)):
+    for node in n.walk(n.lowered(mask.tree)):
         if isinstance(node, n.Fenwick | n.Registered) or (isinstance(node, n.Shift) and not isinstance(node.mask, _SHIFTABLE)):
             raise Unsliceable(f"{node} on a part of the tokens is another mask")
 
