@@ -10,7 +10,7 @@ Operands per token are `(batch, seqlen, nheads)` or broadcastable from the right
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from torch import Tensor
@@ -23,6 +23,22 @@ __all__ = [
     "Mask", "causal", "channel_decay", "decay", "dense", "diagonal", "documents", "fenwick", "full", "retention",
     "semiseparable", "toeplitz", "trapezoidal", "window",
 ]  # fmt: skip
+
+NAMED = ("alibi", "lightning", "linear_attention", "mamba2", "mlstm", "quasiseparable", "retnet", "sliding_window")
+"""Masks of papers, made of these structures in `ssdops.named`; imported from there when they are asked for here."""
+
+
+def __getattr__(name: str) -> Callable[..., Mask]:
+    if name not in NAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import named
+
+    found: Callable[..., Mask] = getattr(named, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *NAMED])
 
 
 class Mask:

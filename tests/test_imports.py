@@ -26,7 +26,7 @@ ROOMS = (
     ("autotune",),
     ("backends",),
     ("register", "symbols"),
-    ("masks",),
+    ("masks", "named"),
     ("ir.passes",),
     ("ir",),
     ("plugins",),
