@@ -125,7 +125,8 @@ def register_mask(name: str) -> Callable[[type], RegisteredMask]:
     - optionally `support(self, i, j)`: where there are entries at all; values elsewhere take no part, NaN included.
     - optionally `causal = True`: none above the diagonal.
     - optionally `lower(self)`: the same mask by built-in structures over the operands, or over sums, products and
-      exponentials of them. It then runs wherever those run; with entries alone it runs on 'naive', in blocks of rows.
+      exponentials of them. It then runs wherever those run; with entries alone it runs on 'naive', in blocks of rows, and
+      on 'triton' where the traced formula is a product of what depends on i, on j, and on i - j.
 
     `ssdops.testing.check_mask` holds all of it to the laws that built-in masks keep.
 
