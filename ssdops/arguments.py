@@ -61,11 +61,13 @@ def check_counts(chunk_size: int | None, state_every: int | None) -> None:
 @lru_cache(maxsize=4096)
 def check_recurrence(tree: n.Node) -> None:
     """Raise UnsupportedError unless every term of the mask runs forward in time, token by token."""
-    for node in n.walk(n.lowered(tree)):
+    for node in n.walk(tree):
         if isinstance(node, n.Documents):
             raise UnsupportedError("a step has no documents: give every sequence its own batch row, and drop documents()")
     carry.trapezoid_of(tree)
     for term in state_terms(tree):
+        if term.documents is not None:  # which a registered mask may be made of
+            raise UnsupportedError(f"a step has no documents, and {tree} is made of them: give every sequence its own row")
         if not term.causal:
             raise UnsupportedError(f"{term.node()} reads later tokens, so {tree} has no step; run ssd on the whole sequence")
 

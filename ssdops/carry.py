@@ -24,7 +24,6 @@ def trapezoid_of(tree: n.Node) -> n.Trapezoidal | None:
     Raises:
         UnsupportedError: there is a trapezoid, and other things with it.
     """
-    tree = n.lowered(tree)
     if not any(isinstance(node, n.Trapezoidal) for node in n.walk(tree)):
         return None
     parts = tree.terms if isinstance(tree, n.Sum) else (tree,)

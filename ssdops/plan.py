@@ -75,10 +75,18 @@ def state_terms(mask: n.Node) -> tuple[Linear, ...]:
         UnsupportedError: a part of the mask has no recurrence.
     """
     terms = terms_of(mask)
+    if any(isinstance(m, n.Registered) for m in n.walk(mask)) and _holds_trapezoid(n.lowered(mask)):
+        raise UnsupportedError(
+            f"{mask} is made of trapezoidal(), whose scans run a token ahead; write trapezoidal() itself to carry its state"
+        )
     for term in terms:
         if isinstance(term, Quadratic):
             raise UnsupportedError(f"{term.mask} has no recurrence here, so it carries no state between calls")
     return tuple(t for t in terms if isinstance(t, Linear))
+
+
+def _holds_trapezoid(mask: n.Node) -> bool:
+    return any(isinstance(m, n.Trapezoidal) for m in n.walk(mask))
 
 
 def plan(contraction: Contraction, problem: Problem) -> Plan:

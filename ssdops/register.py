@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from typing import Any
 
+from torch.utils._python_dispatch import _disable_current_modes
+
 from .errors import MaskError, RegistrationError
 from .ir import nodes as n
 from .ir import operands as ops
@@ -208,8 +210,9 @@ def _check_name(name: str, cls: type) -> None:
 def _lower(definition: Definition, node: n.Registered) -> n.Node:
     """What `lower` of the class gives for a node, over the node's own operand expressions."""
     axes = definition.operands
-    stand_ins = symbols({name: (getattr(node, name), axes[name]) for name in axes}, n.rank_of(node))
-    mask = definition.instance(node, stand_ins).lower()
+    with _disable_current_modes():  # symbols have no values that tracing could fake
+        stand_ins = symbols({name: (getattr(node, name), axes[name]) for name in axes}, n.rank_of(node))
+        mask = definition.instance(node, stand_ins).lower()
     if not isinstance(mask, Mask):
         raise MaskError(f"lower() of {definition.name!r} gave {type(mask).__name__}, expected a Mask made by ssdops.masks")
     table: dict[str, Operand] = {}

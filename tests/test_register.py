@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registered import KINDS, TheirAlibi, TheirDecay, TheirMatrix, TheirPowers, TheirRanks
+from registered import KINDS, TheirAlibi, TheirDecay, TheirDocuments, TheirMatrix, TheirPowers, TheirRanks
 from trees import SIZES, Sizes, assert_same_meaning, dense, leaf_of, tensors
 
 import ssdops
@@ -130,6 +130,24 @@ def test_a_lowered_mask_carries_states():
     assert torch.equal(y, want) and torch.equal(state, left)
 
 
+def test_states_that_it_cannot_carry_are_refused():
+    q, g = torch.randn(1, 6, 1, 3), torch.zeros(1)
+    rule = register_mask("their_trapezoid")(
+        bad_class(
+            entries=lambda s, i, j: s.g,
+            g=operand("batch seqlen nheads"),
+            lower=lambda s: masks.trapezoidal(s.g, gamma=s.g, beta_over_a=s.g),
+        )
+    )
+    with pytest.raises(UnsupportedError, match=r"made of trapezoidal\(\).*write trapezoidal\(\) itself"):
+        ssd(q, q, q, rule(g), return_state=True)
+    ids = torch.zeros(1, 6, dtype=torch.int64)
+    with pytest.raises(ShapeError, match="need n_segments"):
+        ssd(q, q, q, TheirDecay(g) * TheirDocuments(ids), return_state=True)
+    with pytest.raises(UnsupportedError, match=r"a step has no documents, and their_decay.* is made of them"):
+        ssdops.ssd_step(q[:, 0], q[:, 0], q[:, 0], TheirDecay(g) * TheirDocuments(ids[:, 0]), None)
+
+
 def test_refusals_say_what_is_missing():
     q = torch.randn(1, 4, 1, 2)
     with pytest.raises(UnsupportedError, match=r"of their_powers only the entries are known; give its class a lower\(\)"):
@@ -177,6 +195,10 @@ def test_it_compiles_and_maps():
     expected = ssd(q, q, q, TheirPowers(w, 2))
     compiled = torch.compile(lambda q, w: ssd(q, q, q, TheirPowers(w, 2)), fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(q, w), expected)
+    log_a = -torch.rand(2, 5, 2)
+    stateful = torch.compile(lambda q, a: ssd(q, q, q, TheirDecay(a), return_state=True), fullgraph=True, backend="aot_eager")
+    for found, want in zip(stateful(q, log_a), ssd(q, q, q, masks.decay(log_a), return_state=True), strict=True):
+        assert torch.allclose(found, want)
     mapped = torch.func.vmap(lambda q, w: ssd(q[None], q[None], q[None], TheirPowers(w[None], 2))[0])(q, w)
     assert torch.allclose(mapped, expected, atol=1e-6)
 

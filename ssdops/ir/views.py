@@ -8,6 +8,7 @@ Indices outside the sequence read the token nearest to it: the formula, or the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -35,7 +36,8 @@ class Index(Tensor):
             if not found.is_floating_point():
                 return found.as_subclass(cls)
             if found.dtype != torch.float64 and not any(_is_float(x) for x in (*args, *given.values())):
-                found = func(*[_widened(x, func) for x in args], **{key: _widened(x, func) for key, x in given.items()})
+                wide = partial(_widened, picks=func in (torch.where, Tensor.where), device=found.device)
+                found = func(*map(wide, args), **{key: wide(x) for key, x in given.items()})
             return found.as_subclass(Tensor)
 
 
@@ -43,11 +45,11 @@ def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _widened(x: Any, func: Callable[..., Any]) -> Any:
-    """Integers in float64; so are the numbers that `where` picks from."""
+def _widened(x: Any, picks: bool, device: torch.device) -> Any:
+    """Integers in float64; and the numbers that `where` picks from."""
     if isinstance(x, Tensor):
         return x.as_subclass(Tensor) if x.dtype == torch.bool else x.double()
-    return torch.tensor(x, dtype=torch.float64) if isinstance(x, float) and func in (torch.where, Tensor.where) else x
+    return torch.tensor(x, dtype=torch.float64, device=device) if picks and isinstance(x, float) else x
 
 
 class View:
