@@ -17,7 +17,8 @@ from ssdops import masks, operand, register_mask
 from ssdops.errors import RegistrationError, UnsupportedError
 from ssdops.ir import nodes as n
 from ssdops.testing import check_mask
-from ssdops.testing.mask import LAWS, MaskCheck, drawn, hold
+from ssdops.testing.drawn import drawn
+from ssdops.testing.mask import LAWS, MaskCheck, hold
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE), str(HERE.parent)])

@@ -272,6 +272,8 @@ def test_shapes_that_were_not_declared_are_shape_errors(make, words):
         (lambda: TheirPowers(torch.ones(2), 1.5), MaskError, r"their_powers\(power\) must be an int, got float"),
         (lambda: TheirPowers(torch.ones(2), None), MaskError, r"their_powers\(power\) must be an int, got NoneType"),
         (lambda: parse("their_powers(w)"), ParseError, r"their_powers\(w, power\) with nothing missing"),
+        (lambda: parse("decay(w * 1e999)"), ParseError, "expected an operand"),
+        (lambda: parse(f"decay(w * {10**400})"), ParseError, "expected an operand"),
         (lambda: parse("theirs(w)"), ParseError, "one of causal, .*their_powers"),
     ],
 )

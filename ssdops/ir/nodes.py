@@ -371,6 +371,7 @@ def walk(node: Node) -> Iterator[Node]:
         yield from walk(child)
 
 
+@lru_cache(maxsize=4096)
 def lowered(node: Node) -> Node:
     """The same matrix, with what `lower` gives in the place of every registered mask that has one."""
     if not any(isinstance(m, Registered) for m in walk(node)):

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from ..backends import registry
 from ..errors import RegistrationError, UnsupportedError
 from ..ir import nodes as n
-from ..ir.problem import fenwick_levels
 from ..masks import Mask
 from ..plan import terms_of
 from ..register import RegisteredMask
 from . import laws, mask_laws, strategies
 from .case import Case
+from .drawn import combined, drawn
 from .laws import Runner
 from .oracle import magnitudes
 from .snippet import program, rounded
@@ -115,7 +115,8 @@ def hold(check: MaskCheck, name: str) -> None:
     )  # fmt: skip
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
-        case = data.draw(strategies.cases(sizes=law.sizes(check), dtypes=law.dtypes, make=law.around(check)))
+        make = combined(check.draw) if law.combines else check.draw
+        case = data.draw(strategies.cases(sizes=law.sizes(check), dtypes=law.dtypes, make=make))
         found = _failure([_evaluates(case)])
         if found is None:
             assume(all(size < 1e30 for size in magnitudes(case, False).values()))  # no dtype here holds what is much bigger
@@ -157,72 +158,6 @@ def _told(law: Checked, check: MaskCheck, name: str, case: Case, line: str, erro
     return f"{check.kind.name}: {name!r} does not hold for {case.mask.tree}: {what}\n\nTo see it again:\n\n    {lines}\n"
 
 
-# --- what is drawn --------------------------------------------------------------------------------------------------
-
-
-def drawn(kind: RegisteredMask, s: Source) -> Mask:
-    """The mask with operands that fit their axes."""
-    integers = {name: s.draw(st.integers(1, 3)) for name in kind.definition.integers}
-    rank = integers.get("rank", 2)
-    operands = {name: _operand(s, name, axes, rank) for name, axes in kind.definition.operands.items()}
-    return kind(**operands, **integers)
-
-
-def _operand(s: Source, name: str, axes: str, rank: int) -> torch.Tensor:
-    z, log = s.sizes, name.startswith("log")
-    match axes:
-        case n.TOKEN:
-            return s.token_log() if log else s.token()
-        case n.HEAD:
-            return s.log(s.heads()) if log else s.normal(s.heads())
-        case n.CHANNEL:
-            return s.channel_log() if log else s.lay(s.normal(*s.token_shape(z.dstate)))
-        case n.HEAD_CHANNEL:
-            return s.log(s.heads(), z.dstate) if log else s.normal(s.heads(), z.dstate)
-        case n.RANK | n.LEVEL:
-            return s.ranked(rank if axes == n.RANK else fenwick_levels(z.seqlen))
-        case n.LAG:
-            return s.lay(s.normal(s.heads(), max(2 * z.seqlen - 1, 0)))
-        case n.MATRIX:
-            return s.lay(s.normal(s.pick([z.batch, 1]), s.heads(), z.seqlen, z.seqlen))
-        case n.IDS:
-            return s.ids()[0]
-        case _:
-            return s.boundaries()
-
-
-def _alone(check: MaskCheck) -> Callable[[Source], Mask]:
-    return check.draw
-
-
-def _combined(check: MaskCheck) -> Callable[[Source], Mask]:
-    """The mask under combinators, and beside other masks."""
-
-    def make(s: Source) -> Mask:
-        mask = check.draw(s)
-        for _ in range(s.pick([1, 2])):
-            match s.pick(["T", "reverse", "strict", "shift", "scale", "-", "*", "+"]):
-                case "T":
-                    mask = mask.T
-                case "reverse":
-                    mask = mask.reverse()
-                case "strict":
-                    mask = mask.strict()
-                case "shift":
-                    mask = mask.shift(s.pick([1, 2]))
-                case "scale":
-                    mask = strategies.scaled(s, mask)
-                case "-":
-                    mask = strategies.scan_mask(s) - mask
-                case "*":
-                    mask = mask * strategies.scan_mask(s)
-                case _:
-                    mask = mask + check.draw(s)
-        return mask * s.documents() if s.chance(4) else mask
-
-    return make
-
-
 # --- the laws -------------------------------------------------------------------------------------------------------
 
 
@@ -232,12 +167,12 @@ class Checked:
 
     Attributes:
         steps: the checks of a call.
-        around: what masks are made of the one that is checked.
+        combines: whether the mask stands under combinators.
         max_seqlen, dtypes: of the calls; small ones, as a formula is wrong in a small call or in none.
     """
 
     steps: Law
-    around: Callable[[MaskCheck], Callable[[Source], Mask]] = _alone
+    combines: bool = False
     max_seqlen: int = 16
     dtypes: Sequence[torch.dtype] = DTYPES
 
@@ -269,12 +204,12 @@ def _causality(check: MaskCheck, case: Case) -> Iterator[Step]:
 
 
 LAWS: dict[str, Checked] = {
-    "text": Checked(_of_mask(mask_laws.text_is_the_mask), _combined),
+    "text": Checked(_of_mask(mask_laws.text_is_the_mask), combines=True),
     "blocks": Checked(_of_mask(mask_laws.blocks_are_parts)),
     "lowering": Checked(_of_mask(mask_laws.lower_is_entries), dtypes=(torch.float64,)),
     "forward": Checked(_on_backends(laws.equals_oracle)),
     "gradients": Checked(_on_backends(laws.gradients_equal_oracle), max_seqlen=8),
-    "combinators": Checked(_on_backends(laws.equals_oracle), _combined),
+    "combinators": Checked(_on_backends(laws.equals_oracle), combines=True),
     "causality": Checked(_causality),
 }
 """By name, the cheap ones first."""

@@ -50,7 +50,10 @@ def literal(x: Tensor) -> str:
     if x.numel() == 0:
         return f"torch.empty({tuple(x.shape)}, {dtype})"
     text = repr(values).replace("inf", "float('inf')").replace("nan", "float('nan')")
-    return f"torch.tensor({text}, {dtype})"
+    made = f"torch.tensor({text}, {dtype})"
+    if x.is_contiguous() or 0 in x.stride():
+        return made
+    return f"torch.empty_strided({tuple(x.shape)}, {x.stride()}, {dtype}).copy_({made})"
 
 
 def rounded(case: Case) -> Case:
