@@ -35,6 +35,14 @@ MATRIX = kind("matrix", lambda s, i, j: s.L[j, i] * s.c[i - j], L="batch nheads 
 NOTHING = kind("nothing", lambda s, i, j: s.u[i], True, u=TOKEN, support=lambda s, i, j: i < j)
 
 
+def choices(s, i, j):
+    near = torch.where((i - j).abs() <= 2 * s.width.exp(), 1.0, 0.25)
+    return torch.where(i >= 3, s.u[i], 0.5) * near
+
+
+CHOICE = kind("choice", choices, u=TOKEN, width=HEAD)
+
+
 def matrix(s: Make) -> masks.Mask:
     return MATRIX(s.normal(1, s.nheads, s.seqlen, s.seqlen), s.normal(s.nheads, 2 * s.seqlen - 1))
 
@@ -47,6 +55,7 @@ MASKS = {
     "powers": lambda s: POWERS(s.factor(), 2),
     "gates": lambda s: GATES(s.factor(), s.log(), s.normal(s.nheads)),
     "dilated": lambda s: DILATED(s.factor(), s.normal(s.nheads), 3),
+    "choice": lambda s: CHOICE(s.factor(), s.normal(s.nheads)),
     "matrix": matrix,
     "nothing": lambda s: NOTHING(s.factor()),
     "powers.T": lambda s: POWERS(s.factor(), 1).T,

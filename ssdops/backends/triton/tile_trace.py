@@ -113,7 +113,7 @@ class _Splitter:
 
     def _at_lags(self, condition: Expr) -> Tensor:
         """A condition at every lag."""
-        if t.depends(condition) not in (NONE, LAG) or _operands(condition):
+        if not _of_lags(condition):
             raise Untraceable(f"a condition on more than i - j ({_named(condition)})")
         lags = torch.arange(1 - self.seqlen, self.seqlen)
         i, j = (x.as_subclass(Index) for x in pair_at(lags))
@@ -128,10 +128,10 @@ class _Splitter:
                     self._conditions(x)
             case Call("div", (x, _)) | Call("neg" | "double", (x,)):
                 self._conditions(x)
-            case Call("where", (condition, x, other)) if _is_zero(other):
+            case Call("where", (condition, x, other)) if _is_zero(other) and _of_lags(condition):
                 self._claim(condition)
                 self._conditions(x)
-            case Call("where", (condition, other, x)) if _is_zero(other):
+            case Call("where", (condition, other, x)) if _is_zero(other) and _of_lags(condition):
                 self._claim(condition, wanted=False)
                 self._conditions(x)
 
@@ -164,7 +164,7 @@ class _Splitter:
             case Call("exp", (x,)):
                 self._exponent(x, 1.0 * power)
             case Call("where", (condition, x, y)):
-                if t.depends(e) == LAG and not (_is_zero(x) or _is_zero(y)):
+                if t.depends(e) == LAG and not (_of_lags(condition) and (_is_zero(x) or _is_zero(y))):
                     self._put(self.out.scales, e if power > 0 else Call("reciprocal", (e,)))
                 else:
                     self._factor(self._chosen(condition, x, y), power)
@@ -231,6 +231,11 @@ def _sums_of(e: Expr) -> tuple[str, float] | None:
         case Call("mul", (-1.0, Read(Operand(name, n.TOKEN, True), (Token(),)))):
             return name, -1.0
     return None
+
+
+def _of_lags(condition: Expr) -> bool:
+    """Whether i − j alone decides."""
+    return t.depends(condition) in (NONE, LAG) and not _operands(condition)
 
 
 def _is_zero(e: Expr) -> bool:
