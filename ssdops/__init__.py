@@ -12,13 +12,31 @@ from .config import VERSION as __version__
 if TYPE_CHECKING:
     from . import masks
     from .api import Explanation, explain, ssd, ssd_step
+    from .backends.registry import register_backend
     from .errors import SsdopsError
     from .ir.problem import Target
     from .masks import Mask
+    from .register import operand, register_mask
 
-__all__ = ["Explanation", "Mask", "SsdopsError", "Target", "__version__", "explain", "masks", "ssd", "ssd_step"]
+__all__ = [
+    "Explanation",
+    "Mask",
+    "SsdopsError",
+    "Target",
+    "__version__",
+    "explain",
+    "masks",
+    "operand",
+    "register_backend",
+    "register_mask",
+    "ssd",
+    "ssd_step",
+]
 
-_HOMES = {"Mask": "masks", "SsdopsError": "errors", "Target": "ir.problem"}
+_HOMES = {
+    "Mask": "masks", "SsdopsError": "errors", "Target": "ir.problem", "operand": "register", "register_mask": "register",
+    "register_backend": "backends.registry",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -66,6 +66,8 @@ def check_recurrence(tree: n.Node) -> None:
             raise UnsupportedError("a step has no documents: give every sequence its own batch row, and drop documents()")
     carry.trapezoid_of(tree)
     for term in state_terms(tree):
+        if term.documents is not None:  # which a registered mask may be made of
+            raise UnsupportedError(f"a step has no documents, and {tree} is made of them: give every sequence its own row")
         if not term.causal:
             raise UnsupportedError(f"{term.node()} reads later tokens, so {tree} has no step; run ssd on the whole sequence")
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import config
+from . import config, plugins
 from .backends import registry
 from .backends.base import Support
+from .errors import UnsupportedError
 from .ir import nodes as n
 from .ir.problem import Problem, Target, problem_of
 from .ir.terms import Linear
@@ -46,11 +47,27 @@ def run(console: Console) -> None:
             verdict = Text("yes", style="green") if support.ok else Text(f"no: {support.reason}", style="yellow")
             backends.add_row(name, target.device, verdict)
     console.print(backends)
+    if any(map(plugins.found, (plugins.MASKS, plugins.BACKENDS))):
+        console.print(_entry_points())
     compilers = _table("compiler of 'tvm'", "usable")
     for name, support in tvm_compilers().items():
         compilers.add_row(name, Text("yes", style="green") if support.ok else Text(f"no: {support.reason}", style="yellow"))
     console.print(compilers)
     console.print(f"SSDOPS_DEBUG={config.debug_level()}  SSDOPS_CHECK={int(config.check_values())}", highlight=False)
+
+
+def _entry_points() -> Table:
+    """Every entry point of another package, imported to see whether it can be."""
+    table, broken = _table("entry point", "group", "usable"), {(group, name): why for group, name, why in plugins.failures()}
+    for group in (plugins.MASKS, plugins.BACKENDS):
+        for name, point in plugins.found(group).items():
+            why = broken.get((group, name), "")
+            if not why and group == plugins.MASKS and n.leaf_named(name) is None:
+                why = f"{point.value} registers no mask of that name"
+            table.add_row(
+                name, group, Text(f"no: {why}", style="yellow") if why else Text(f"yes: {point.value}", style="green")
+            )
+    return table
 
 
 def _table(*columns: str) -> Table:
@@ -86,8 +103,8 @@ def usable(backend: str, target: Target) -> Support:
     """Whether the backend runs the plain case, one causal decay in float32, on the target."""
     try:
         return registry.get(backend).supports(Linear(log_a="log_a"), _plain_problem(target))
-    except ImportError as error:
-        return Support.no(f"cannot be imported: {error}")
+    except (ImportError, UnsupportedError) as error:
+        return Support.no(str(error) if isinstance(error, UnsupportedError) else f"cannot be imported: {error}")
 
 
 def tvm_compilers() -> dict[str, Support]:

@@ -115,7 +115,7 @@ def operand_shapes(tree: n.Node, sizes: Sizes) -> Iterator[tuple[str, str, tuple
     seen: dict[str, tuple[str, int]] = {}
     for node in n.walk(tree):
         for slot, axes in n.SLOTS[type(node)]:
-            rank = node.rank if isinstance(node, n.Semiseparable) and axes == n.RANK else 1
+            rank = n.rank_of(node) if axes == n.RANK else 1
             x = getattr(node, slot)
             if x is not None and any(isinstance(part, ops.Select | ops.ChannelLog | ops.Mirror) for part in _parts(x)):
                 raise MaskError(f"{node}: give {slot} a name; select(), channel_log() and mirror() come from passes")

@@ -35,3 +35,7 @@ class UnsupportedError(SsdopsError, NotImplementedError):
 
 class UnknownBackendError(SsdopsError, ValueError):
     """A backend name that nothing is registered under."""
+
+
+class RegistrationError(SsdopsError, ValueError):
+    """A mask or a backend that cannot be registered: its name is taken, or something is missing."""

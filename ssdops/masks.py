@@ -10,7 +10,7 @@ Operands per token are `(batch, seqlen, nheads)` or broadcastable from the right
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from torch import Tensor
@@ -23,6 +23,22 @@ __all__ = [
     "Mask", "causal", "channel_decay", "decay", "dense", "diagonal", "documents", "fenwick", "full", "retention",
     "semiseparable", "toeplitz", "trapezoidal", "window",
 ]  # fmt: skip
+
+NAMED = ("alibi", "lightning", "linear_attention", "mamba2", "mlstm", "quasiseparable", "retnet", "sliding_window")
+"""Masks of papers, made of these structures in `ssdops.named`; imported from there when they are asked for here."""
+
+
+def __getattr__(name: str) -> Callable[..., Mask]:
+    if name not in NAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import named
+
+    found: Callable[..., Mask] = getattr(named, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *NAMED])
 
 
 class Mask:
@@ -147,11 +163,13 @@ def _merged(left: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[dict[str
     return names, table
 
 
-def _leaf(kind: type[n.Leaf], operands: Mapping[str, Tensor | None], **static: int | None) -> Mask:
-    given = _tensors({name: t for name, t in operands.items() if t is not None or name not in _OPTIONAL[kind]})
+def leaf(kind: type[n.Leaf], operands: Mapping[str, Tensor | None], **static: int | None) -> Mask:
+    """The mask of one structure, its operands by name; integers are given apart."""
+    optional = _OPTIONAL.get(kind, frozenset())
+    given = _tensors({name: t for name, t in operands.items() if t is not None or name not in optional})
     kept, table = _merged({}, given) if len(given) > 1 else (given, {})
     tree = kind(**{name: table.get(name, name) for name in given}, **static)
-    if _OPTIONAL[kind] or static:
+    if optional or static:
         check_fields(tree)
     return Mask(tree, kept)
 
@@ -181,7 +199,7 @@ def decay(log_a: Tensor) -> Mask:
     >>> print(decay(torch.zeros(1, 8, 2)) + decay(torch.zeros(1, 8, 2)).strict().T)
     decay(log_a) + decay(log_a_1).strict().T
     """
-    return _leaf(n.Decay, {"log_a": log_a})
+    return leaf(n.Decay, {"log_a": log_a})
 
 
 def retention(log_gamma: Tensor) -> Mask:
@@ -190,7 +208,7 @@ def retention(log_gamma: Tensor) -> Mask:
     Args:
         log_gamma: log γ per head `(nheads,)`; no per-token operand is read.
     """
-    return _leaf(n.Retention, {"log_gamma": log_gamma})
+    return leaf(n.Retention, {"log_gamma": log_gamma})
 
 
 def documents(cu_seqlens: Tensor | None = None, *, segment_ids: Tensor | None = None, n_segments: int | None = None) -> Mask:
@@ -204,12 +222,12 @@ def documents(cu_seqlens: Tensor | None = None, *, segment_ids: Tensor | None = 
     Raises:
         MaskError: both or neither of cu_seqlens and segment_ids are given.
     """
-    return _leaf(n.Documents, {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}, n_segments=n_segments)
+    return leaf(n.Documents, {"cu_seqlens": cu_seqlens, "segment_ids": segment_ids}, n_segments=n_segments)
 
 
 def window(left: int, right: int = 0) -> Mask:
     """L[i, j] = 1[−right ≤ i − j ≤ left]: a band of `left` earlier tokens, the token itself, and `right` later ones."""
-    return _leaf(n.Window, {}, left=left, right=right)
+    return leaf(n.Window, {}, left=left, right=right)
 
 
 def toeplitz(coeffs: Tensor) -> Mask:
@@ -218,7 +236,7 @@ def toeplitz(coeffs: Tensor) -> Mask:
     Args:
         coeffs: `(nheads, 2·seqlen − 1)`, from lag −(seqlen − 1) to seqlen − 1.
     """
-    return _leaf(n.Toeplitz, {"coeffs": coeffs})
+    return leaf(n.Toeplitz, {"coeffs": coeffs})
 
 
 def dense(L: Tensor) -> Mask:
@@ -227,7 +245,7 @@ def dense(L: Tensor) -> Mask:
     Args:
         L: `(batch, nheads, seqlen, seqlen)` or broadcastable from the right.
     """
-    return _leaf(n.Dense, {"L": L})
+    return leaf(n.Dense, {"L": L})
 
 
 def diagonal(d: Tensor) -> Mask:
@@ -238,7 +256,7 @@ def diagonal(d: Tensor) -> Mask:
     Args:
         d: `(batch, seqlen, nheads)` or broadcastable; `(nheads,)` for one D per head.
     """
-    return _leaf(n.Diagonal, {"d": d})
+    return leaf(n.Diagonal, {"d": d})
 
 
 def semiseparable(log_a: Tensor, b: Tensor, c: Tensor) -> Mask:
@@ -251,7 +269,7 @@ def semiseparable(log_a: Tensor, b: Tensor, c: Tensor) -> Mask:
     if isinstance(b, Tensor) and isinstance(c, Tensor) and (b.ndim != 4 or c.ndim != 4 or b.shape[3] != c.shape[3]):
         raise MaskError(f"b and c must be (batch, seqlen, nheads, rank) of one rank, got {tuple(b.shape)} and {tuple(c.shape)}")
     operands = _tensors({"log_a": log_a, "b": b, "c": c})
-    return _leaf(n.Semiseparable, operands, rank=b.shape[3])
+    return leaf(n.Semiseparable, operands, rank=b.shape[3])
 
 
 def fenwick(log_a: Tensor, levels: Tensor) -> Mask:
@@ -262,7 +280,7 @@ def fenwick(log_a: Tensor, levels: Tensor) -> Mask:
         levels: `(batch, seqlen, nheads, n_levels)`; level(i, i) = 0, else 1 + the highest bit in which i and j differ, so
             n_levels is at least 1 + the bits of seqlen − 1.
     """
-    return _leaf(n.Fenwick, {"log_a": log_a, "levels": levels})
+    return leaf(n.Fenwick, {"log_a": log_a, "levels": levels})
 
 
 def trapezoidal(
@@ -279,7 +297,7 @@ def trapezoidal(
     Raises:
         MaskError: gamma is missing, or not exactly one of beta and beta_over_a is given.
     """
-    return _leaf(n.Trapezoidal, {"log_a": log_a, "beta": beta, "gamma": gamma, "beta_over_a": beta_over_a})
+    return leaf(n.Trapezoidal, {"log_a": log_a, "beta": beta, "gamma": gamma, "beta_over_a": beta_over_a})
 
 
 def channel_decay(log_a: Tensor | None = None, *, dt: Tensor | None = None, A: Tensor | None = None) -> Mask:
@@ -289,4 +307,4 @@ def channel_decay(log_a: Tensor | None = None, *, dt: Tensor | None = None, A: T
         log_a: `(batch, seqlen, nheads, dstate)`; batch, seqlen and nheads may be 1 and broadcast.
         dt, A: instead, the factored form log_a = dt[..., None] · A, with dt per token and A `(nheads, dstate)`.
     """
-    return _leaf(n.ChannelDecay, {"log_a": log_a, "dt": dt, "A": A})
+    return leaf(n.ChannelDecay, {"log_a": log_a, "dt": dt, "A": A})

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .autotune.cost import predict
 from .backends import registry
-from .backends.base import Config, Stepper, Support
+from .backends.base import Backend, Config, Stepper, Support
 from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
@@ -75,10 +75,18 @@ def state_terms(mask: n.Node) -> tuple[Linear, ...]:
         UnsupportedError: a part of the mask has no recurrence.
     """
     terms = terms_of(mask)
+    if any(isinstance(m, n.Registered) for m in n.walk(mask)) and _holds_trapezoid(n.lowered(mask)):
+        raise UnsupportedError(
+            f"{mask} is made of trapezoidal(), whose scans run a token ahead; write trapezoidal() itself to carry its state"
+        )
     for term in terms:
         if isinstance(term, Quadratic):
             raise UnsupportedError(f"{term.mask} has no recurrence here, so it carries no state between calls")
     return tuple(t for t in terms if isinstance(t, Linear))
+
+
+def _holds_trapezoid(mask: n.Node) -> bool:
+    return any(isinstance(m, n.Trapezoidal) for m in n.walk(mask))
 
 
 def plan(contraction: Contraction, problem: Problem) -> Plan:
@@ -102,8 +110,8 @@ def stepper(contraction: Contraction, problem: Problem) -> Stepper | None:
     if auto and problem.target.device == "cpu":
         return None
     terms = terms_of(contraction.mask)
-    for name in registry.names() if auto else (contraction.backend,):
-        backend = registry.get(name)
+    for name in registry.automatic() if auto else (contraction.backend,):
+        backend = _backend(name)
         if isinstance(backend, Stepper) and backend.supports_step(terms, problem).ok:
             return backend
     return None
@@ -113,7 +121,7 @@ def check(contraction: Contraction, problem: Problem) -> None:
     """Raise what `plan` would raise, without predicting anything: sizes may be symbolic, and are not compared."""
     _check_options(contraction)
     for term in terms_of(contraction.mask):
-        names = registry.names() if contraction.backend == "auto" else (contraction.backend,)
+        names = registry.automatic() if contraction.backend == "auto" else (contraction.backend,)
         if all(_rejection(term, name, contraction, problem) is not None for name in names):
             _refuse(term, contraction, problem)
 
@@ -128,7 +136,7 @@ def _check_options(contraction: Contraction) -> None:
 
 def _check_prefixes(mask: n.Node) -> None:
     """Raise UnsupportedError unless what the scans of a mask hold after a token is the state of the prefix that it ends."""
-    for node in n.walk(mask):
+    for node in n.walk(n.lowered(mask)):
         if isinstance(node, n.Documents):
             raise UnsupportedError(
                 "state_every counts the tokens of a batch row, and documents() packs several sequences into one; give each "
@@ -165,8 +173,8 @@ def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
         return _named(term, contraction, problem)
     candidates, rejected = [], []
     for name in registry.names():
-        if name in registry.BY_NAME:
-            rejected.append(Rejection(name, registry.BY_NAME[name]))
+        if (reason := registry.by_name(name)) is not None:
+            rejected.append(Rejection(name, reason))
             continue
         found = list(_candidates(term, name, contraction, problem))
         candidates += [step for step in found if isinstance(step, Step)]
@@ -197,12 +205,11 @@ def _named(term: Term, contraction: Contraction, problem: Problem) -> Step:
 
 def _candidates(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Step | Rejection]:
     """Every configuration of one backend as a step with its predicted cost, the default first; or a rejection."""
-    backend = registry.get(name)
     for config in _configs(term, name, contraction, problem):
         if isinstance(config, Rejection):
             yield config
         else:
-            yield Step(term, name, config, predict(backend.work(term, problem, config), problem.target.device))
+            yield Step(term, name, config, predict(registry.get(name).work(term, problem, config), problem.target.device))
 
 
 def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:
@@ -217,13 +224,22 @@ def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) 
 
 def _rejection(term: Term, name: str, contraction: Contraction, problem: Problem) -> Rejection | None:
     """Why a backend cannot do what the user asked; None if it can. No configuration is made, as sizes may be symbolic."""
-    backend = registry.get(name)
+    if isinstance(backend := _backend(name), Rejection):
+        return backend
     support = backend.supports(term, problem)
     if not support.ok:
         return Rejection(name, support.reason)
     size = _chunk_size(term, contraction)
     configs = backend.configs(term, problem, size) if size is not None else ()
     return Rejection(name, configs.reason) if isinstance(configs, Support) else None
+
+
+def _backend(name: str) -> Backend | Rejection:
+    """The backend, or why one from another package cannot be imported; a name that nobody has is the caller's mistake."""
+    try:
+        return registry.get(name)
+    except UnsupportedError as error:
+        return Rejection(name, str(error))
 
 
 def _chunk_size(term: Term, contraction: Contraction) -> int | None:

@@ -99,7 +99,7 @@ def example_of(tree: n.Node, seqlen: int) -> Example:
     generator = torch.Generator().manual_seed(0)
     operands = {}
     for node in n.walk(tree):
-        rank = node.rank if isinstance(node, n.Semiseparable) else 1
+        rank = n.rank_of(node)
         for slot, axes in n.SLOTS[type(node)]:
             x = getattr(node, slot)
             for name in ops.names(x) if x is not None else ():
@@ -113,12 +113,12 @@ def _operand(slot: str, axes: str, seqlen: int, rank: int, generator: torch.Gene
     shape = [sizes.get(axis, 1) for axis in axes.split()]
     cuts = torch.tensor([0, round(seqlen * 0.36), round(seqlen * 0.62), seqlen])
     noise = torch.rand(shape, generator=generator) if axes not in n.INTEGER_AXES else cuts
-    match slot:
+    match slot if axes not in n.INTEGER_AXES else axes:
         case "log_a" | "log_gamma":
             return -0.18 * noise
-        case "cu_seqlens":
+        case n.BOUNDARIES:
             return cuts
-        case "segment_ids":
+        case n.IDS:
             return (torch.arange(seqlen)[None, :, None] >= cuts[1:-1]).sum(2)
         case "coeffs":
             lag = torch.arange(2 * seqlen - 1) - (seqlen - 1)

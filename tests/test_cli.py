@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import registered  # noqa: F401  # whose masks are written by name below
 import torch
 from typer.testing import CliRunner, Result
 
@@ -146,6 +147,14 @@ def test_explain_knows_the_shape_of_every_operand() -> None:
     for mask in masks:
         result = ssdops("explain", *SHAPE, "--mask", mask)
         assert result.exit_code == 0, result.output
+
+
+def test_explain_knows_registered_masks(tmp_path: Path) -> None:
+    text = "their_ranks(g, b, c, rank=3) * their_documents(ids) + their_band(u, w, width=4)"
+    result = ssdops("explain", *SHAPE, "--mask", text, "--plot", tmp_path / "mask.png")
+    assert result.exit_code == 0, result.output
+    assert "decay(g).scale(rows=select(c, 2)" in result.output.replace("\n", "") or "select(c, 2)" in result.output
+    assert (tmp_path / "mask.png").stat().st_size > 1000
 
 
 def test_explain_draws_the_mask(tmp_path: Path) -> None:

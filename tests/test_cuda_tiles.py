@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from traced_masks import MASKS as TRACED
 
 from ssdops import masks as m
 from ssdops import ssd
@@ -62,6 +63,19 @@ def test_equals_oracle(name: str, dtype: torch.dtype) -> None:
     case = case_of(name, dtype)
     laws.equals_oracle(RUN, case)
     laws.gradients_equal_oracle(RUN, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_formulas_equal_oracle(name: str, dtype: torch.dtype) -> None:
+    make = Make(seqlen=130, dtype=dtype, dstate=64, headdim=32, device="cuda")
+    laws.equals_oracle(RUN, make.case(TRACED[name](make), scale=1 / 8))
+
+
+@pytest.mark.parametrize("name", [name for name in TRACED if "matrix" not in name])  # as many derivatives as entries
+def test_gradients_of_traced_formulas_equal_oracle(name: str) -> None:
+    make = Make(seqlen=70, dtype=torch.float32, dstate=16, headdim=16, device="cuda")
+    laws.gradients_equal_oracle(RUN, make.case(TRACED[name](make)))
 
 
 @pytest.mark.parametrize("seqlen", [1, 15, 63, 64, 65, 257])

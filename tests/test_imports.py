@@ -15,6 +15,7 @@ ROOT = Path(ssdops.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
     ("cli", "cli_common", "cli_demo", "cli_doctor", "cli_explain", "plot"),
+    ("pytest_plugin",),
     ("nn", "compat", "distributed", "testing"),
     ("api",),
     ("arguments",),
@@ -24,9 +25,11 @@ ROOMS = (
     ("plan",),
     ("autotune",),
     ("backends",),
-    ("masks",),
+    ("register", "symbols"),
+    ("masks", "named"),
     ("ir.passes",),
     ("ir",),
+    ("plugins",),
     ("errors", "config"),
 )
 """From the top down; a room is a module or a package of that name inside ssdops."""

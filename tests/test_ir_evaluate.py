@@ -172,7 +172,7 @@ def test_entries_per_channel(text):
 
 def test_every_row_of_the_table_is_transcribed():
     kinds = {type(m) for text in (*TABLE, *CHANNEL) for m in n.walk(parse(text))}
-    assert kinds >= set(n.FIELDS)
+    assert kinds >= {kind for kind in n.FIELDS if not issubclass(kind, n.Registered)}
 
 
 OPERANDS: dict[Operand, Callable[[int, int, int], float]] = {

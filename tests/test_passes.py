@@ -98,6 +98,10 @@ APPLIES = {
         ),
     },
     "retention_as_decay": {"retention(g)": "decay(g)"},
+    "lower_registered": {
+        "their_alibi(g)": "retention(g) + retention(g).strict().T",
+        "their_band(t, g, width=2)": "window(left=2, right=2).scale(rows=t * 2.0 + g)",
+    },
     "distribute": {
         "-(dense(m) + decay(t))": "-dense(m) + -decay(t)",
         "(dense(m) + decay(t)).T": "dense(m).T + decay(t).T",

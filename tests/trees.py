@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
+from registered import TheirAlibi, TheirBand, TheirPowers
 from torch import Tensor
 
 from ssdops.ir import nodes as n
@@ -92,7 +93,7 @@ def operand_trees(draw: Callable, axes: str, depth: int = 2) -> Operand:
     if axes in n.INTEGER_AXES:
         return ops.Mirror(draw(operand_trees(axes, depth - 1))) if draw(st.booleans()) else draw(name)
     inner = operand_trees(axes, depth - 1)
-    kinds = ["name", "name", "name", "add", "mul", "exp"]
+    kinds = ["name", "name", "name", "add", "mul", "exp", "scaled"]
     kinds += ["flip", "advance", "delay"] if axes != n.HEAD else []
     kinds += ["select"] if axes == n.TOKEN else []
     kinds += ["channel_log"] if axes == n.CHANNEL else []
@@ -103,6 +104,8 @@ def operand_trees(draw: Callable, axes: str, depth: int = 2) -> Operand:
             return ops.Mul(draw(inner), draw(inner))
         case "exp":
             return ops.Exp(draw(inner))
+        case "scaled":
+            return ops.Scaled(draw(inner), draw(st.sampled_from([2.0, 0.5, 1e-3])))
         case "flip":
             return ops.Flip(draw(inner))
         case "advance":
@@ -120,7 +123,7 @@ def operand_trees(draw: Callable, axes: str, depth: int = 2) -> Operand:
 @st.composite
 def leaf_trees(draw: Callable) -> n.Node:
     """Any leaf; boundaries only where `single_row` later holds (see `mask_trees`)."""
-    kind = draw(st.sampled_from([*n.LEAVES.values()]))
+    kind = draw(st.sampled_from([*n.LEAVES.values(), *REGISTERED]))
     slots = {slot: operand_trees(axes) for slot, axes in n.SLOTS[kind]}
     if kind is n.Window:
         left = draw(st.integers(-3, 5))
@@ -137,7 +140,22 @@ def leaf_trees(draw: Callable) -> n.Node:
         return n.ChannelDecay(**{slot: draw(slots[slot]) for slot in chosen})
     if kind is n.Semiseparable:
         return n.Semiseparable(**{slot: draw(x) for slot, x in slots.items()}, rank=RANK)
-    return kind(**{slot: draw(x) for slot, x in slots.items()})
+    return kind(**{slot: draw(x) for slot, x in slots.items()}, **integers(kind))
+
+
+REGISTERED = (TheirAlibi.node, TheirBand.node, TheirPowers.node)
+"""Masks from outside: two that are lowered, and one that is not."""
+
+
+def integers(kind: type[n.Leaf]) -> dict[str, int]:
+    """A number for each integer of a registered mask."""
+    names = set(n.FIELDS[kind]) - {slot for slot, _ in n.SLOTS[kind]} if issubclass(kind, n.Registered) else ()
+    return {name: RANK if name == "rank" else 2 for name in names}
+
+
+def leaf_of(kind: type[n.Registered]) -> n.Node:
+    """A registered mask over the first name of each kind of operand."""
+    return kind(**{slot: NAMES[axes][0] for slot, axes in n.SLOTS[kind]}, **integers(kind))
 
 
 @st.composite

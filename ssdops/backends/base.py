@@ -314,5 +314,10 @@ def reject_scan(term: Term, name: str) -> Support | None:
     """Why a linear backend cannot run a term that is no scan; None if it is one or a diagonal."""
     if isinstance(term, Linear) or not hasattr(term, "mask"):
         return None
+    if (op := next((m.op for m in n.walk(term.mask) if isinstance(m, n.Registered)), None)) is not None:
+        return Support.no(
+            f"'{name}' runs semiseparable scans, and of {op} only the entries are known; give its class a lower() that "
+            "makes it of scans; 'naive' runs it as it is"
+        )
     kinds = sorted({type(m).__name__.lower() for m in n.walk(term.mask) if isinstance(m, n.Leaf)})
     return Support.no(f"'{name}' runs semiseparable scans, and {' * '.join(kinds)} is not one here; 'naive' runs any mask")

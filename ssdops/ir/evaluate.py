@@ -130,6 +130,8 @@ def _leaf(node: n.Node, at: Scope) -> Block:
         case n.ChannelDecay(log_a, dt, big_a):
             x = log_a if log_a is not None else ChannelLog(dt, big_a)  # type: ignore[arg-type]  # verify() promises
             return _decayed(at, at.token(x, n.CHANNEL)), lag >= 0
+        case n.Registered():
+            return node.definition.entries(node, at)
         case _:
             raise AssertionError(f"no entries for {type(node).__name__}")
 

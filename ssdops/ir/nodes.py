@@ -7,11 +7,13 @@ validation, verification and the parser take what they need.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+from .. import plugins
+from ..errors import MaskError
 from . import operands as ops
 from .operands import Operand
 
@@ -168,6 +170,32 @@ class ChannelDecay(Leaf):
     A: Operand | None = axes(HEAD_CHANNEL, optional=True)
 
 
+class Meaning(Protocol):
+    """What a registered structure says of itself (`definition.py`)."""
+
+    causal: bool
+    """Whether entries above the diagonal are 0."""
+
+    def entries(self, node: Registered, at: Any) -> tuple[Any, Any]:
+        """Its values and support at an `evaluate.Scope`."""
+        ...
+
+    def lowered(self, node: Registered) -> Node | None:
+        """The same matrix by other structures, or None."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Registered(Leaf):
+    """A structure that a user brings: `register_mask` makes a class below this one, whose fields are its operands."""
+
+    definition: ClassVar[Meaning]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name: the class itself was made when the mask was registered."""
+        return _registered, (self.op, tuple(getattr(self, name) for name in FIELDS[type(self)]))
+
+
 # --- combinators ----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +274,9 @@ LEAVES: dict[str, type[Leaf]] = {
         Semiseparable, Fenwick, Trapezoidal, ChannelDecay,
     )
 }  # fmt: skip
+"""The structures that are built in, by name."""
+REGISTERED: dict[str, type[Registered]] = {}
+"""Those that `register_mask` has added."""
 ZERO = Sum(())
 
 
@@ -261,6 +292,27 @@ SLOTS: dict[type[Node], tuple[tuple[str, str], ...]] = {
     kind: tuple((f.name, f.metadata["axes"]) for f in fields(kind) if "axes" in f.metadata) for kind in FIELDS
 }
 """(field, axes) of the operand fields by node class."""
+
+
+def add_leaf(kind: type[Registered]) -> None:
+    """Make a registered structure known by its name."""
+    FIELDS[kind] = tuple(f.name for f in fields(kind))
+    SLOTS[kind] = tuple((f.name, f.metadata["axes"]) for f in fields(kind) if "axes" in f.metadata)
+    REGISTERED[kind.op] = kind
+
+
+def leaf_named(name: str) -> type[Leaf] | None:
+    """The structure of that name, built in or registered, its entry point loaded if it has one; None if there is none."""
+    if name not in LEAVES and name not in REGISTERED:
+        plugins.load(plugins.MASKS, name)
+    return LEAVES.get(name) or REGISTERED.get(name)
+
+
+def _registered(name: str, values: tuple[Any, ...]) -> Node:
+    kind = leaf_named(name)
+    if kind is None:
+        raise MaskError(f"no mask {name!r} is registered in this process; import the module whose register_mask({name!r}) does")
+    return kind(*values)
 
 
 def children(node: Node) -> tuple[Node, ...]:
@@ -291,6 +343,11 @@ def rebuild(node: Node, inner: tuple[Node, ...]) -> Node:
             return node
 
 
+def rank_of(node: Node) -> int:
+    """How many ranks its operands with that axis have, as far as the node says; else 1."""
+    return rank if isinstance(rank := getattr(node, "rank", 1), int) else 1
+
+
 def sum_of(*terms: Node) -> Node:
     """The flat sum of the terms; one term is itself."""
     flat: list[Node] = []
@@ -314,6 +371,16 @@ def walk(node: Node) -> Iterator[Node]:
         yield from walk(child)
 
 
+@lru_cache(maxsize=4096)
+def lowered(node: Node) -> Node:
+    """The same matrix, with what `lower` gives in the place of every registered mask that has one."""
+    if not any(isinstance(m, Registered) for m in walk(node)):
+        return node
+    node = rebuild(node, tuple(lowered(child) for child in children(node)))
+    other = node.definition.lowered(node) if isinstance(node, Registered) else None
+    return node if other is None else lowered(other)
+
+
 def operands_of(node: Node) -> Iterator[tuple[Operand, str]]:
     """Every operand expression in the tree with the axes of its slot, in printing order."""
     for child in children(node):
@@ -333,8 +400,8 @@ operand_names = lru_cache(maxsize=4096)(names_of)
 """`names_of`, remembered; torch.compile cannot trace the cache, so traced code calls `names_of`."""
 
 
-def rename_operands(node: Node, table: dict[str, str]) -> Node:
-    """The same tree over other operand names."""
+def rename_operands(node: Node, table: Mapping[str, Operand]) -> Node:
+    """The same tree over other operands: names, or expressions in their place."""
     node = rebuild(node, tuple([rename_operands(child, table) for child in children(node)]))
     slots = {name for name, _ in SLOTS[type(node)] if getattr(node, name) is not None}
     if not slots:

@@ -7,11 +7,11 @@ is a plain name (`str`) or one of the frozen nodes below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-Operand: TypeAlias = "str | Add | Mul | Exp | Flip | Advance | Delay | Select | Mirror | ChannelLog"
+Operand: TypeAlias = "str | Add | Mul | Scaled | Exp | Flip | Advance | Delay | Select | Mirror | ChannelLog"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,14 @@ class Mul:
 
     left: Operand
     right: Operand
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """x · factor, a finite number."""
+
+    x: Operand
+    factor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,9 @@ class ChannelLog:
     A: Operand
 
 
-EXPRESSIONS = (Add, Mul, Exp, Flip, Advance, Delay, Select, Mirror, ChannelLog)
+CALLS = ("exp", "flip", "advance", "delay", "select", "mirror", "channel_log")
+"""What operand expressions are called in text."""
+EXPRESSIONS = (Add, Mul, Scaled, Exp, Flip, Advance, Delay, Select, Mirror, ChannelLog)
 
 
 def parts(x: Operand) -> tuple[Operand, ...]:
@@ -108,12 +118,12 @@ def names(x: Operand) -> Iterator[str]:
             yield from names(part)
 
 
-def rename(x: Operand, table: dict[str, str]) -> Operand:
-    """x with its names replaced by the table's."""
+def rename(x: Operand, table: Mapping[str, Operand]) -> Operand:
+    """x with its names replaced by the table's, which may be expressions."""
     if isinstance(x, str):
         return table.get(x, x)
     inner = [rename(part, table) for part in parts(x)]
-    return replace(x, x=inner[0]) if isinstance(x, Select | Mirror) else type(x)(*inner)
+    return replace(x, x=inner[0]) if isinstance(x, Scaled | Select | Mirror) else type(x)(*inner)
 
 
 def add(a: Operand | None, b: Operand | None) -> Operand | None:

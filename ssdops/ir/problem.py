@@ -120,7 +120,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 def count_states(mask: n.Node, operands: Mapping[str, Tensor], batch: int) -> int | None:
     """States per linear term: one per batch row, or per document; None if documents do not say how many they are."""
-    documents = {node for node in n.walk(mask) if isinstance(node, n.Documents)}
+    documents = {node for node in n.walk(n.lowered(mask)) if isinstance(node, n.Documents)}
     if not documents:
         return batch
     counts: list[int | None] = []  # no set: traced sizes compare, but do not hash
@@ -156,7 +156,7 @@ def check_values(mask: n.Node, operands: Mapping[str, Tensor], seqlen: int) -> N
     Raises:
         ValueRangeError: the argument, the rule it breaks, and the place.
     """
-    for node in n.walk(mask):
+    for node in n.walk(n.lowered(mask)):
         if isinstance(node, n.Documents) and isinstance(node.cu_seqlens, str):
             _check_boundaries(operands[node.cu_seqlens], seqlen)
         elif isinstance(node, n.Documents) and isinstance(node.segment_ids, str):
@@ -236,7 +236,8 @@ def _check_operand_shapes(
         for slot, axes in n.SLOTS[type(node)]:
             x = getattr(node, slot)
             for name in ops.names(x) if x is not None else ():
-                _check_shape(name, operands[name], axes, sizes)
+                _check_shape(name, operands[name], axes, sizes, node)
+    for node in {m: None for tree in (mask, n.lowered(mask)) for m in n.walk(tree)}:
         match node:
             case n.Documents(cu_seqlens=str(name)) if batch != 1:
                 raise ShapeError(
@@ -251,8 +252,19 @@ def _check_operand_shapes(
                 needed, have = fenwick_levels(seqlen), operands[name].shape[-1]
                 if have < needed:
                     raise ShapeError(f"{name} has {have} levels; seqlen={seqlen} needs n_levels >= {needed}")
+            case n.Registered():
+                _check_rank(node, operands)
             case _:
                 pass
+
+
+def _check_rank(node: n.Registered, operands: Mapping[str, Tensor]) -> None:
+    """A registered mask with an integer called rank has operands of that rank."""
+    rank = getattr(node, "rank", None)
+    for slot, axes in n.SLOTS[type(node)]:
+        x = getattr(node, slot)
+        if axes == n.RANK and isinstance(x, str) and isinstance(rank, int) and operands[x].shape[-1] != rank:
+            raise ShapeError(f"{x} has rank {operands[x].shape[-1]}, expected {rank} as {node} says")
 
 
 def fenwick_levels(seqlen: int) -> int:
@@ -260,19 +272,22 @@ def fenwick_levels(seqlen: int) -> int:
     return 1 + max(seqlen - 1, 0).bit_length()
 
 
-def _check_shape(name: str, x: Tensor, axes: str, sizes: Mapping[str, int]) -> None:
+def _check_shape(name: str, x: Tensor, axes: str, sizes: Mapping[str, int], node: n.Node) -> None:
     """Right-aligned broadcasting against the axes; head counts and free axes (rank, levels) are checked elsewhere."""
     wanted = axes.split()
+    advice = f"; {node.op} declares it so: reshape it, or declare other axes" if isinstance(node, n.Registered) else ""
     exact = axes in (n.BOUNDARIES, n.IDS, n.CHANNEL, n.RANK, n.LEVEL)
     if x.ndim > len(wanted) or (exact and x.ndim != len(wanted)) or (axes == n.LAG and x.ndim == 0):
-        raise ShapeError(f"{name} must be ({', '.join(wanted)}), got {x.ndim} dimensions: {_shape(x)}")
+        raise ShapeError(f"{name} must be ({', '.join(wanted)}), got {x.ndim} dimensions: {_shape(x)}{advice}")
     if axes == n.BOUNDARIES and x.shape[0] < 1:
         raise ShapeError(f"{name} must hold at least the boundary 0, got shape {_shape(x)}")
     for axis, have in zip(reversed(wanted), reversed(x.shape), strict=False):
         size = sizes.get(axis)
         strict_axis = axis in ("2*seqlen-1", "dstate") or (axes == n.IDS and axis == "seqlen")
         if size is not None and have != size and (have != 1 or strict_axis):
-            raise ShapeError(f"{name} has shape {_shape(x)}, where {axis} must be {size}; expected ({', '.join(wanted)})")
+            raise ShapeError(
+                f"{name} has shape {_shape(x)}, where {axis} must be {size}; expected ({', '.join(wanted)}){advice}"
+            )
 
 
 def common_heads(problem: Problem) -> int:
@@ -282,4 +297,4 @@ def common_heads(problem: Problem) -> int:
 
 def mask_needs_values_checked(mask: n.Node) -> bool:
     """Whether any operand's values, and not only its shape, can be wrong."""
-    return any(isinstance(node, n.Documents) for node in n.walk(mask))
+    return any(isinstance(node, n.Documents) for node in n.walk(n.lowered(mask)))

@@ -46,6 +46,8 @@ def resolve(x: Operand, tensors: Mapping[str, Tensor], axes: str, seqlen: int) -
         case ops.Mul(a, b):
             left, right = _aligned(resolve(a, tensors, axes, seqlen), resolve(b, tensors, axes, seqlen))
             return left * right
+        case ops.Scaled(a, factor):
+            return resolve(a, tensors, axes, seqlen) * factor
         case ops.Exp(a):
             return resolve(a, tensors, axes, seqlen).exp()
         case ops.Flip(a):

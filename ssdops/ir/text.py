@@ -7,8 +7,10 @@ The grammar is that of Python expressions over the mask constructors, read with 
 from __future__ import annotations
 
 import ast
+import sys
 from functools import lru_cache
 
+from .. import plugins
 from ..errors import ParseError
 from . import nodes as n
 from . import operands as ops
@@ -95,6 +97,9 @@ def show_operand(x: Operand, outer: int = SUM) -> str:
         case ops.Mul(a, b):
             text = f"{show_operand(a, PRODUCT)} * {show_operand(b, UNARY)}"
             return f"({text})" if outer > PRODUCT else text
+        case ops.Scaled(a, factor):
+            text = f"{show_operand(a, PRODUCT)} * {factor!r}"
+            return f"({text})" if outer > PRODUCT else text
         case ops.Select(a, index):
             return f"select({show_operand(a)}, {index})"
         case ops.Mirror(a, int(count)):
@@ -160,10 +165,15 @@ def _node(tree: ast.expr, text: str) -> n.Node:
             return _method(_node(inner, text), method, args, keywords, tree, text)
         case ast.Call(ast.Name("zero"), [], []):
             return n.ZERO
-        case ast.Call(ast.Name(name), args, keywords) if name in n.LEAVES:
-            return _leaf(n.LEAVES[name], args, keywords, tree, text)
+        case ast.Call(ast.Name(name), args, keywords) if (kind := n.leaf_named(name)) is not None:
+            return _leaf(kind, args, keywords, tree, text)
+        case ast.Call(ast.Name(name)) if (loaded := plugins.load(plugins.MASKS, name)) is not None:
+            reason = loaded.error or "it registers no mask of that name"
+            raise ParseError(
+                f"mask {name!r} is an entry point that cannot be used: {reason}; 'ssdops doctor' shows all of them"
+            )
         case _:
-            raise _fail(tree, text, f"a mask (one of {', '.join(n.LEAVES)})")
+            raise _fail(tree, text, f"a mask (one of {', '.join([*n.LEAVES, *n.REGISTERED])})")
 
 
 def _method(mask: n.Node, method: str, args: list[ast.expr], keywords: list[ast.keyword], tree: ast.expr, text: str) -> n.Node:
@@ -208,12 +218,26 @@ def _integer(tree: ast.expr, text: str) -> int:
             raise _fail(tree, text, "an integer")
 
 
+def _number(tree: ast.expr) -> float | None:
+    """The finite number that a literal is; None if it is none."""
+    match tree:
+        case ast.UnaryOp(ast.USub(), ast.Constant() as inner):
+            value = _number(inner)
+            return None if value is None else -value
+        case ast.Constant(int(value) | float(value)) if not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            return float(value)
+        case _:
+            return None
+
+
 def _operand(tree: ast.expr, text: str) -> Operand:
     match tree:
         case ast.Name(name):
             return name
         case ast.BinOp(left, ast.Add(), right):
             return ops.Add(_operand(left, text), _operand(right, text))
+        case ast.BinOp(left, ast.Mult(), right) if (factor := _number(right)) is not None:
+            return ops.Scaled(_operand(left, text), factor)
         case ast.BinOp(left, ast.Mult(), right):
             return ops.Mul(_operand(left, text), _operand(right, text))
         case ast.Call(ast.Name("select"), [inner, index], []):

@@ -42,11 +42,19 @@ def _check(node: n.Node, depth: int) -> int:
     return 1 + sum(_check(child, depth + 1) for child in n.children(node))
 
 
+def _counts(node: n.Node) -> tuple[str, ...]:
+    """The fields that hold integers."""
+    if isinstance(node, n.Registered):
+        return tuple(name for name in n.FIELDS[type(node)] if name not in dict(n.SLOTS[type(node)]))
+    return _COUNTS.get(type(node), ())
+
+
 def check_fields(node: n.Node) -> None:
     """Whether the node itself is well formed, its children apart; raises MaskError if not."""
-    for name in _COUNTS.get(type(node), ()):
+    for name in _counts(node):
         value = getattr(node, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        missing = value is None and not isinstance(node, n.Registered)
+        if not missing and (not isinstance(value, int) or isinstance(value, bool)):
             raise MaskError(f"{node.op}({name}) must be an int, got {type(value).__name__}: {value!r}")
     match node:
         case n.Sum(terms) if len(terms) == 1 or any(isinstance(t, n.Sum) for t in terms):

@@ -11,15 +11,18 @@ from .tolerance import C, assert_close, tolerance
 if TYPE_CHECKING:
     from .case import Case
     from .conformance import Conformance, check_backend
+    from .mask import check_mask
     from .source import problems
     from .strategies import cases, linear_mask_trees, mask_for, mask_trees, operand_tensors
 
 __all__ = [
-    "C", "Case", "Conformance", "assert_close", "cases", "check_backend", "linear_mask_trees", "mask_for", "mask_trees",
-    "operand_tensors", "problems", "tolerance",
+    "C", "Case", "Conformance", "assert_close", "cases", "check_backend", "check_mask", "linear_mask_trees", "mask_for",
+    "mask_trees", "operand_tensors", "problems", "tolerance",
 ]  # fmt: skip
 
-_HOMES = {"Case": "case", "Conformance": "conformance", "check_backend": "conformance", "problems": "source"}
+_HOMES = {
+    "Case": "case", "Conformance": "conformance", "check_backend": "conformance", "check_mask": "mask", "problems": "source",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,7 @@ class Case:
     @cached_property
     def carried(self) -> tuple[Linear, ...] | None:
         """The terms that carry a state, or None where the mask has no states to give, or carries more (a trapezoid)."""
-        if any(isinstance(node, n.Trapezoidal) for node in n.walk(self.mask.tree)):
+        if any(isinstance(node, n.Trapezoidal) for node in n.walk(n.lowered(self.mask.tree))):
             return None
         if count_states(self.mask.tree, self.mask.operands, self.q.shape[0]) is None:
             return None
@@ -128,10 +128,11 @@ def restrict(mask: Mask, start: int, stop: int, seqlen: int) -> Mask:
     """The mask of tokens [start, stop) alone.
 
     Raises:
-        Unsliceable: its entries are not a function of the tokens between i and j (fenwick, or a shift of scaled rows).
+        Unsliceable: its entries are not a function of the tokens between i and j (fenwick, a shift of scaled rows, or a
+            registered mask of which nothing but entries is known).
     """
-    for node in n.walk(mask.tree):
-        if isinstance(node, n.Fenwick) or (isinstance(node, n.Shift) and not isinstance(node.mask, _SHIFTABLE)):
+    for node in n.walk(n.lowered(mask.tree)):
+        if isinstance(node, n.Fenwick | n.Registered) or (isinstance(node, n.Shift) and not isinstance(node.mask, _SHIFTABLE)):
             raise Unsliceable(f"{node} on a part of the tokens is another mask")
 
     def cut(x: Tensor, use: Use) -> Tensor:

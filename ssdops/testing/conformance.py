@@ -177,7 +177,7 @@ class Conformance:
         step = step if step == 1 else lcm(step, run.chunk_size or 1)
         sizes = problems(max_seqlen=24, max_dim=5, max_batch=2).map(lambda z: replace(z, seqlen=z.seqlen + step))
         case = self.draw(data, make=_causal(self.kind), states=True, sizes=sizes)
-        packed = any(isinstance(node, n.Documents | n.Trapezoidal) for node in n.walk(case.mask.tree))
+        packed = any(isinstance(node, n.Documents | n.Trapezoidal) for node in n.walk(n.lowered(case.mask.tree)))
         assume(not packed and all(term.causal for term in case.carried or ()))
         seqlen = case.q.shape[1]
         every = step * data.draw(st.integers(1, seqlen // step + 1))

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from ...ir import nodes as n
-from ...ir.operands import Operand
+from ...ir.operands import Operand, Scaled
+from ...ir.trace import Call, Untraceable
+from .tile_trace import factors
+from .traced import Traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +80,9 @@ class Form:
     rows: tuple[int, int]
     cols: tuple[int, int]
     decays: tuple[tuple[Operand, View], ...]
-    logs: tuple[tuple[Operand, Axis, bool], ...]
-    scales: tuple[tuple[Operand, Axis, bool], ...]
-    lags: tuple[tuple[Operand, View], ...]
+    logs: tuple[tuple[Operand | Traced, Axis, bool], ...]
+    scales: tuple[tuple[Operand | Traced, Axis, bool], ...]
+    lags: tuple[tuple[Operand | Traced, View], ...]
     entries: tuple[tuple[Operand, View], ...]
     documents: tuple[tuple[n.Documents, View], ...]
 
@@ -104,6 +107,10 @@ def read(mask: n.Node, seqlen: int) -> Form:
     reader = _Reader(seqlen)
     reader.visit(mask, View())
     return reader.form()
+
+
+def _signed(x: Operand, by: float) -> Operand:
+    return x if by > 0 else Scaled(x, by)
 
 
 class _Reader:
@@ -181,8 +188,34 @@ class _Reader:
                 self.found["entries"].append((matrix, at))
             case n.Documents():
                 self.found["documents"].append((m, at))
+            case n.Registered():
+                self._registered(m, at)
             case _:
                 raise Refused(f"{m.op} is no product of factors per token, lag and entry")
+
+    def _registered(self, m: n.Registered, at: View) -> None:
+        """The factors that the traced formula of a user's mask is made of."""
+        try:
+            f = factors(m, self.seqlen)
+        except Untraceable as reason:
+            raise Refused(f"{m.op} cannot be traced: {reason}") from None
+        self.sign *= f.sign
+        if f.low > f.high:
+            self.low, self.high = 1, 0
+        else:
+            self._band(at, f.low, f.high)
+        self.holes |= {at.slope * (lag - at.shift) for lag in f.holes}
+        self.found["decays"] += [(_signed(getattr(m, name), by), at) for name, by in f.decays]
+        for kind, found in (("logs", f.exponents), ("scales", f.scales)):
+            for expr, place in found:
+                if place == "lag":
+                    factor = Call("exp", (expr,)) if kind == "logs" else expr
+                    self.found["lags"].append((Traced(m, factor, place, f.low, f.high, f.holes), at))
+                else:
+                    axis = at.row if place == "i" else at.col
+                    self.found[kind].append((Traced(m, expr, place), axis, (place == "i") != at.transposed))
+        turned = View(at.col, at.row, not at.transposed)
+        self.found["entries"] += [(getattr(m, name), turned if flipped else at) for name, flipped in f.entries]
 
     def _token(self, kind: str, x: Operand | None, axis: Axis, on_rows: bool) -> None:
         if x is not None:

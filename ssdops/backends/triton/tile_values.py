@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ir import nodes as n
+from ...ir.evaluate import Scope
 from ...ir.operands import Operand, names
 from ...ir.problem import Problem
 from ...ir.resolve import repeat_heads, resolve, segment_ids
+from . import traced
 from .tile_form import Axis, Form, View
+from .traced import Traced
 
 LIMIT = 1e6
 """Exponents of columns are cut here, so that an infinite one takes part in sums; exp is 0 or inf there anyway."""
@@ -52,7 +55,12 @@ def values(form: Form, operands: Mapping[str, Tensor], problem: Problem) -> Valu
     """The factors of a form, differentiably in the operands."""
     out, seqlen, nheads = Values(), problem.seqlen, problem.nheads
 
-    def per_token(x: Operand, dtype: torch.dtype) -> Tensor:
+    tokens = torch.arange(seqlen, device=next((x.device for x in operands.values()), None))
+    scope = Scope(operands, problem.batch, seqlen, nheads, tokens, tokens)
+
+    def per_token(x: Operand | Traced, dtype: torch.dtype) -> Tensor:
+        if isinstance(x, Traced):
+            return traced.per_token(x, scope).to(dtype)
         wide = {name: operands[name].to(dtype) for name in names(x)}  # before any arithmetic on them
         value = repeat_heads(resolve(x, wide, n.TOKEN, seqlen), nheads, 2)
         return value.expand(-1, seqlen, -1).transpose(1, 2)  # [B | 1, H, T]
@@ -72,7 +80,10 @@ def values(form: Form, operands: Mapping[str, Tensor], problem: Problem) -> Valu
     for scale, axis, on_rows in form.scales:
         _multiply(out, "rows" if on_rows else "cols", axis.of(per_token(scale, torch.float32), seqlen))
     for coeffs, view in form.lags:
-        c = repeat_heads(resolve(coeffs, operands, n.LAG, seqlen).float(), nheads, 0)
+        if isinstance(coeffs, Traced):
+            c = traced.per_lag(coeffs, scope).float()
+        else:
+            c = repeat_heads(resolve(coeffs, operands, n.LAG, seqlen).float(), nheads, 0)
         lag = Axis(view.slope, view.shift + (seqlen - 1) * (1 - view.slope))
         _multiply(out, "lags", lag.of(c, 2 * seqlen - 1))
     for matrix, view in form.entries:

@@ -72,6 +72,11 @@ def retention_as_decay(m: n.Node) -> n.Node | None:
             return None
 
 
+def lower_registered(m: n.Node) -> n.Node | None:
+    """What a user's class says that its mask is made of."""
+    return m.definition.lowered(m) if isinstance(m, n.Registered) else None
+
+
 # --- distribute: sums outwards, scales to the top of each term ------------------------------------------------------
 
 
@@ -171,7 +176,7 @@ def direct_documents(m: n.Node) -> n.Node | None:
             return None
 
 
-EXPAND = Pass("expand", (split_full, split_ranks, split_trapezoid, retention_as_decay))
+EXPAND = Pass("expand", (split_full, split_ranks, split_trapezoid, retention_as_decay, lower_registered))
 DISTRIBUTE = Pass("distribute", (*SIMPLIFY.rules, distribute, lift_neg, lift_scale, push_through_product, push_to_leaf))
 PASSES = (SIMPLIFY, EXPAND, DISTRIBUTE)
 

@@ -96,6 +96,8 @@ def _is_causal(m: n.Node) -> bool:
             return True
         case n.Diagonal() | n.Causal():
             return True
+        case n.Registered():
+            return m.definition.causal
         case n.Neg(x) | n.Scale(x) | n.Strict(x) | n.Shift(x):
             return _is_causal(x)
         case n.Sum(parts) if parts:
