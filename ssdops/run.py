@@ -157,7 +157,7 @@ def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
     for step in prepared.plan.steps:
         linear = isinstance(step.term, Linear)
         initial = call.states[seen] if linear and call.states else None
-        factored = registry.get(step.backend).factored
+        factored = registry.is_factored(step.backend)
         x = bind(step.term, p, call.q, call.k, call.v, named, initial, call.scale, dtype, wants_state, factored)
         out.append((seen if linear else -1, step, x))
         seen += linear
@@ -203,7 +203,7 @@ def _of_operand(x: Tensor, grad: Tensor | None, q: Tensor) -> Tensor:
 
 def _through_expressions(step: Step, grads: Gradients, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of a term's slots → gradients of the operands whose expressions fill them."""
-    operands = (factored_operands if registry.get(step.backend).factored else term_operands)(step.term)
+    operands = (factored_operands if registry.is_factored(step.backend) else term_operands)(step.term)
     slots = {slot: (x, axes) for slot, (x, axes) in operands.items() if slot in grads.values}
     if all(isinstance(x, str) for x, _ in slots.values()) and len({x for x, _ in slots.values()}) == len(slots):
         return {str(x): grads.values[slot].reshape(named[str(x)].shape) for slot, (x, _) in slots.items()}

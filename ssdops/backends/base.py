@@ -179,7 +179,8 @@ class Backend(Protocol):
     """A way to run terms. Stateless; one instance serves every call.
 
     Attributes:
-        factored: whether a per-channel decay dt · A comes as its factors, in slots `dt` and `A`, instead of multiplied out.
+        factored: whether a per-channel decay dt · A comes as its factors, in slots `dt` and `A`, instead of multiplied out;
+            absent is False.
     """
 
     name: str

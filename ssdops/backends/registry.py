@@ -104,6 +104,12 @@ def get(name: str) -> Backend:
     return made
 
 
+@cache
+def is_factored(name: str) -> bool:
+    """`Backend.factored`, which a backend from outside need not have."""
+    return getattr(get(name), "factored", False)
+
+
 def _found(name: str) -> type:
     """The class of a backend from outside."""
     if name in _added:
