@@ -35,3 +35,7 @@ class UnsupportedError(SsdopsError, NotImplementedError):
 
 class UnknownBackendError(SsdopsError, ValueError):
     """A backend name that nothing is registered under."""
+
+
+class TuningError(SsdopsError, ValueError):
+    """A tuning mode, budget, file or workload that is not one."""
