@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NoReturn
 
+from .autotune import policy
+from .autotune.choose import ORIGINS, Candidate, Choice, choose, why_not
 from .autotune.cost import predict
+from .autotune.place import place_of
+from .autotune.record import Key
+from .autotune.tuner import tune_once
+from .autotune.worker import Worker
+from .autotune.workload import Workload
 from .backends import registry
 from .backends.base import Config, Stepper, Support
 from .errors import ShapeError, UnsupportedError
@@ -20,6 +27,9 @@ from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
 from .ir.problem import Problem
 from .ir.terms import Linear, Quadratic, Term
+
+TRIALS = "ssdops.trial"
+"""The module of the process in which candidates are tried: it stands above this one, and is known by its name alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +45,10 @@ class Step:
     """How one term runs.
 
     Attributes:
-        seconds: the cost model's prediction of a forward pass.
+        seconds: the cost model's prediction.
         rejected: the other backends, each with its reason.
+        origin: where the choice comes from (`autotune.choose.ORIGINS`).
+        measured: the seconds that were measured, if any were.
     """
 
     term: Term
@@ -44,6 +56,14 @@ class Step:
     config: Config
     seconds: float
     rejected: tuple[Rejection, ...] = ()
+    origin: str = "only"
+    measured: float | None = None
+
+    @property
+    def times(self) -> str:
+        """The prediction, and the measurement if there is one."""
+        known = "" if self.measured is None else f", {self.measured * 1e3:.3g} ms measured"
+        return f"{self.seconds * 1e3:.3g} ms predicted{known}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +77,7 @@ class Plan:
         for step in self.steps:
             size = f", chunk_size={step.config.chunk_size}" if step.config.chunk_size else ""
             size += f", segments={step.config.segments}" if step.config.segments > 1 else ""
-            lines.append(f"{step.term.node()}: {step.backend}{size}, {step.seconds * 1e3:.3g} ms predicted")
+            lines.append(f"{step.term.node()}: {step.backend}{size}, {step.times} ({ORIGINS[step.origin]})")
             lines += [f"    not {r.backend}: {r.reason}" for r in step.rejected]
         return "\n".join(lines) or "nothing to run: the mask is zero"
 
@@ -81,16 +101,22 @@ def state_terms(mask: n.Node) -> tuple[Linear, ...]:
     return tuple(t for t in terms if isinstance(t, Linear))
 
 
-def plan(contraction: Contraction, problem: Problem) -> Plan:
+def plan(contraction: Contraction, problem: Problem, direction: str = "forward", dry: bool = False) -> Plan:
     """Choose a backend and a configuration for every term.
+
+    Args:
+        direction: "forward", or "backward" for both passes of a call that is learnt from.
+        dry: whether to measure nothing, whatever the mode.
 
     Raises:
         UnsupportedError: the backend named by the user cannot run a term; the message says why, and which can.
         UnknownBackendError: no backend has that name.
         ShapeError: chunk_size or state_every is below 1.
+        TuningError: there is no such tuning mode.
     """
     _check_options(contraction)
-    return Plan(tuple(_step(term, contraction, problem) for term in terms_of(contraction.mask)))
+    question = Question(contraction, problem, direction, dry)
+    return Plan(tuple(_step(term, question) for term in terms_of(contraction.mask)))
 
 
 def stepper(contraction: Contraction, problem: Problem) -> Stepper | None:
@@ -160,49 +186,52 @@ def _refuse(term: Term, contraction: Contraction, problem: Problem) -> NoReturn:
     )
 
 
-def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
-    if contraction.backend != "auto":
-        return _named(term, contraction, problem)
-    candidates, rejected = [], []
-    for name in registry.names():
-        if name in registry.BY_NAME:
-            rejected.append(Rejection(name, registry.BY_NAME[name]))
-            continue
-        found = list(_candidates(term, name, contraction, problem))
-        candidates += [step for step in found if isinstance(step, Step)]
-        rejected += [r for r in found if isinstance(r, Rejection)]
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What `plan` is asked: its arguments."""
+
+    contraction: Contraction
+    problem: Problem
+    direction: str
+    dry: bool
+
+
+def _step(term: Term, question: Question) -> Step:
+    contraction = question.contraction
+    named = contraction.backend != "auto"
+    names = (contraction.backend,) if named else registry.names()
+    found = [x for name in names for x in _candidates(term, name, question)]
+    candidates = [x for x in found if isinstance(x, Candidate)]
     if not candidates:
-        _refuse(term, contraction, problem)
-    best = min(candidates, key=lambda step: step.seconds)
-    slower = {
-        step.backend: step.seconds
-        for step in sorted(candidates, key=lambda step: -step.seconds)
-        if step.backend != best.backend
-    }
-    reasons = [
-        Rejection(name, f"predicted slower: {seconds * 1e3:.3g} ms against {best.seconds * 1e3:.3g}")
-        for name, seconds in sorted(slower.items(), key=lambda item: item[1])
-    ]
-    return Step(term, best.backend, best.config, best.seconds, (*reasons, *rejected))
+        _refuse(term, contraction, question.problem)
+    choice = _choice(term, candidates, question)
+    reasons = [Rejection(name, reason) for name, reason in why_not(choice, candidates)]
+    rejected = (*reasons, *(x for x in found if isinstance(x, Rejection)))
+    taken = choice.candidate
+    return Step(term, taken.backend, taken.config, taken.seconds, rejected, choice.origin, choice.measured)
 
 
-def _named(term: Term, contraction: Contraction, problem: Problem) -> Step:
-    """The one backend that the user asked for, or the reason why not and who can."""
-    found = list(_candidates(term, contraction.backend, contraction, problem))
-    steps = [step for step in found if isinstance(step, Step)]
-    if not steps:
-        _refuse(term, contraction, problem)
-    return min(steps, key=lambda step: step.seconds)
+def _choice(term: Term, candidates: list[Candidate], question: Question) -> Choice:
+    """One of the candidates, by the mode that holds for the call."""
+    mode = policy.current() if question.contraction.tune is None else policy.checked(question.contraction.tune)
+    work = None if mode == "off" else Workload.of(term, question.problem, question.direction)
+    if work is None:
+        return choose(None, candidates, mode, None)
+    target = question.problem.target
+    key = Key(place_of(target), work.bucket())
+    tuner = None if question.dry else partial(tune_once, key, work, Worker(TRIALS, target.device), mode == "force")
+    return choose(key, candidates, mode, tuner)
 
 
-def _candidates(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Step | Rejection]:
-    """Every configuration of one backend as a step with its predicted cost, the default first; or a rejection."""
-    backend = registry.get(name)
+def _candidates(term: Term, name: str, question: Question) -> Iterator[Candidate | Rejection]:
+    """Every configuration of one backend with its predicted cost, the default first; or a rejection."""
+    backend, problem, contraction = registry.get(name), question.problem, question.contraction
+    reluctant = registry.BY_NAME.get(name, "") if contraction.backend == "auto" else ""
     for config in _configs(term, name, contraction, problem):
         if isinstance(config, Rejection):
             yield config
         else:
-            yield Step(term, name, config, predict(backend.work(term, problem, config), problem.target.device))
+            yield Candidate(name, config, predict(backend.work(term, problem, config), problem.target.device), reluctant)
 
 
 def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:

@@ -15,6 +15,7 @@ ROOT = Path(ssdops.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
     ("cli", "cli_common", "cli_demo", "cli_doctor", "cli_explain", "plot"),
+    ("trial", "trial_inputs"),
     ("nn", "compat", "distributed", "testing"),
     ("api",),
     ("arguments",),

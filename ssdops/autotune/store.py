@@ -61,16 +61,21 @@ def read(key: Key) -> Record | None:
 
 def keep(record: Record) -> Record:
     """Remember a record, on disk too if that can be; what the disk has of its key already is merged into it."""
-    global _version
     older = read(record.key)
-    record = record if older is None else record.over(older)
-    _known[record.key] = record
-    _version += 1
+    record = adopt(record if older is None else record.over(older))
     path = _path(record.key)
     try:
         write_json(path, to_json(record))
     except OSError as error:
         _warn("unwritable", f"tuned results are kept in this process only, as {path.parent} cannot be written: {error}")
+    return record
+
+
+def adopt(record: Record) -> Record:
+    """Remember what another process has written since this one looked."""
+    global _version
+    _known[record.key] = record
+    _version += 1
     return record
 
 

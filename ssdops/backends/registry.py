@@ -15,8 +15,8 @@ BACKENDS: dict[str, str] = {
     "naive": "ssdops.backends.naive:Naive",
     "tvm": "ssdops.backends.tvm.backend:Tvm",
 }
-BY_NAME = {"tvm": "compiles for seconds at its first call, so it runs only where it is named"}
-"""Backends that "auto" does not take, and why."""
+BY_NAME = {"tvm": "compiles for seconds at its first call, so it runs where it is named, or was measured to be the fastest"}
+"""Backends that "auto" does not take on a prediction, and why."""
 
 
 def names() -> tuple[str, ...]:
