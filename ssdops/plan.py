@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NoReturn
 
-from .autotune import policy
+from . import config as environment
+from .autotune import policy, shape_log
 from .autotune.choose import ORIGINS, Candidate, Choice, choose, why_not
 from .autotune.cost import predict
 from .autotune.place import place_of
@@ -25,7 +26,7 @@ from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
-from .ir.problem import Problem
+from .ir.problem import Problem, Target
 from .ir.terms import Linear, Quadratic, Term
 
 TRIALS = "ssdops.trial"
@@ -196,6 +197,13 @@ class Question:
     dry: bool
 
 
+def candidates(work: Workload, target: Target) -> list[Candidate]:
+    """Everything that could run a workload, whatever it takes to compile."""
+    question = Question(Contraction(work.term_of.node()), work.problem(target), work.direction, dry=True)
+    found = [x for name in registry.names() for x in _candidates(work.term_of, name, question)]
+    return [x for x in found if isinstance(x, Candidate)]
+
+
 def _step(term: Term, question: Question) -> Step:
     contraction = question.contraction
     named = contraction.backend != "auto"
@@ -214,8 +222,11 @@ def _step(term: Term, question: Question) -> Step:
 def _choice(term: Term, candidates: list[Candidate], question: Question) -> Choice:
     """One of the candidates, by the mode that holds for the call."""
     mode = policy.current() if question.contraction.tune is None else policy.checked(question.contraction.tune)
-    work = None if mode == "off" else Workload.of(term, question.problem, question.direction)
-    if work is None:
+    logged = not question.dry and environment.shape_log() is not None
+    work = Workload.of(term, question.problem, question.direction) if logged or mode != "off" else None
+    if work is not None and logged:
+        shape_log.note(work)
+    if work is None or mode == "off":
         return choose(None, candidates, mode, None)
     target = question.problem.target
     key = Key(place_of(target), work.bucket())
@@ -231,7 +242,7 @@ def _candidates(term: Term, name: str, question: Question) -> Iterator[Candidate
         if isinstance(config, Rejection):
             yield config
         else:
-            yield Candidate(name, config, predict(backend.work(term, problem, config), problem.target.device), reluctant)
+            yield Candidate(name, config, predict(backend.work(term, problem, config), problem.target), reluctant)
 
 
 def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:

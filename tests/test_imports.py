@@ -14,7 +14,7 @@ from ssdops.backends import registry
 ROOT = Path(ssdops.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
-    ("cli", "cli_common", "cli_demo", "cli_doctor", "cli_explain", "plot"),
+    ("cli", "cli_cache", "cli_calibrate", "cli_common", "cli_demo", "cli_doctor", "cli_explain", "cli_tune", "plot"),
     ("trial", "trial_inputs"),
     ("nn", "compat", "distributed", "testing"),
     ("api",),

@@ -11,11 +11,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from ..errors import TuningError
+import torch
+
+from ..errors import MaskError, TuningError
 from ..ir import nodes as n
 from ..ir.passes.normalize import normalize
-from ..ir.problem import FLOATS, Problem
+from ..ir.problem import FLOATS, Problem, Target
 from ..ir.terms import Diagonal, Linear, Quadratic, Term
+from ..ir.text import parse
+from ..ir.verify import verify
 
 DIRECTIONS = ("forward", "backward")
 """Of a pass without gradients; and of both passes of a call that is learnt from, measured together."""
@@ -60,6 +64,31 @@ class Workload:
         return Workload(
             text, direction, _name(p.dtype), _name(p.accumulate), p.batch, p.seqlen, p.nheads, p.headdim, p.dstate,
             p.q_heads, p.k_heads, p.v_heads, (p.n_states or 0) if packed else 0, p.state_every or 0,
+        )  # fmt: skip
+
+    @property
+    def term_of(self) -> Term:
+        """The term.
+
+        Raises:
+            TuningError: the text is not that of one term in its canonical form.
+        """
+        try:
+            terms = normalize(verify(parse(self.term)))
+        except MaskError as error:
+            raise TuningError(f"the term of a workload is no mask: {error}") from None
+        if len(terms) != 1 or canonical_text(terms[0]) != self.term:
+            raise TuningError(f"{_abridged(self.term)} is not one term in the form that workloads have")
+        return terms[0]
+
+    def problem(self, target: Target) -> Problem:
+        """The problem on a target, of tensors that are contiguous, without initial states."""
+        heads = ((self.q_heads, self.dstate), (self.k_heads, self.dstate), (self.v_heads, self.headdim))
+        strides = tuple((self.seqlen * count * dim, count * dim, dim, 1) for count, dim in heads)
+        dtype, accumulate = getattr(torch, self.dtype), getattr(torch, self.accumulate)
+        return Problem(
+            self.batch, self.seqlen, self.nheads, self.headdim, self.dstate, self.q_heads, self.k_heads, self.v_heads,
+            dtype, accumulate, accumulate, self.documents or self.batch, False, strides, target, self.state_every or None,
         )  # fmt: skip
 
     def bucket(self) -> Workload:
