@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NoReturn
 
+import torch
+
 from . import config as environment
 from .autotune import policy, shape_log
 from .autotune.choose import ORIGINS, Candidate, Choice, choose, why_not
@@ -230,8 +232,13 @@ def _choice(term: Term, candidates: list[Candidate], question: Question) -> Choi
         return choose(None, candidates, mode, None)
     target = question.problem.target
     key = Key(place_of(target), work.bucket())
-    tuner = None if question.dry else partial(tune_once, key, work, Worker(TRIALS, target.device), mode == "force")
+    tuner = None if question.dry else partial(tune_once, key, work, Worker(TRIALS, _device(target)), mode == "force")
     return choose(key, candidates, mode, tuner)
+
+
+def _device(target: Target) -> str:
+    """Where candidates are to run, as torch spells it."""
+    return f"cuda:{torch.cuda.current_device()}" if target.device == "cuda" else target.device
 
 
 def _candidates(term: Term, name: str, question: Question) -> Iterator[Candidate | Rejection]:
@@ -242,7 +249,9 @@ def _candidates(term: Term, name: str, question: Question) -> Iterator[Candidate
         if isinstance(config, Rejection):
             yield config
         else:
-            yield Candidate(name, config, predict(backend.work(term, problem, config), problem.target), reluctant)
+            yield Candidate(
+                name, config, predict(backend.work(term, problem, config, question.direction), problem.target), reluctant
+            )
 
 
 def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:

@@ -19,7 +19,7 @@ class _Free(Chunked):
     def configs(self, term, problem, chunk_size=None):
         return (Config(chunk_size or 32),)
 
-    def work(self, term, problem, config):
+    def work(self, term, problem, config, direction="forward"):
         return Work(0.0, 0.0, 0.0, 0.0)
 
 

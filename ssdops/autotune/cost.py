@@ -45,7 +45,7 @@ class Rates:
 
 
 DEFAULT_RATES = {
-    "cpu": Rates(matmul=4e10, elementwise=5e8, bandwidth=1e10, launch=6e-6),
+    "cpu": Rates(matmul=6e10, elementwise=2.4e9, bandwidth=1e10, launch=4.5e-6),
     "cuda": Rates(matmul=3e13, elementwise=1e12, bandwidth=2e12, launch=8e-6, step=1.2e-6),
 }
 """Of one core of a CPU, of which matmuls and elementwise operations take as many as torch has threads; and of a GPU."""

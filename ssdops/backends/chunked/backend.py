@@ -31,21 +31,29 @@ class Chunked:
         sizes = SIZES if problem.target.device == "cpu" else tuple(sorted(SIZES, reverse=True))
         return tuple(Config(size) for size in sizes)
 
-    def work(self, term: Term, problem: Problem, config: Config) -> Work:
-        """Linear in seqlen; the scores of a chunk once per group, everything else once per head."""
-        p, size = problem, config.chunk_size or SIZES[0]
-        tokens = float(p.batch * p.seqlen)
+    def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
+        """Linear in seqlen; the scores of a chunk once per group, everything else once per head.
+
+        Elements and launches are those that torch's dispatcher counts; a view is 0.4 of a launch, a product two or three.
+        """
+        p = problem
         if isinstance(term, Diagonal):
-            return diagonal_work(p)
-        scores = 2 * size * p.dstate * common_heads(p)
-        per_head = 2 * size * p.headdim + 4 * p.dstate * p.headdim
-        chunks = ceil(p.seqlen / size) if p.seqlen else 0
-        return Work(
-            tokens * (scores + p.nheads * per_head),
-            tokens * p.nheads * (4 * size + 4 * p.headdim + 3 * p.dstate * p.headdim / size),
-            4 * tokens * (p.q_heads * p.dstate + p.k_heads * p.dstate + 2 * p.nheads * p.headdim),
-            10.0 + 8.0 * chunks + 60.0 * ceil(tokens / SPAN),
-        )
+            return diagonal_work(p, direction)
+        assert isinstance(term, Linear)  # supports() refuses the rest
+        rows = max(p.n_states or p.batch, 1)
+        length = ceil(p.batch * p.seqlen / rows)
+        size = min(config.chunk_size or SIZES[0], max(length, 1))
+        chunks = ceil(length / size)
+        spans = ceil(length // size / max(SPAN // (size * rows), 1)) + (length % size > 0)  # a short chunk is a span of its own
+        tokens, groups, state = float(p.batch * p.seqlen), common_heads(p), p.dstate * p.headdim
+        per_head = 2 * size * p.headdim + 4 * state
+        flops = tokens * (2 * size * p.dstate * groups + p.nheads * per_head) * (1 + 8 / size)  # short products are slower
+        touched = 4 * tokens * (p.q_heads * p.dstate + p.k_heads * p.dstate + 2 * p.nheads * p.headdim)
+        if direction == "forward":
+            elements = p.nheads * (9 * size + 3 * p.headdim + 20 + state / size) + 2 * p.dstate * groups
+            return Work(flops, tokens * elements, touched, 4.0 + 70 * spans + 10 * chunks)
+        elements = p.nheads * (24 * size + 12 * p.headdim + 86 + 5 * state / size) + 9 * p.dstate * groups
+        return Work(3 * flops, tokens * elements, 3 * touched, 6.0 + 207 * spans + 30 * chunks)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """One span of chunks after another; saves the states at chunk starts, and what was read of them."""
