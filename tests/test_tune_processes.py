@@ -41,3 +41,14 @@ def test_no_bad_file_and_no_finished_result_lost(tmp_path: Path, monkeypatch: py
         record = store.read(key_of(number))
         assert record is not None and any(trial.backend == "chunked" for trial in record.trials)
     assert store.clear() == len(found) and list(store.folder().iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["works", "fails"])
+def test_one_rank_measures_and_all_run_its_plan(tmp_path: Path, how: str) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("tune_rank.py"))]
+    ranks = [subprocess.Popen([*command, str(i), str(tmp_path), how], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    said = [rank.communicate(timeout=300)[0].split() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert sorted(calls for calls, _, _ in said) == ["0", "1"]
+    assert said[0][1:] == said[1][1:]
+    assert said[0][2] == ("tuned" if how == "works" else "model")

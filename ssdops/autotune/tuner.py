@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from . import policy, store
+from . import fleet, policy, store
 from .choose import Candidate
 from .record import Key, Record
 from .search import OnTrial, Search
@@ -22,6 +22,8 @@ _told: set[str] = set()
 def tune_once(key: Key, work: Workload, worker: Worker, anew: bool, candidates: Sequence[Candidate]) -> Record | None:
     """Measure a key, unless this process or, since it last looked, another one has; None where nothing could be measured.
 
+    Under torch.distributed one rank of the job does, for all of them.
+
     Args:
         worker: a process that tries candidates, not started yet.
         anew: whether to measure it although another process has.
@@ -30,12 +32,17 @@ def tune_once(key: Key, work: Workload, worker: Worker, anew: bool, candidates: 
     if (key, backends) in _done:
         return store.lookup(key)
     _done.add((key, backends))
-    found = None if anew else store.read(key)
-    if found is not None and found.covers(backends):
-        return store.adopt(found)
-    try:
+    budget = policy.budget(worker.device)
+
+    def found_or_measured() -> Record | None:
+        found = None if anew else store.read(key)
+        if found is not None and found.covers(backends):
+            return store.adopt(found)
         with worker:
-            return measure(worker, key, work, candidates, policy.budget(worker.device))
+            return measure(worker, key, work, candidates, budget)
+
+    try:
+        return fleet.once_for_all(f"{key.name}/{','.join(sorted(backends))}", found_or_measured, budget)
     except Died as death:
         if "start" not in _told:
             _told.add("start")
