@@ -25,11 +25,13 @@ class Chunked:
         return reject_scan(term, self.name) or Support.yes()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
-        """Chunk sizes; on a GPU longer chunks, as every chunk is a round of launches."""
+        """Chunk sizes, of those that hold the whole sequence the least; on a GPU longer ones first, as each chunk is a round
+        of launches."""
         if isinstance(term, Diagonal) or chunk_size is not None:
             return (Config(chunk_size),)
         sizes = SIZES if problem.target.device == "cpu" else tuple(sorted(SIZES, reverse=True))
-        return tuple(Config(size) for size in sizes)
+        whole = min((size for size in SIZES if size >= problem.seqlen), default=max(SIZES))
+        return tuple(Config(size) for size in sizes if size <= whole)
 
     def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """Linear in seqlen; the scores of a chunk once per group, everything else once per head.
