@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from . import decode, run
 from .adjoint import differentiable_backward
+from .autotune import policy
 from .decode import Stepped
 from .errors import UnsupportedError
 from .ir import nodes as n
@@ -190,6 +191,7 @@ class _Differentiable(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         program, scale, n_operands, _, *tensors = inputs
         ctx.program, ctx.scale, ctx.n_operands, ctx.n_inputs = program, scale, n_operands, len(tensors)
+        ctx.mode = policy.current()
         learnt, public = _count_outputs(program)
         ctx.outputs = [(x.shape, x.dtype) for x in output[:learnt]]
         ctx.save_for_backward(*tensors, *output[public:])
@@ -209,7 +211,8 @@ class _Differentiable(torch.autograd.Function):
             with _no_autocast(q):
                 grads = differentiable_backward(call, Call(*args), given)
         elif _is_plain((*given, *ctx.saved_tensors)):
-            grads = run.backward(Call(*args), given, list(saved))
+            with policy.resume(ctx.mode):  # on a GPU this is a thread of autograd's
+                grads = run.backward(Call(*args), given, list(saved))
         else:
             grads = _backward_op(given, list(saved), *args)
         wanted = zip(grads, ctx.needs_input_grad[4:], strict=True)

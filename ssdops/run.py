@@ -96,11 +96,12 @@ def prepare(call: Call, learnt: bool = False) -> Prepared:
     Raises:
         ShapeError, DtypeError, DeviceError, ValueRangeError, UnsupportedError, UnknownBackendError, MaskError, TuningError.
     """
-    key = (learnt, policy.current(), store.version(), *call.signature())
+    signature = call.signature()
+    key = (learnt, policy.current(), store.version(), signature)
     found = _prepared.get(key)
     if found is None:
         found = _prepare(call, learnt)
-        key = (learnt, key[1], store.version(), *key[3:])  # this call itself may have been tuned
+        key = (learnt, policy.current(), store.version(), signature)  # this call itself may have been tuned
         if len(_prepared) >= MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = found

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -314,6 +315,26 @@ def test_a_backward_pass_has_the_plan_of_its_forward_pass(later: str) -> None:
     store.keep(known(*trials, direction="backward"))
     assert ran(lambda: y.sum().backward()) == ["chunked backward"]
     torch.testing.assert_close(v.grad, expected)
+
+
+def test_a_backward_pass_in_another_thread_has_the_mode_of_its_forward_pass() -> None:
+    store.keep(known(*considered(recurrent=1e-3), direction="backward"))
+    q, k, v, mask = tensors(learnt=True)
+    narrow = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]  # of which nothing is saved
+    place, work = place_of(Target("cpu")), Workload.of(step().term, explain(*narrow, mask).problem, "backward")
+    assert work is not None
+    store.keep(Record(Key(place, work.bucket()), considered(recurrent=1e-3), 1.0))
+    with mode("off"):
+        y = ssd(*narrow, mask)
+
+    def elsewhere() -> None:
+        thread = Thread(target=lambda: y.sum().backward())
+        thread.start()
+        thread.join()
+
+    (backend,) = ran(elsewhere)
+    assert backend != "recurrent backward" and backend.endswith(" backward")
+    assert ran(lambda: ssd(*narrow, mask).sum().backward()) == ["recurrent", "recurrent backward"]
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
 
@@ -45,6 +45,11 @@ def mode(name: str, budget: float | None = None) -> Iterator[None]:
     finally:
         _mode.reset(tokens[0])
         _budget.reset(tokens[1])
+
+
+def resume(name: str) -> AbstractContextManager[None]:
+    """The mode that held in another thread, such as the one whose forward pass a backward pass belongs to."""
+    return nullcontext() if name == current() else mode(name)
 
 
 def current() -> str:
