@@ -22,8 +22,9 @@ from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
 from .ir.problem import Problem, Target, problem_of
 from .masks import Mask
-from .plan import Plan, plan, state_terms
+from .plan import plan, state_terms
 from .run import Call
+from .steps import Plan
 
 
 @overload

@@ -24,7 +24,7 @@ from .ir.problem import Target, fenwick_levels
 from .ir.text import parse
 from .ir.verify import verify
 from .masks import Mask
-from .plan import Plan
+from .steps import Plan
 
 N_SEGMENTS = 3
 """How many documents a packed row of unknown boundaries is taken to hold."""

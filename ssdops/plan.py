@@ -1,7 +1,7 @@
 """The planner: (contraction, problem) → Plan, with every rejection and its reason.
 
-A plan is plain data: for each term of the normal form a backend, a configuration, what it is predicted to cost, and why the
-other backends were not taken. Nothing is run here and no tensor is touched.
+For each term of the normal form the planner finds what could run it, and takes one of these (`autotune/choose.py`). No tensor
+is touched here, and nothing is run but, if the mode says so, the tuner's process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from . import config as environment
 from .autotune import policy, shape_log
-from .autotune.choose import ORIGINS, Candidate, Choice, choose, why_not
+from .autotune.choose import Candidate, Choice, choose, why_not
 from .autotune.cost import predict
 from .autotune.place import place_of
 from .autotune.record import Key
@@ -30,59 +30,10 @@ from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
 from .ir.problem import Problem, Target
 from .ir.terms import Linear, Quadratic, Term
+from .steps import Plan, Rejection, Step
 
 TRIALS = "ssdops.trial"
 """The module of the process in which candidates are tried: it stands above this one, and is known by its name alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """A backend that was not taken, and why."""
-
-    backend: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How one term runs.
-
-    Attributes:
-        seconds: the cost model's prediction.
-        rejected: the other backends, each with its reason.
-        origin: where the choice comes from (`autotune.choose.ORIGINS`).
-        measured: the seconds that were measured, if any were.
-    """
-
-    term: Term
-    backend: str
-    config: Config
-    seconds: float
-    rejected: tuple[Rejection, ...] = ()
-    origin: str = "only"
-    measured: float | None = None
-
-    @property
-    def times(self) -> str:
-        """The prediction, and the measurement if there is one."""
-        known = "" if self.measured is None else f", {self.measured * 1e3:.3g} ms measured"
-        return f"{self.seconds * 1e3:.3g} ms predicted{known}"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A step per term; the output is their sum."""
-
-    steps: tuple[Step, ...]
-
-    def __str__(self) -> str:
-        lines = []
-        for step in self.steps:
-            size = f", chunk_size={step.config.chunk_size}" if step.config.chunk_size else ""
-            size += f", segments={step.config.segments}" if step.config.segments > 1 else ""
-            lines.append(f"{step.term.node()}: {step.backend}{size}, {step.times} ({ORIGINS[step.origin]})")
-            lines += [f"    not {r.backend}: {r.reason}" for r in step.rejected]
-        return "\n".join(lines) or "nothing to run: the mask is zero"
 
 
 @lru_cache(maxsize=4096)

@@ -18,7 +18,8 @@ from .ir.contraction import Contraction, parse_contraction
 from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
 from .ir.resolve import resolve
 from .ir.terms import Linear, term_operands
-from .plan import Plan, Step, plan, state_terms
+from .plan import plan, state_terms
+from .steps import Plan, Step
 
 
 @dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs a microsecond

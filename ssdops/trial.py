@@ -28,8 +28,9 @@ from .backends.base import Config
 from .errors import SsdopsError
 from .ir import nodes as n
 from .ir.contraction import Contraction
-from .plan import Plan, Step, terms_of
+from .plan import terms_of
 from .run import Call, Prepared
+from .steps import Plan, Step
 from .testing import oracle
 from .testing.case import Case
 from .testing.tolerance import assert_close

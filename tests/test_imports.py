@@ -23,6 +23,7 @@ ROOMS = (
     ("adjoint", "vmap", "carry"),
     ("run", "decode"),
     ("plan",),
+    ("steps",),
     ("autotune",),
     ("backends",),
     ("masks",),

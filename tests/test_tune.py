@@ -28,7 +28,8 @@ from ssdops.backends import registry
 from ssdops.backends.base import Config
 from ssdops.errors import TuningError
 from ssdops.ir.problem import Target
-from ssdops.plan import TRIALS, Step
+from ssdops.plan import TRIALS
+from ssdops.steps import Step
 
 WORK = Workload("decay(log_a)", "backward", "float32", "float32", 1, 70, 2, 4, 4, 1, 1, 2)
 
