@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import arguments, carry, decode, masks, ops
 from .arguments import State
+from .autotune import policy
 from .errors import (
     ShapeError,
     SsdopsError,
@@ -21,33 +22,34 @@ from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
 from .ir.problem import Problem, Target, problem_of
 from .masks import Mask
-from .plan import Plan, plan, state_terms
+from .plan import plan, state_terms
 from .run import Call
+from .steps import Plan
 
 
 @overload
 def ssd(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, scale: float = ..., initial_state: State | None = ...,
     return_state: Literal[False] = ..., state_every: None = ..., state_dtype: torch.dtype | None = ..., backend: str = ...,
-    chunk_size: int | None = ...,
+    chunk_size: int | None = ..., tune: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def ssd(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, scale: float = ..., initial_state: State | None = ...,
     return_state: Literal[True], state_every: None = ..., state_dtype: torch.dtype | None = ..., backend: str = ...,
-    chunk_size: int | None = ...,
+    chunk_size: int | None = ..., tune: str | None = ...,
 ) -> tuple[Tensor, State]: ...  # fmt: skip
 @overload
 def ssd(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, scale: float = ..., initial_state: State | None = ...,
     return_state: bool = ..., state_every: int, state_dtype: torch.dtype | None = ..., backend: str = ...,
-    chunk_size: int | None = ...,
+    chunk_size: int | None = ..., tune: str | None = ...,
 ) -> tuple[Tensor, State, State]: ...  # fmt: skip
 @overload
 def ssd(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, scale: float = ..., initial_state: State | None = ...,
     return_state: bool = ..., state_every: int | None = ..., state_dtype: torch.dtype | None = ..., backend: str = ...,
-    chunk_size: int | None = ...,
+    chunk_size: int | None = ..., tune: str | None = ...,
 ) -> Tensor | tuple[Tensor, State] | tuple[Tensor, State, State]: ...  # fmt: skip
 def ssd(
     q: Tensor,
@@ -62,6 +64,7 @@ def ssd(
     state_dtype: torch.dtype | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
+    tune: str | None = None,
 ) -> Tensor | tuple[Tensor, State] | tuple[Tensor, State, State]:
     """Structured masked attention, `Y = scale · (L ∘ Q Kᵀ) V`.
 
@@ -89,6 +92,8 @@ def ssd(
         state_dtype: of the states returned; None is float32 (float64 if any input is).
         backend: "auto", or a name from `ssdops.backends`.
         chunk_size: the chunk length of a chunked backend; None lets the planner choose.
+        tune: how it chooses, "off", "cached", "on" or "force" (`ssdops.autotune.mode`); None is the mode of the context, else
+            that of SSDOPS_TUNE, else "cached".
 
     Returns:
         Y `(batch, seqlen, nheads, headdim)` in the promoted dtype of q, k and v; with `return_state`, (Y, state). With
@@ -99,6 +104,7 @@ def ssd(
     Raises:
         ShapeError, DtypeError, DeviceError, ValueRangeError: an argument that does not fit; the message names it.
         UnknownBackendError, UnsupportedError: a backend that is not there, or cannot; the message says which can.
+        TuningError: there is no such tuning mode.
 
     Source: Dao & Gu 2024, "Transformers are SSMs", section 3 (equation 16) and section 6.
 
@@ -123,13 +129,15 @@ def ssd(
     if chunk_size is not None or state_every is not None:
         arguments.check_counts(chunk_size, state_every)
         return_state = return_state or state_every is not None
+    if tune is not None:
+        policy.checked(tune, "tune")
     q, k, v = arguments.autocast(q, k, v)
     given = states = arguments.states(initial_state, "initial_state")
     trapezoid = carry.trapezoid_of(mask.tree) if return_state or initial_state is not None else None
     if trapezoid is not None:
         states = carry.enter(trapezoid, mask.operands, given, k, v)
     name = None if state_dtype is None else str(state_dtype).removeprefix("torch.")
-    program, names = arguments.text(mask.tree, return_state, name, backend, chunk_size, state_every)
+    program, names = arguments.text(mask.tree, return_state, name, backend, chunk_size, state_every, tune)
     call = Call(q, k, v, [mask.operands[x] for x in names], states, program, float(scale))
     if torch.compiler.is_compiling():
         out = ops.traced(call)
@@ -237,7 +245,7 @@ def ssd_step(
         decode.check_pools(states, state_indices, q)
     if state is not None and not states and (count := len(state_terms(mask.tree))):
         raise ShapeError(f"state has 0 states; this mask carries {count}, one per linear term (None: zero)")
-    program, names = arguments.text(mask.tree, True, None, backend, None, None)
+    program, names = arguments.text(mask.tree, True, None, backend, None, None, None)
     call = Call(q, k, v, [mask.operands[x] for x in names], states, program, float(scale))
     try:
         if trapezoid is None:
@@ -307,6 +315,7 @@ def explain(
     backend: str = "auto",
     chunk_size: int | None = None,
     state_every: int | None = None,
+    tune: str | None = None,
     target: Target | None = None,
 ) -> Explanation:
     """What `ssd` would do with the same arguments: the mask after each pass, the plan, and why not the other backends.
@@ -314,7 +323,7 @@ def explain(
     Nothing is run and no value is read, so tensors on the meta device will do.
 
     Args:
-        q, k, v, mask, backend, chunk_size, state_every: as for `ssd`.
+        q, k, v, mask, backend, chunk_size, state_every, tune: as for `ssd`; what is not measured yet is not measured now.
         target: plan for this target instead of q's device.
 
     Raises:
@@ -330,6 +339,7 @@ def explain(
     mask = masks.causal() if mask is None else mask
     arguments.check_types(q, k, v, mask)
     arguments.check_counts(chunk_size, state_every)
+    contraction = Contraction(mask.tree, backend=backend, chunk_size=chunk_size, state_every=state_every, tune=tune)
     problem = problem_of(mask.tree, q, k, v, mask.operands, state_every=state_every)
     problem = problem if target is None else replace(problem, target=target)
     passes: list[tuple[str, str]] = []
@@ -338,6 +348,6 @@ def explain(
         mask=str(mask),
         passes=tuple(passes),
         terms=tuple(str(term.node()) for term in terms),
-        plan=plan(Contraction(mask.tree, backend=backend, chunk_size=chunk_size, state_every=state_every), problem),
+        plan=plan(contraction, problem, dry=True),
         problem=problem,
     )

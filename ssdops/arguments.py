@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -81,19 +81,23 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def text(
-    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None, state_every: int | None
+    tree: n.Node,
+    return_state: bool,
+    state_dtype: str | None,
+    backend: str,
+    chunk_size: int | None,
+    state_every: int | None,
+    tune: str | None,
 ) -> tuple[str, tuple[str, ...]]:
     """The contraction as text, and the names of its operands, in order."""
     if torch.compiler.is_compiling():  # it cannot trace the cache
-        return str(Contraction(tree, return_state, state_dtype, backend, chunk_size, state_every)), n.names_of(tree)
-    return _program(tree, return_state, state_dtype, backend, chunk_size, state_every)
+        return str(Contraction(tree, return_state, state_dtype, backend, chunk_size, state_every, tune)), n.names_of(tree)
+    return _program(tree, return_state, state_dtype, backend, chunk_size, state_every, tune)
 
 
 @lru_cache(maxsize=4096)
-def _program(
-    tree: n.Node, return_state: bool, state_dtype: str | None, backend: str, chunk_size: int | None, state_every: int | None
-) -> tuple[str, tuple[str, ...]]:
-    return str(Contraction(tree, return_state, state_dtype, backend, chunk_size, state_every)), n.operand_names(tree)
+def _program(tree: n.Node, *options: Any) -> tuple[str, tuple[str, ...]]:
+    return str(Contraction(tree, *options)), n.operand_names(tree)
 
 
 def states(state: State | None, name: str) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""The command line: `ssdops demo | explain | export | doctor`.
+"""The command line: `ssdops demo | explain | export | tune | cache | doctor`.
 
-This module holds the commands' options; what they do lives in `cli_demo`, `cli_explain` and `cli_doctor`, imported
-when one runs. Every error that ssdops raises on purpose ends as one line on stderr and exit status 2.
+This module holds the commands' options; what they do lives in `cli_demo`, `cli_explain` and so on, imported when one runs.
+Every error that ssdops raises on purpose ends as one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -111,6 +111,74 @@ def doctor() -> None:
     from .cli_doctor import run
 
     run(Console())
+
+
+@app.command()
+def tune(
+    shape: Annotated[str | None, typer.Option(help="B,T,H,P,G,N: batch, seqlen, nheads, headdim, ngroups, dstate.")] = None,
+    mask: Annotated[str, typer.Option(help="A mask as text, with --shape.")] = "decay(log_a)",
+    model: Annotated[str | None, typer.Option(help="The scans of a model: mamba2-130m to mamba2-2.7b.")] = None,
+    from_log: Annotated[Path | None, typer.Option(help="What a run wrote with SSDOPS_LOG_SHAPES.")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the device's rates, for the cost model.")] = False,
+    batch: Annotated[int, typer.Option(help="With --model.")] = 1,
+    seqlen: Annotated[int, typer.Option(help="With --model.")] = 2048,
+    direction: Annotated[str, typer.Option(help="forward, backward (both passes together), or both.")] = "both",
+    budget: Annotated[float | None, typer.Option(help="Seconds for each term and direction.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what was measured.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Measure which backend and configuration is fastest, and keep it: calls find it from then on."""
+    from .cli_tune import Settings, run
+
+    run(Settings(shape, mask, model, from_log, calibrate, batch, seqlen, direction, budget, force, device, dtype), Console())
+
+
+cache = typer.Typer(cls=_Group, no_args_is_help=True, help="See, move and remove what was tuned.")
+app.add_typer(cache, name="cache")
+
+
+@cache.command("list")
+def list_() -> None:
+    """List the tuned results."""
+    from .cli_cache import list_results
+
+    list_results(Console())
+
+
+@cache.command()
+def show(key: Annotated[str, typer.Argument(help="A key, or how it begins.")]) -> None:
+    """Show everything that was tried for a key: times, errors, and what was not tried, and why."""
+    from .cli_cache import show_result
+
+    show_result(key, Console())
+
+
+@cache.command()
+def clear() -> None:
+    """Remove all tuned results."""
+    from .cli_cache import clear_results
+
+    clear_results(Console())
+
+
+@cache.command("export")
+def export_(file: Path, device: Annotated[str | None, typer.Option(help="Only results of this device.")] = None) -> None:
+    """Write the tuned results into one file."""
+    from .cli_cache import export_results
+
+    export_results(file, device, Console())
+
+
+@cache.command("import")
+def import_(
+    file: Path,
+    any_device: Annotated[bool, typer.Option("--any-device", help="Also take results of devices that are not here.")] = False,
+) -> None:
+    """Take over tuned results from a file; of two for one key the newer stays."""
+    from .cli_cache import import_results
+
+    import_results(file, any_device, Console())
 
 
 def main() -> None:

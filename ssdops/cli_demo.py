@@ -29,7 +29,7 @@ from .errors import UnsupportedError, ValueRangeError
 from .ir.evaluate import evaluate
 from .ir.resolve import repeat_heads
 from .masks import Mask
-from .plan import Plan, Step
+from .steps import Plan, Step
 from .testing.tolerance import C, tolerance
 
 D_MODEL, NHEADS, HEADDIM, DSTATE, CONV = 128, 4, 64, 64, 4

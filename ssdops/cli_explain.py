@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import api
 from .api import Explanation
+from .autotune.choose import ORIGINS
 from .cli_common import device_of, dtype_of
 from .errors import MaskError, ShapeError
 from .ir import nodes as n
@@ -23,7 +24,7 @@ from .ir.problem import Target, fenwick_levels
 from .ir.text import parse
 from .ir.verify import verify
 from .masks import Mask
-from .plan import Plan
+from .steps import Plan
 
 N_SEGMENTS = 3
 """How many documents a packed row of unknown boundaries is taken to hold."""
@@ -166,12 +167,19 @@ def _plan(plan: Plan) -> Table:
     table.add_column("term", overflow="fold")
     table.add_column("backend", no_wrap=True)
     table.add_column("predicted", justify="right", no_wrap=True)
+    measured = any(step.measured is not None for step in plan.steps)
+    if measured:
+        table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for step in plan.steps:
-        size = f"chunk_size {step.config.chunk_size}" if step.config.chunk_size else ""
-        others = Text(f"taken{f', {size}' if size else ''}")
-        table.add_row(Text(str(step.term.node())), Text(step.backend, style="bold"), f"{step.seconds * 1e3:.3g} ms", others)
+        size = f", chunk_size {step.config.chunk_size}" if step.config.chunk_size else ""
+        size += f", segments {step.config.segments}" if step.config.segments > 1 else ""
+        times = [f"{step.seconds * 1e3:.3g} ms"]
+        if measured:
+            times.append("" if step.measured is None else f"{step.measured * 1e3:.3g} ms")
+        taken = Text(f"taken{size}: {ORIGINS[step.origin]}")
+        table.add_row(Text(str(step.term.node())), Text(step.backend, style="bold"), *times, taken)
         for r in step.rejected:
-            table.add_row("", Text(r.backend, style="dim"), "", Text(r.reason, style="dim"))
+            table.add_row("", Text(r.backend, style="dim"), *("" for _ in times), Text(r.reason, style="dim"))
         table.add_section()
     return table

@@ -2,7 +2,9 @@
 
 SSDOPS_DEBUG   0 (default) quiet; 1 prints plans; 2 also the mask after each pass; 3 also generated source
 SSDOPS_CHECK   1 also checks values that live on a GPU (`cu_seqlens`, segment ids), at the price of a host sync
-SSDOPS_CACHE_DIR  where compiled programs are kept; by default the platform's cache directory
+SSDOPS_CACHE_DIR  where compiled programs and tuned results are kept; by default the platform's cache directory
+SSDOPS_TUNE    off, cached (default), on or force: how backends are chosen where no argument and no context says it
+SSDOPS_LOG_SHAPES  a file to which every kind of call is appended when it is first met, for `ssdops tune --from-log`
 SSDOPS_TVM_PROGRAMS  a directory that `ssdops export` wrote: its programs run without TVM's compiler
 TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
 CUDA_PATH, CUDA_HOME  where TVM finds CUDA's headers, if not at a usual place
@@ -50,6 +52,19 @@ def cache_dir() -> Path:
 def tvm_programs() -> Path | None:
     """Where programs of TVM are that were exported (SSDOPS_TVM_PROGRAMS)."""
     chosen = os.environ.get("SSDOPS_TVM_PROGRAMS")
+    return Path(chosen) if chosen else None
+
+
+@lru_cache(maxsize=1)
+def tuning_mode() -> str:
+    """The mode that SSDOPS_TUNE asks for, as it stands there."""
+    return os.environ.get("SSDOPS_TUNE") or "cached"
+
+
+@lru_cache(maxsize=1)
+def shape_log() -> Path | None:
+    """Where to log what calls there are (SSDOPS_LOG_SHAPES); None for nowhere."""
+    chosen = os.environ.get("SSDOPS_LOG_SHAPES")
     return Path(chosen) if chosen else None
 
 

@@ -39,3 +39,7 @@ class UnknownBackendError(SsdopsError, ValueError):
 
 class RegistrationError(SsdopsError, ValueError):
     """A mask or a backend that cannot be registered: its name is taken, or something is missing."""
+
+
+class TuningError(SsdopsError, ValueError):
+    """A tuning mode, budget, file or workload that is not one."""

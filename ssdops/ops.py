@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from . import decode, run
 from .adjoint import differentiable_backward
+from .autotune import policy
 from .decode import Stepped
 from .errors import UnsupportedError
 from .ir import nodes as n
@@ -184,12 +185,13 @@ class _Differentiable(torch.autograd.Function):
         q, k, v, *rest = tensors
         args = (q, k, v, rest[:n_operands], rest[n_operands:], program, scale)
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(run.forward(Call(*args), save) if _is_plain(tensors) else _forward_op(*args, save))
+            return tuple(run.forward(Call(*args), save, learnt=True) if _is_plain(tensors) else _forward_op(*args, save))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         program, scale, n_operands, _, *tensors = inputs
         ctx.program, ctx.scale, ctx.n_operands, ctx.n_inputs = program, scale, n_operands, len(tensors)
+        ctx.mode = policy.current()
         learnt, public = _count_outputs(program)
         ctx.outputs = [(x.shape, x.dtype) for x in output[:learnt]]
         ctx.save_for_backward(*tensors, *output[public:])
@@ -209,7 +211,8 @@ class _Differentiable(torch.autograd.Function):
             with _no_autocast(q):
                 grads = differentiable_backward(call, Call(*args), given)
         elif _is_plain((*given, *ctx.saved_tensors)):
-            grads = run.backward(Call(*args), given, list(saved))
+            with policy.resume(ctx.mode):  # on a GPU this is a thread of autograd's
+                grads = run.backward(Call(*args), given, list(saved))
         else:
             grads = _backward_op(given, list(saved), *args)
         wanted = zip(grads, ctx.needs_input_grad[4:], strict=True)
@@ -248,7 +251,7 @@ def _differentiably(c: Call, eager: bool) -> list[Tensor]:
     transformed = torch._C._are_functorch_transforms_active()
     if _is_learnt(tensors) or transformed or forward_ad._current_level >= 0:
         outputs = (_Differentiable if transformed else _Eager).apply(  # type: ignore[no-untyped-call]  # as torch has it
-            c.program, c.scale, len(c.operands), eager and _worth_saving(c.q), *tensors
+            c.program, c.scale, len(c.operands), eager and worth_saving(c.q), *tensors
         )
         return list(outputs[: _count_outputs(c.program)[1]])
     if _is_plain(tensors):
@@ -274,7 +277,7 @@ def _is_plain(tensors: tuple[Tensor, ...]) -> bool:
     return all([type(x) in _PLAIN for x in tensors])  # noqa: C419  # quicker than a generator
 
 
-def _worth_saving(q: Tensor) -> bool:
+def worth_saving(q: Tensor) -> bool:
     """Whether to keep what spares the backward pass work: on CPUs in full precision, and only for plain tensors.
 
     What is kept is a few times the output; on a GPU, or where the output is half as wide, memory is dearer than the work.

@@ -1,65 +1,39 @@
 """The planner: (contraction, problem) → Plan, with every rejection and its reason.
 
-A plan is plain data: for each term of the normal form a backend, a configuration, what it is predicted to cost, and why the
-other backends were not taken. Nothing is run here and no tensor is touched.
+For each term of the normal form the planner finds what could run it, and takes one of these (`autotune/choose.py`). No tensor
+is touched here, and nothing is run but, if the mode says so, the tuner's process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NoReturn
 
+import torch
+
+from . import config as environment
+from .autotune import policy, shape_log
+from .autotune.choose import Candidate, Choice, choose, why_not
 from .autotune.cost import predict
+from .autotune.place import place_of
+from .autotune.record import Key
+from .autotune.tuner import tune_once
+from .autotune.worker import Worker
+from .autotune.workload import Workload
 from .backends import registry
 from .backends.base import Backend, Config, Stepper, Support
 from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
-from .ir.problem import Problem
+from .ir.problem import Problem, Target
 from .ir.terms import Linear, Quadratic, Term
+from .steps import Plan, Rejection, Step
 
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """A backend that was not taken, and why."""
-
-    backend: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How one term runs.
-
-    Attributes:
-        seconds: the cost model's prediction of a forward pass.
-        rejected: the other backends, each with its reason.
-    """
-
-    term: Term
-    backend: str
-    config: Config
-    seconds: float
-    rejected: tuple[Rejection, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A step per term; the output is their sum."""
-
-    steps: tuple[Step, ...]
-
-    def __str__(self) -> str:
-        lines = []
-        for step in self.steps:
-            size = f", chunk_size={step.config.chunk_size}" if step.config.chunk_size else ""
-            size += f", segments={step.config.segments}" if step.config.segments > 1 else ""
-            lines.append(f"{step.term.node()}: {step.backend}{size}, {step.seconds * 1e3:.3g} ms predicted")
-            lines += [f"    not {r.backend}: {r.reason}" for r in step.rejected]
-        return "\n".join(lines) or "nothing to run: the mask is zero"
+TRIALS = "ssdops.trial"
+"""The module of the process in which candidates are tried: it stands above this one, and is known by its name alone."""
 
 
 @lru_cache(maxsize=4096)
@@ -89,16 +63,22 @@ def _holds_trapezoid(mask: n.Node) -> bool:
     return any(isinstance(m, n.Trapezoidal) for m in n.walk(mask))
 
 
-def plan(contraction: Contraction, problem: Problem) -> Plan:
+def plan(contraction: Contraction, problem: Problem, direction: str = "forward", dry: bool = False) -> Plan:
     """Choose a backend and a configuration for every term.
+
+    Args:
+        direction: "forward", or "backward" for both passes of a call that is learnt from.
+        dry: whether to measure nothing, whatever the mode.
 
     Raises:
         UnsupportedError: the backend named by the user cannot run a term; the message says why, and which can.
         UnknownBackendError: no backend has that name.
         ShapeError: chunk_size or state_every is below 1.
+        TuningError: there is no such tuning mode.
     """
     _check_options(contraction)
-    return Plan(tuple(_step(term, contraction, problem) for term in terms_of(contraction.mask)))
+    question = Question(contraction, problem, direction, dry)
+    return Plan(tuple(_step(term, question) for term in terms_of(contraction.mask)))
 
 
 def stepper(contraction: Contraction, problem: Problem) -> Stepper | None:
@@ -168,48 +148,74 @@ def _refuse(term: Term, contraction: Contraction, problem: Problem) -> NoReturn:
     )
 
 
-def _step(term: Term, contraction: Contraction, problem: Problem) -> Step:
-    if contraction.backend != "auto":
-        return _named(term, contraction, problem)
-    candidates, rejected = [], []
-    for name in registry.names():
-        if (reason := registry.by_name(name)) is not None:
-            rejected.append(Rejection(name, reason))
-            continue
-        found = list(_candidates(term, name, contraction, problem))
-        candidates += [step for step in found if isinstance(step, Step)]
-        rejected += [r for r in found if isinstance(r, Rejection)]
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What `plan` is asked: its arguments."""
+
+    contraction: Contraction
+    problem: Problem
+    direction: str
+    dry: bool
+
+
+def candidates(work: Workload, target: Target) -> list[Candidate]:
+    """Everything that could run a workload, whatever it takes to compile."""
+    question = Question(Contraction(work.term_of.node()), work.problem(target), work.direction, dry=True)
+    found = [x for name in registry.weighed() for x in _candidates(work.term_of, name, question)]
+    return [x for x in found if isinstance(x, Candidate)]
+
+
+def _step(term: Term, question: Question) -> Step:
+    contraction = question.contraction
+    named = contraction.backend != "auto"
+    names = (contraction.backend,) if named else registry.weighed()
+    found = [x for name in names for x in _candidates(term, name, question)]
+    if not named:  # and nothing of the others is imported
+        found += [Rejection(name, registry.by_name(name) or "") for name in registry.names() if name not in names]
+    candidates = [x for x in found if isinstance(x, Candidate)]
     if not candidates:
-        _refuse(term, contraction, problem)
-    best = min(candidates, key=lambda step: step.seconds)
-    slower = {
-        step.backend: step.seconds
-        for step in sorted(candidates, key=lambda step: -step.seconds)
-        if step.backend != best.backend
-    }
-    reasons = [
-        Rejection(name, f"predicted slower: {seconds * 1e3:.3g} ms against {best.seconds * 1e3:.3g}")
-        for name, seconds in sorted(slower.items(), key=lambda item: item[1])
-    ]
-    return Step(term, best.backend, best.config, best.seconds, (*reasons, *rejected))
+        _refuse(term, contraction, question.problem)
+    choice = _choice(term, candidates, question)
+    reasons = [Rejection(name, reason) for name, reason in why_not(choice, candidates)]
+    rejected = (*reasons, *(x for x in found if isinstance(x, Rejection)))
+    taken = choice.candidate
+    return Step(term, taken.backend, taken.config, taken.seconds, rejected, choice.origin, choice.measured)
 
 
-def _named(term: Term, contraction: Contraction, problem: Problem) -> Step:
-    """The one backend that the user asked for, or the reason why not and who can."""
-    found = list(_candidates(term, contraction.backend, contraction, problem))
-    steps = [step for step in found if isinstance(step, Step)]
-    if not steps:
-        _refuse(term, contraction, problem)
-    return min(steps, key=lambda step: step.seconds)
+def _choice(term: Term, candidates: list[Candidate], question: Question) -> Choice:
+    """One of the candidates, by the mode that holds for the call."""
+    mode = policy.current() if question.contraction.tune is None else policy.checked(question.contraction.tune)
+    logged = not question.dry and environment.shape_log() is not None
+    work = Workload.of(term, question.problem, question.direction) if logged or mode != "off" else None
+    if work is not None and logged:
+        shape_log.note(work)
+    if work is None or mode == "off":
+        return choose(None, candidates, mode, None)
+    target = question.problem.target
+    key = Key(place_of(target), work.bucket())
+    tuner = None if question.dry else partial(tune_once, key, work, Worker(TRIALS, _device(target)), mode == "force")
+    return choose(key, candidates, mode, tuner)
 
 
-def _candidates(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Step | Rejection]:
-    """Every configuration of one backend as a step with its predicted cost, the default first; or a rejection."""
+def _device(target: Target) -> str:
+    """Where candidates are to run, as torch spells it."""
+    return f"cuda:{torch.cuda.current_device()}" if target.device == "cuda" else target.device
+
+
+def _candidates(term: Term, name: str, question: Question) -> Iterator[Candidate | Rejection]:
+    """Every configuration of one backend with its predicted cost, the default first; or a rejection."""
+    problem, contraction = question.problem, question.contraction
+    reluctant = registry.BY_NAME.get(name, "") if contraction.backend == "auto" else ""
     for config in _configs(term, name, contraction, problem):
         if isinstance(config, Rejection):
             yield config
         else:
-            yield Step(term, name, config, predict(registry.get(name).work(term, problem, config), problem.target.device))
+            yield Candidate(
+                name,
+                config,
+                predict(registry.get(name).work(term, problem, config, question.direction), problem.target),
+                reluctant,
+            )
 
 
 def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import config
+from .autotune import policy, store
 from .backends import registry
-from .backends.base import Cotangents, Gradients, Inputs, bind
+from .backends.base import Config, Cotangents, Gradients, Inputs, bind
 from .ir import nodes as n
 from .ir.contraction import Contraction, parse_contraction
 from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
 from .ir.resolve import resolve
 from .ir.terms import Linear, factored_operands, term_operands
-from .plan import Plan, Step, plan, state_terms
+from .plan import plan, state_terms
+from .steps import Plan, Step
 
 
 @dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs a microsecond
@@ -84,16 +86,23 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 MAX_PREPARED = 65536
 
 
-def prepare(call: Call) -> Prepared:
+def prepare(call: Call, learnt: bool = False) -> Prepared:
     """Check and plan a call, or recall it: everything but the values of the tensors is decided here.
 
+    A plan holds as long as the tuner's mode does, and until a result of the tuner is new.
+
+    Args:
+        learnt: whether to plan for a forward and a backward pass together.
+
     Raises:
-        ShapeError, DtypeError, DeviceError, ValueRangeError, UnsupportedError, UnknownBackendError, MaskError.
+        ShapeError, DtypeError, DeviceError, ValueRangeError, UnsupportedError, UnknownBackendError, MaskError, TuningError.
     """
-    key = call.signature()
+    signature = call.signature()
+    key = (learnt, policy.current(), store.version(), signature)
     found = _prepared.get(key)
     if found is None:
-        found = _prepare(call)
+        found = _prepare(call, learnt)
+        key = (learnt, policy.current(), store.version(), signature)  # this call itself may have been tuned
         if len(_prepared) >= MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = found
@@ -104,17 +113,26 @@ def prepare(call: Call) -> Prepared:
     return found
 
 
-def _prepare(call: Call) -> Prepared:
+def _prepare(call: Call, learnt: bool) -> Prepared:
     contraction, problem = call.contraction, call.problem()
     if call.states or contraction.return_state:
         check_states(call.states, len(state_terms(contraction.mask)), problem, given=bool(call.states))
     checked = mask_needs_values_checked(contraction.mask) and (call.q.device.type == "cpu" or config.check_values())
-    return Prepared(contraction, problem, plan(contraction, problem), n.operand_names(contraction.mask), checked)
+    found = plan(contraction, problem, "backward" if learnt else "forward")
+    return Prepared(contraction, problem, found, n.operand_names(contraction.mask), checked)
 
 
-def forward(call: Call, save: bool = False) -> list[Tensor]:
-    """Y and, if wanted, the final states, then those between; with `save`, then what the backward pass may use."""
-    prepared = prepare(call)
+def forward(call: Call, save: bool = False, learnt: bool = False) -> list[Tensor]:
+    """Y and, if wanted, the final states, then those between; with `save`, then what the backward pass may use.
+
+    Args:
+        learnt: whether a backward pass will follow; `save` says so as well.
+    """
+    return forward_as(prepare(call, save or learnt), call, save)
+
+
+def forward_as(prepared: Prepared, call: Call, save: bool) -> list[Tensor]:
+    """`forward` by a plan that is made."""
     p, total = prepared.problem, None
     finals: list[Tensor] = []
     every: list[Tensor] = []
@@ -133,20 +151,34 @@ def forward(call: Call, save: bool = False) -> list[Tensor]:
         total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=call.q.device)
     total = total if total.dtype == p.dtype else total.to(p.dtype)  # a call that does nothing takes a microsecond, too
     public = [total.contiguous(), *finals, *every]  # as tracing has been told
-    return [*public, *_packed(saved)] if save else public
+    return [*public, *_packed(prepared.plan, saved)] if save else public
 
 
-def _packed(saved: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """What each step saved, as one list: first how many tensors each has."""
-    return [torch.tensor([len(part) for part in saved]), *(x for part in saved for x in part)]
+def _packed(plan: Plan, saved: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """What each step saved, as one list: first how many tensors each has, and by which backend and configuration."""
+    names = registry.names()
+    table = [
+        (len(part), names.index(step.backend), step.config.chunk_size or 0, step.config.segments)
+        for step, part in zip(plan.steps, saved, strict=True)
+    ]
+    return [torch.tensor(table), *(x for part in saved for x in part)]
 
 
-def _unpacked(saved: list[Tensor], steps: int) -> list[list[Tensor]]:
-    """The inverse of `_packed`; nothing for every step if nothing was saved."""
+def _unpacked(prepared: Prepared, saved: list[Tensor]) -> tuple[Prepared, list[list[Tensor]]]:
+    """The inverse of `_packed`, with the plan that saved it, which need not be what would be planned now.
+
+    Nothing for every step if nothing was saved: then any plan will do.
+    """
+    steps = prepared.plan.steps
     if not saved:
-        return [[] for _ in range(steps)]
-    remaining = iter(saved[1:])
-    return [[next(remaining) for _ in range(count)] for count in saved[0].tolist()]
+        return prepared, [[] for _ in steps]
+    names, remaining, parts, ran = registry.names(), iter(saved[1:]), [], []
+    for step, (count, backend, chunk_size, segments) in zip(steps, saved[0].tolist(), strict=True):
+        parts.append([next(remaining) for _ in range(count)])
+        config = Config(chunk_size or None, segments)
+        same = step.backend == names[backend] and step.config == config
+        ran.append(step if same else Step(step.term, names[backend], config, step.seconds))
+    return replace(prepared, plan=Plan(tuple(ran))), parts
 
 
 def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
@@ -166,13 +198,17 @@ def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
 
 def backward(call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
     """Gradients of q, k, v, the operands (empty for integers) and the states."""
-    prepared = prepare(call)
+    return backward_as(prepare(call, learnt=True), call, cotangents, saved)
+
+
+def backward_as(prepared: Prepared, call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+    """`backward` by a plan that is made, or by the one that saved what it is to use."""
+    prepared, parts = _unpacked(prepared, saved)
     dy, dstates = cotangents[0], cotangents[1:]
     total: Gradients | None = None
     named = call.named
     doperands: dict[str, Tensor] = {}
     dinitial: list[Tensor] = []
-    parts = _unpacked(saved, len(prepared.plan.steps))
     for (index, step, x), kept in zip(_bound(prepared, call), parts, strict=True):
         dstate = dstates[index] if index >= 0 and dstates else None
         grads = registry.get(step.backend).backward(step.term, x, step.config, Cotangents(dy, dstate, kept))

@@ -14,7 +14,19 @@ from ssdops.backends import registry
 ROOT = Path(ssdops.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
-    ("cli", "cli_common", "cli_demo", "cli_doctor", "cli_explain", "plot"),
+    (
+        "cli",
+        "cli_cache",
+        "cli_calibrate",
+        "cli_common",
+        "cli_demo",
+        "cli_doctor",
+        "cli_explain",
+        "cli_export",
+        "cli_tune",
+        "plot",
+    ),
+    ("trial", "trial_inputs"),
     ("pytest_plugin",),
     ("nn", "compat", "distributed", "testing"),
     ("api",),
@@ -23,6 +35,7 @@ ROOMS = (
     ("adjoint", "vmap", "carry"),
     ("run", "decode"),
     ("plan",),
+    ("steps",),
     ("autotune",),
     ("backends",),
     ("register", "symbols"),

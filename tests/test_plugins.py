@@ -180,7 +180,7 @@ def test_auto_weighs_it_if_it_is_told_to():
     class Free(Naive):
         name = "free"
 
-        def work(self, term, problem, config):
+        def work(self, term, problem, config, direction="forward"):
             return type(super().work(term, problem, config))(0.0, 0.0, 0.0, 0.0)
 
     register_backend("free", Free, auto=True)

@@ -67,6 +67,10 @@ class Work:
     launches: float
     steps: float = 0.0
 
+    def times(self, factor: float) -> Work:
+        """So many times as much of everything."""
+        return Work(*(factor * x for x in (self.matmul_flops, self.elementwise, self.bytes, self.launches, self.steps)))
+
 
 @dataclass  # not frozen, as one is made at every call and freezing costs two microseconds
 class Inputs:
@@ -194,8 +198,8 @@ class Backend(Protocol):
         """The configurations worth considering, the default first; of the chunk size asked for, or why it has none."""
         ...
 
-    def work(self, term: Term, problem: Problem, config: Config) -> Work:
-        """What a forward pass costs."""
+    def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
+        """What a forward pass costs; with direction "backward", what it and the backward pass cost together."""
         ...
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
@@ -289,6 +293,10 @@ def _widened(slot: str, x: Operand, operands: Mapping[str, Tensor], problem: Pro
         return operands
     dtype = exponent_dtype(problem) if slot in ("log_a", "channel", "log_cols") else problem.accumulate
     return {name: operands[name].to(dtype) for name in names(x)}
+
+
+BOTH = 3.0
+"""How many times the work of a forward pass both take together, where nothing is known more exactly."""
 
 
 def without_chunks(name: str, chunk_size: int | None) -> Support | None:

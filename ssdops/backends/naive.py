@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -39,12 +40,19 @@ class Naive:
         """Nothing to choose."""
         return without_chunks(self.name, chunk_size) or (Config(),)
 
-    def work(self, term: Term, problem: Problem, config: Config) -> Work:
-        """T² of everything."""
+    def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
+        """T² of everything, in blocks of rows, document by document; a decay per channel has T² entries for each channel."""
         p = problem
-        pairs = float(p.batch * p.nheads) * p.seqlen**2
+        packed = isinstance(term, Linear) and term.documents is not None
+        parts = max((p.n_states or p.batch) // max(p.batch, 1), 1) if packed else 1
+        length = ceil(p.seqlen / parts)
+        pairs, blocks = float(p.batch * p.nheads * parts) * length**2, (p.batch if packed else 1) * parts * ceil(length / ROWS)
         entries = pairs * (p.dstate if isinstance(term, Linear) and term.channel is not None else 1)
-        return Work(2 * pairs * (p.dstate + p.headdim), 12 * entries, 40 * entries, 40.0 + 20 * p.seqlen / ROWS)
+        per_token = 12.0 * p.batch * p.seqlen * p.nheads * (p.dstate + p.headdim)
+        flops = 2 * pairs * (p.dstate + p.headdim)
+        if direction == "forward":
+            return Work(flops, 18 * entries + per_token, 150 * entries, 28.0 + 57 * blocks)
+        return Work(4 * flops, 54 * entries + 3 * per_token, 450 * entries, 80.0 + 160 * blocks)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """By entries."""

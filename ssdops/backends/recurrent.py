@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isqrt
+from math import ceil, isqrt
 
 import torch
 from torch import Tensor
@@ -36,13 +36,16 @@ class Recurrent:
         """Nothing to choose."""
         return without_chunks(self.name, chunk_size) or (Config(),)
 
-    def work(self, term: Term, problem: Problem, config: Config) -> Work:
-        """Every step touches the whole state."""
+    def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
+        """Every step touches the whole state; both passes walk three times, and a step back is several steps' work."""
         p = problem
         if isinstance(term, Diagonal):
-            return diagonal_work(p)
+            return diagonal_work(p, direction)
         touched = float(p.batch * p.nheads * p.headdim * p.dstate) * p.seqlen
-        return Work(0.0, 5 * touched, 12 * touched, 12.0 * p.seqlen)
+        steps = ceil(p.batch * p.seqlen / max(p.n_states or p.batch, 1))
+        if direction == "forward":
+            return Work(2 * touched, 1.2 * touched, 4 * touched, 20.0 + 17 * steps)
+        return Work(14 * touched, 18 * touched, 60 * touched, 45.0 + 100 * steps)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """One step per token."""

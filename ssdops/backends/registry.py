@@ -17,8 +17,8 @@ BACKENDS: dict[str, str] = {
     "naive": "ssdops.backends.naive:Naive",
     "tvm": "ssdops.backends.tvm.backend:Tvm",
 }
-BY_NAME = {"tvm": "compiles for seconds at its first call, so it runs only where it is named"}
-"""Backends that "auto" does not take, and why."""
+BY_NAME = {"tvm": "compiles for seconds at its first call, so it runs where it is named, or was measured to be the fastest"}
+"""Backends that "auto" does not take on a prediction, and why."""
 METHODS = ("supports", "configs", "work", "forward", "backward")
 
 
@@ -69,8 +69,18 @@ def names() -> tuple[str, ...]:
 
 
 def automatic() -> tuple[str, ...]:
-    """Those that "auto" weighs."""
+    """Those that "auto" takes on a prediction."""
     return tuple(name for name in names() if by_name(name) is None)
+
+
+def weighed() -> tuple[str, ...]:
+    """Those that "auto" weighs: also what it takes only where it was measured to be the fastest."""
+    return tuple(name for name in names() if name in BACKENDS or by_name(name) is None)
+
+
+def targets() -> dict[str, str]:
+    """Where the classes of these are, "module:Class", for another process."""
+    return {name: BACKENDS.get(name) or _where(name) for name in weighed()}
 
 
 def by_name(name: str) -> str | None:

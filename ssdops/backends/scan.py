@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from ..ir.problem import Problem
 from ..ir.resolve import repeat_heads
 from ..ir.terms import Diagonal, Linear
-from .base import Gradients, Inputs, Work, reduce_value, share_heads
+from .base import BOTH, Gradients, Inputs, Work, reduce_value, share_heads
 
 
 class Every:
@@ -83,10 +83,11 @@ def _reverse_cumsum(x: Tensor) -> Tensor:
     return x.flip(1).cumsum(1).flip(1)
 
 
-def diagonal_work(p: Problem) -> Work:
+def diagonal_work(p: Problem, direction: str) -> Work:
     """What a diagonal costs in torch."""
     touched = float(p.batch * p.nheads * (p.headdim + p.dstate)) * p.seqlen
-    return Work(0.0, 3 * touched, 8 * touched, 6.0)
+    forward = Work(0.0, 3 * touched, 8 * touched, 6.0)
+    return forward.times(BOTH) if direction == "backward" else forward
 
 
 def diagonal_forward(term: Diagonal, x: Inputs) -> Tensor:

@@ -27,6 +27,7 @@ class Contraction:
         backend: a backend's name, or "auto".
         chunk_size: the chunk length if the user fixed it.
         state_every: tokens after which the states between are wanted, or None for none of them.
+        tune: a mode of the tuner, or None for that of the context.
     """
 
     mask: n.Node
@@ -35,6 +36,7 @@ class Contraction:
     backend: str = "auto"
     chunk_size: int | None = None
     state_every: int | None = None
+    tune: str | None = None
 
     def __str__(self) -> str:
         options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:] if getattr(self, f.name) != f.default]

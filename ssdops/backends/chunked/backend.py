@@ -7,7 +7,7 @@ from math import ceil
 
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Term
-from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
+from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import Every, diagonal_backward, diagonal_forward, diagonal_work
 from .backward import Backward
 from .channel import CHANNEL_SIZES, ChannelScan, channel_work
@@ -26,30 +26,40 @@ class Chunked:
         return reject_scan(term, self.name) or Support.yes()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
-        """Chunk sizes; on a GPU longer chunks, as every chunk is a round of launches."""
+        """Chunk sizes, of those that hold the whole sequence the least; on a GPU longer ones first, as each chunk is a round
+        of launches."""
         if isinstance(term, Diagonal) or chunk_size is not None:
             return (Config(chunk_size),)
         sizes: tuple[int, ...] = SIZES if isinstance(term, Linear) and term.channel is None else CHANNEL_SIZES
+        whole = min((size for size in sizes if size >= problem.seqlen), default=max(sizes))
         sizes = sizes if problem.target.device == "cpu" else tuple(sorted(sizes, reverse=True))
-        return tuple(Config(size) for size in sizes)
+        return tuple(Config(size) for size in sizes if size <= whole)
 
-    def work(self, term: Term, problem: Problem, config: Config) -> Work:
-        """Linear in seqlen; the scores of a chunk once per group, everything else once per head."""
-        p, size = problem, config.chunk_size or SIZES[0]
-        tokens = float(p.batch * p.seqlen)
+    def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
+        """Linear in seqlen; the scores of a chunk once per group, everything else once per head.
+
+        Elements and launches are those that torch's dispatcher counts; a view is 0.4 of a launch, a product two or three.
+        """
+        p = problem
         if isinstance(term, Diagonal):
-            return diagonal_work(p)
-        if isinstance(term, Linear) and term.channel is not None:
-            return channel_work(p, size)
-        scores = 2 * size * p.dstate * common_heads(p)
-        per_head = 2 * size * p.headdim + 4 * p.dstate * p.headdim
-        chunks = ceil(p.seqlen / size) if p.seqlen else 0
-        return Work(
-            tokens * (scores + p.nheads * per_head),
-            tokens * p.nheads * (4 * size + 4 * p.headdim + 3 * p.dstate * p.headdim / size),
-            4 * tokens * (p.q_heads * p.dstate + p.k_heads * p.dstate + 2 * p.nheads * p.headdim),
-            10.0 + 8.0 * chunks + 60.0 * ceil(tokens / SPAN),
-        )
+            return diagonal_work(p, direction)
+        assert isinstance(term, Linear)  # supports() refuses the rest
+        if term.channel is not None:
+            return channel_work(p, config.chunk_size or SIZES[0]).times(BOTH if direction == "backward" else 1.0)
+        rows = max(p.n_states or p.batch, 1)
+        length = ceil(p.batch * p.seqlen / rows)
+        size = min(config.chunk_size or SIZES[0], max(length, 1))
+        chunks = ceil(length / size)
+        spans = ceil(length // size / max(SPAN // (size * rows), 1)) + (length % size > 0)  # a short chunk is a span of its own
+        tokens, groups, state = float(p.batch * p.seqlen), common_heads(p), p.dstate * p.headdim
+        per_head = 2 * size * p.headdim + 4 * state
+        flops = tokens * (2 * size * p.dstate * groups + p.nheads * per_head) * (1 + 8 / size)  # short products are slower
+        touched = 4 * tokens * (p.q_heads * p.dstate + p.k_heads * p.dstate + 2 * p.nheads * p.headdim)
+        if direction == "forward":
+            elements = p.nheads * (9 * size + 3 * p.headdim + 20 + state / size) + 2 * p.dstate * groups
+            return Work(flops, tokens * elements, touched, 4.0 + 70 * spans + 10 * chunks)
+        elements = p.nheads * (24 * size + 12 * p.headdim + 86 + 5 * state / size) + 9 * p.dstate * groups
+        return Work(3 * flops, tokens * elements, 3 * touched, 6.0 + 207 * spans + 30 * chunks)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """One span of chunks after another; saves the states at chunk starts, and what was read of them."""

@@ -11,7 +11,7 @@ import torch
 from ... import config as environment
 from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
-from ..base import Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
+from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
 from . import tiles
 from .sizes import CHUNKS, MAX_DIM, RESIDENT, chunks, rounds, sizes
@@ -87,8 +87,12 @@ class Triton:
         """Of one segment. Packed documents count as one row: how many there are does not say how long they are."""
         return max(problem.batch * problem.nheads * -(-problem.headdim // 64), 1)
 
-    def work(self, term: Term, problem: Problem, config: Config) -> Work:
+    def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """A scan is a chain of chunks: as many rounds of them as the device cannot hold at once."""
+        forward = self._forward_work(term, problem, config)
+        return forward.times(BOTH) if direction == "backward" else forward
+
+    def _forward_work(self, term: Term, problem: Problem, config: Config) -> Work:
         p = problem
         if isinstance(term, Quadratic):
             return tiles.work(term, p)

@@ -11,7 +11,7 @@ import torch
 from ...config import tvm_programs
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Term
-from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
+from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import diagonal_backward, diagonal_forward, diagonal_work
 from .machine import machine
 
@@ -72,18 +72,19 @@ class Tvm:
             fitting = fitting[:1]  # larger chunks are faster than their arithmetic says
         return fitting or _between_chunks(problem)
 
-    def work(self, term: Term, problem: Problem, config: Config) -> Work:
+    def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """Linear in seqlen; the scores of a chunk once per group, everything else once per head."""
         p, size = problem, config.chunk_size or chunks(problem)[0]
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
-            return diagonal_work(p)
+            return diagonal_work(p, direction)
         scores, per_head = 2 * size * p.dstate * common_heads(p), 2 * size * p.headdim + 4 * p.dstate * p.headdim
         touched = 4 * tokens * ((p.q_heads + p.k_heads) * p.dstate + 2 * p.nheads * p.headdim)
         flops, elementwise = tokens * (scores + p.nheads * per_head), tokens * p.nheads * 4 * size
+        passes = BOTH if direction == "backward" else 1.0
         if p.target.device == "cpu":
-            return Work(flops, elementwise, touched, 20.0)
-        return Work(flops, elementwise, touched / 2, 4.0, steps=p.seqlen / size)
+            return Work(flops, elementwise, touched, 20.0).times(passes)
+        return Work(flops, elementwise, touched / 2, 4.0, steps=p.seqlen / size).times(passes)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """Scores, then a walk."""

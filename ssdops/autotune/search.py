@@ -1,0 +1,161 @@
+"""The search: every candidate is checked, then timed, and the slower half is dropped until one is left or the time is up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from ..backends.base import Config
+from .choose import Candidate
+from .record import Trial
+from .worker import Died, Worker
+from .workload import Workload
+
+PRUNE = 10.0
+"""How many times the least predicted time a prediction may be, for its candidate to be tried."""
+PATIENCE = 30.0
+"""Seconds to wait for an answer about a candidate, unless it is known to take long to compile: then it has hung."""
+FAR = 1.5
+"""How many times the fastest measurement one may be, for its candidate to stay in the race."""
+SAMPLE_SECONDS = 0.1
+"""Of the first round of samples; each further one takes twice as long."""
+LAST_ROUNDS = 4
+"""Rounds of samples for the two that are left, taken in turn so that a slow spell of the machine falls on both."""
+
+OnTrial: TypeAlias = Callable[[str], None]
+
+
+@dataclass
+class Search:
+    """One search.
+
+    Attributes:
+        work: what to measure, at its own sizes.
+        budget: seconds for all of it, the start of processes included.
+        seed: of the random inputs.
+        on_trial: told what is about to be tried.
+        patience: see PATIENCE.
+    """
+
+    worker: Worker
+    work: Workload
+    budget: float
+    seed: int
+    on_trial: OnTrial = lambda text: None
+    patience: float = PATIENCE
+    trials: dict[tuple[str, Config], Trial] = field(default_factory=dict)
+    _deadline: float = 0.0
+
+    def run(self, candidates: Sequence[Candidate]) -> tuple[Trial, ...]:
+        """A trial for every candidate.
+
+        Raises:
+            Died: no process can be started.
+        """
+        self._deadline = time.monotonic() + self.budget
+        self.worker.start()
+        ordered = list(self._worth_trying(candidates))
+        for index, candidate in enumerate(ordered):
+            self._enter(candidate, len(ordered) - index)
+        self._race()
+        return tuple(self.trials.values())
+
+    @property
+    def remaining(self) -> float:
+        """Seconds of the budget."""
+        return self._deadline - time.monotonic()
+
+    def _worth_trying(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        """In the order in which to try them: best predicted first, and last those that take long to compile."""
+        least = max(min(c.seconds for c in candidates), 1e-9)
+        for c in sorted(candidates, key=lambda c: (bool(c.reluctant), c.seconds)):
+            if c.seconds > PRUNE * least:
+                self._put(c.backend, c.config, "skipped", f"predicted {c.seconds / least:.3g} times slower than the fastest")
+            else:
+                yield c
+
+    def _enter(self, c: Candidate, left: int) -> None:
+        """Check a candidate and time it once. Compiling counts against the budget, and not as time of a pass."""
+        self.on_trial(f"{c.backend} {_show(c.config)}".strip())
+        # the last may take what there is, short of what the race needs; others leave as much for those to come
+        limit = self.remaining * (0.8 if left == 1 else 0.5)
+        limit = limit if c.reluctant else min(limit, self.patience)
+        if not self._has_time():
+            self._put(c.backend, c.config, "skipped", f"the budget of {self.budget:.3g} s was spent")
+            return
+        try:
+            answer = self._ask(c, "check", 0.0, limit)
+            if "error" not in answer:
+                answer = self._ask(c, "time", 0.0, limit)
+        except Died as death:
+            late = c.reluctant and "no answer" in str(death)
+            status, note = ("skipped", f"not compiled in {limit:.3g} s") if late else ("failed", str(death))
+            self._put(c.backend, c.config, status, note)
+            return
+        if "error" in answer:
+            self._put(c.backend, c.config, "failed", str(answer["error"]))
+        else:
+            self.trials[c.backend, c.config] = Trial(c.backend, c.config, "measured", float(answer["seconds"]))
+
+    def _has_time(self) -> bool:
+        """Whether there is time to try one more, in a process that is there or can be started in time."""
+        kept = 0.2 * self.budget if any(t.status == "measured" for t in self.trials.values()) else 0.0
+        if self.remaining <= kept:
+            return False
+        try:
+            self.worker.start(self.remaining)
+        except Died:
+            return False
+        return True
+
+    def _race(self) -> None:
+        """Rounds of longer and longer samples, each with the faster half of those before."""
+        seconds = SAMPLE_SECONDS
+        racing = self._fastest(len(self.trials))
+        while len(racing) > 1 and self.remaining > 0:
+            for _ in range(LAST_ROUNDS if len(racing) == 2 else 1):
+                for trial in racing:
+                    self._sample(trial, seconds)
+            if len(racing) == 2:
+                return
+            racing, seconds = self._fastest(max(math.ceil(len(racing) / 2), 2)), 2 * seconds
+
+    def _fastest(self, count: int) -> list[Trial]:
+        """That many of those that were measured, without those that are far behind."""
+        timed = sorted(
+            (t for t in self.trials.values() if t.status == "measured"),
+            key=lambda t: math.inf if t.seconds is None else t.seconds,
+        )
+        best = timed[0].seconds if timed else None
+        return [t for t in timed[:count] if best is not None and t.seconds is not None and t.seconds <= FAR * best]
+
+    def _sample(self, trial: Trial, seconds: float) -> None:
+        """One more sample, as long as the budget allows; the fastest counts."""
+        old = self.trials[trial.candidate]
+        if old.seconds is None or self.remaining < 3 * old.seconds:
+            return
+        self.on_trial(f"{trial.backend} {_show(trial.config)}".strip())
+        try:
+            answer = self._ask(trial, "time", min(seconds, self.remaining / 4), min(self.remaining, self.patience))
+        except Died as death:
+            answer = {"error": str(death)}
+        if "error" in answer:
+            self._put(trial.backend, trial.config, "failed", str(answer["error"]))
+        else:
+            self.trials[trial.candidate] = replace(old, seconds=min(old.seconds, float(answer["seconds"])))
+
+    def _ask(self, what: Candidate | Trial, do: str, seconds: float, limit: float) -> dict[str, Any]:
+        config = {"chunk_size": what.config.chunk_size, "segments": what.config.segments}
+        request = {"do": do, "workload": self.work.to_json(), "backend": what.backend, "config": config, "seed": self.seed}
+        return self.worker.ask({**request, "seconds": seconds}, min(limit, max(self.remaining, 0.01)))
+
+    def _put(self, backend: str, config: Config, status: str, note: str) -> None:
+        self.trials[backend, config] = Trial(backend, config, status, note=note)
+
+
+def _show(config: Config) -> str:
+    size = f"chunk_size {config.chunk_size}" if config.chunk_size else ""
+    return f"{size}, segments {config.segments}" if config.segments > 1 else size

@@ -1,0 +1,59 @@
+"""A plan as plain data: for each term a backend, a configuration, what it costs, and why the other backends were not taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .autotune.choose import ORIGINS
+from .backends.base import Config
+from .ir.terms import Term
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A backend that was not taken, and why."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How one term runs.
+
+    Attributes:
+        seconds: the cost model's prediction.
+        rejected: the other backends, each with its reason.
+        origin: where the choice comes from (`autotune.choose.ORIGINS`).
+        measured: the seconds that were measured, if any were.
+    """
+
+    term: Term
+    backend: str
+    config: Config
+    seconds: float
+    rejected: tuple[Rejection, ...] = ()
+    origin: str = "only"
+    measured: float | None = None
+
+    @property
+    def times(self) -> str:
+        """The prediction, and the measurement if there is one."""
+        known = "" if self.measured is None else f", {self.measured * 1e3:.3g} ms measured"
+        return f"{self.seconds * 1e3:.3g} ms predicted{known}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step per term; the output is their sum."""
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for step in self.steps:
+            size = f", chunk_size={step.config.chunk_size}" if step.config.chunk_size else ""
+            size += f", segments={step.config.segments}" if step.config.segments > 1 else ""
+            lines.append(f"{step.term.node()}: {step.backend}{size}, {step.times} ({ORIGINS[step.origin]})")
+            lines += [f"    not {r.backend}: {r.reason}" for r in step.rejected]
+        return "\n".join(lines) or "nothing to run: the mask is zero"
