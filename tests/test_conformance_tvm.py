@@ -20,8 +20,9 @@ from ssdops.backends.tvm import backend
 from ssdops.backends.tvm.backend import Tvm
 from ssdops.backends.tvm.tile import Tile
 from ssdops.errors import UnsupportedError
-from ssdops.ir.problem import Problem, Target
+from ssdops.ir.problem import Problem, Target, problem_of
 from ssdops.ir.terms import Diagonal, Linear
+from ssdops.ir.text import parse
 from ssdops.testing import Conformance
 from ssdops.testing.structures import Make
 
@@ -369,3 +370,33 @@ def test_no_compiler_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UnsupportedError, match="pip install cuda-bindings"):
         toolkit.prepare()
+
+
+@needs_tvm
+@pytest.mark.tvm
+@pytest.mark.parametrize("segments", [1, 4])
+def test_what_a_gpu_would_be_asked_for(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes on tensors without memory: the programs that they want, and results of the right shapes."""
+    from ssdops.backends.base import Config, Cotangents, bind
+    from ssdops.backends.tvm import build, cuda, passes
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    q, v, dy = empty(2, 512, 1, 128), empty(2, 512, 6, 64), empty(2, 512, 6, 64)
+    operands, states = {"log_a": torch.empty(2, 512, 6, device="meta")}, torch.empty(2, 6, 64, 128, device="meta")
+    problem = replace(problem_of(parse("decay(log_a)"), q, q, v, operands), target=Target("cuda", "H100", (9, 0), 132))
+    x = bind(PLAIN, problem, q, q, v, operands, states, 1.0, torch.bfloat16)
+    monkeypatch.setattr(cuda.OnGpu, "segments", lambda self, programs: segments)
+    with build.collecting() as wanted:
+        out = passes.forward(PLAIN, x, Config(64), True)
+        grads = passes.backward(PLAIN, x, Config(64), Cotangents(dy, states))
+    assert out.state is not None and grads.initial is not None
+    assert (out.y.shape, out.state.shape) == (v.shape, states.shape)
+    assert [g.shape for g in (grads.q, grads.k, grads.v)] == [q.shape, q.shape, v.shape]
+    assert (grads.initial.shape, grads.values["log_a"].shape) == (states.shape, operands["log_a"].shape)
+    assert {name for name, _ in wanted} == {"lines", "scores", "walk", "exchange"}
+    assert {tile.mode for name, tile in wanted if name == "walk"} == {"", "kept", "met"} | (
+        {"states"} if segments > 1 else set()
+    )
+    assert all(tile.target == "sm_90" for _, tile in wanted)
