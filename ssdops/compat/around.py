@@ -1,0 +1,34 @@
+"""What Mamba does before and after its scan: step sizes, the skip connection, the gate."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+
+def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
+    """dt + bias, or its softplus."""
+    dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
+    return F.softplus(dt) if softplus else dt
+
+
+def finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(y + D x) · silu(z) in x's dtype, reckoned in `dtype`."""
+    if D is not None:
+        y = y.to(dtype) + x * (D if D.ndim == 2 else D[:, None]).to(dtype)
+    return (y if z is None else y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
+
+
+def channels(state: Tensor) -> Tensor:
+    """The same memory with every channel a head of headdim 1."""
+    slots, nheads, dim, dstate = state.shape
+    try:
+        return state.view(slots, nheads * dim, 1, dstate)
+    except RuntimeError:
+        raise UnsupportedError(
+            f"state has strides {state.stride()}, under which {nheads} heads and {dim} channels are not one axis, and it is "
+            "updated in place; keep it contiguous, or expand A and dt over headdim where they are one number per head"
+        ) from None
