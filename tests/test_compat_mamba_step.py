@@ -125,7 +125,7 @@ def test_listing_is_the_recurrence(seqlen: int) -> None:
 
 def test_listing_names_bad_states() -> None:
     X, A = torch.ones(1, 2, H, P), torch.zeros(1, 2, H)
-    with pytest.raises(ShapeError, match="3 chunks after batch"):
+    with pytest.raises(ShapeError, match=r"initial_states must be \(batch=1, 1, n_heads=4, .*got \(1, 3, 4, 3, 3\)"):
         ssd_minimal_discrete(X, A, X, X, 1, initial_states=torch.ones(1, 3, H, P, P))
     with pytest.raises(ShapeError, match="initial_states must be"):
         ssd_minimal_discrete(X, A, X, X, 1, initial_states=torch.ones(1, H, P, P))

@@ -217,14 +217,9 @@ def ssd_minimal_discrete(
     """
     sizes_of(
         X=(X, "batch length n_heads d_head"), A=(A, "batch length n_heads"), B=(B, "batch length heads_of_B d_state"),
-        C=(C, "batch length heads_of_C d_state"), initial_states=(initial_states, "batch chunks n_heads d_head d_state"),
+        C=(C, "batch length heads_of_C d_state"), initial_states=(initial_states, "batch 1 n_heads d_head d_state"),
     )  # fmt: skip
-    if initial_states is not None:
-        if initial_states.shape[1] != 1:
-            raise ShapeError(
-                f"initial_states has {initial_states.shape[1]} chunks after batch, expected 1: x[:, None] adds the axis"
-            )
-        initial_states = initial_states[:, 0]
-    y, state = ssd(C, B, X, masks.decay(A), initial_state=initial_states, return_state=True)
+    first = None if initial_states is None else initial_states[:, 0]
+    y, state = ssd(C, B, X, masks.decay(A), initial_state=first, return_state=True)
     assert isinstance(state, Tensor)  # one scan has one
     return y.to(X.dtype), state.to(X.dtype)

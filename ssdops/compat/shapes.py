@@ -11,7 +11,8 @@ def sizes_of(**given: tuple[Tensor | None, str]) -> dict[str, int]:
     """The size of every axis named, the same wherever its name stands: `sizes_of(q=(q, "B T H K"), v=(v, "B T H V"))`.
 
     Args:
-        given: a tensor, or None for one that is left out, and the names of its axes; the first to name an axis says its size.
+        given: a tensor, or None for one that is left out, and the names of its axes; the first to name an axis says its size,
+            and an axis of a fixed size is a number.
 
     Raises:
         DtypeError: something other than a tensor.
@@ -24,10 +25,12 @@ def sizes_of(**given: tuple[Tensor | None, str]) -> dict[str, int]:
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         axes = text.split()
-        known = [sizes.get(axis) for axis in axes]
+        known = [int(axis) if axis.isdecimal() else sizes.get(axis) for axis in axes]
         fits = x.ndim == len(axes) and all(n in (None, size) for n, size in zip(known, x.shape, strict=True))
         if not fits:
-            wanted = ", ".join(axis if n is None else f"{axis}={n}" for axis, n in zip(axes, known, strict=True))
+            wanted = ", ".join(
+                axis if n is None or axis.isdecimal() else f"{axis}={n}" for axis, n in zip(axes, known, strict=True)
+            )
             raise ShapeError(f"{name} must be ({wanted}), got {tuple(x.shape)}; reshape it, or look at what it is called with")
         sizes.update(zip(axes, x.shape, strict=True))
     return sizes
