@@ -37,6 +37,12 @@ def test_what_is_refused_is_named(name: str) -> None:
         function(*qkv(), **keywords)
 
 
+def test_groups_must_divide_heads() -> None:
+    wide = draw(B, T, 2 * H, K)
+    with pytest.raises(ShapeError, match="G=8 must divide H=4"):
+        fla.chunk_log_linear_attn(wide, wide, draw(B, T, H, V), G, draw(B, T, H, 7))
+
+
 def test_bad_boundaries_are_named() -> None:
     inputs = qkv(batch=1)
     with pytest.raises(ShapeError, match="N=3, and cu_seqlens bounds 4 sequences"):

@@ -131,6 +131,13 @@ def test_bad_input_is_named(name: str) -> None:
         mamba_chunk_scan_combined(**given, chunk_size=16)
 
 
+def test_groups_must_divide_heads() -> None:
+    """More groups than heads are an error, and not heads that share x."""
+    given = inputs() | {"B": draw(BATCH, T, 2 * H, N), "C": draw(BATCH, T, 2 * H, N)}
+    with pytest.raises(ShapeError, match="ngroups=8 must divide nheads=4"):
+        mamba_chunk_scan_combined(**given, chunk_size=16)
+
+
 def test_bad_packing_is_named() -> None:
     given = {key: t for key, t in inputs(batch=1).items() if key in REQUIRED} | {"chunk_size": 16, "return_varlen_states": True}
     ids, cu_seqlens = IDS[:1], torch.tensor([0, 5, 25, T])

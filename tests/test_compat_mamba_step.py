@@ -99,6 +99,8 @@ def test_bad_steps_are_named() -> None:
         selective_state_update(draw(3, H, P, N), **given)
     with pytest.raises(ShapeError, match=r"B must be \(batch=2, ngroups, dstate=5\), got \(2, 2, 4\)"):
         selective_state_update(state, **given | {"B": given["B"][..., 1:]})
+    with pytest.raises(ShapeError, match="ngroups=3 must divide nheads=4"):
+        selective_state_update(state, **given | {"B": draw(BATCH, 3, N), "C": draw(BATCH, 3, N)})
     with pytest.raises(UnsupportedError, match="not one axis"):
         selective_state_update(state.transpose(1, 2).contiguous().transpose(1, 2), **given)
     with pytest.raises(ValueRangeError, match="each slot once"):
@@ -123,9 +125,11 @@ def test_listing_is_the_recurrence(seqlen: int) -> None:
     assert [t.dtype for t in low] == [torch.bfloat16] * 2
 
 
-def test_listing_names_bad_states() -> None:
+def test_listing_names_bad_input() -> None:
     X, A = torch.ones(1, 2, H, P), torch.zeros(1, 2, H)
     with pytest.raises(ShapeError, match=r"initial_states must be \(batch=1, 1, n_heads=4, .*got \(1, 3, 4, 3, 3\)"):
         ssd_minimal_discrete(X, A, X, X, 1, initial_states=torch.ones(1, 3, H, P, P))
+    with pytest.raises(ShapeError, match="heads_of_C=8 must divide n_heads=4"):
+        ssd_minimal_discrete(X, A, X, torch.ones(1, 2, 2 * H, P), 1)
     with pytest.raises(ShapeError, match="initial_states must be"):
         ssd_minimal_discrete(X, A, X, X, 1, initial_states=torch.ones(1, H, P, P))

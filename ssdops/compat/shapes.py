@@ -34,3 +34,13 @@ def sizes_of(**given: tuple[Tensor | None, str]) -> dict[str, int]:
             raise ShapeError(f"{name} must be ({wanted}), got {tuple(x.shape)}; reshape it, or look at what it is called with")
         sizes.update(zip(axes, x.shape, strict=True))
     return sizes
+
+
+def check_shared(few: int, many: int, few_name: str, many_name: str) -> None:
+    """Heads are shared by contiguous groups of others.
+
+    Raises:
+        ShapeError: their number does not divide that of the others.
+    """
+    if few < 1 or many % few:
+        raise ShapeError(f"{few_name}={few} must divide {many_name}={many}; expand those heads, or change their number")

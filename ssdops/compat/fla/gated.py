@@ -7,7 +7,7 @@ from torch import Tensor
 from ... import masks
 from ...api import ssd
 from ...errors import UnsupportedError
-from ..shapes import sizes_of
+from ..shapes import check_shared, sizes_of
 from .scan import Gates, Options, scan
 
 
@@ -139,5 +139,6 @@ def chunk_log_linear_attn(
     sizes = sizes_of(
         q=(q, "B T G K"), k=(k, "B T G K"), v=(v, "B T H V"), g=(g, "B T H"), level_scales=(level_scales, "B T H L")
     )
+    check_shared(sizes["G"], sizes["H"], "G", "H")
     factor = sizes["K"] ** -0.5 if scale is None else scale
     return ssd(q, k, v, masks.fenwick(g, level_scales), scale=factor).to(q.dtype), None

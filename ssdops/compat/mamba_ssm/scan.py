@@ -1,23 +1,15 @@
-"""mamba_ssm's functions for Mamba-2: its arguments, layouts and results, computed by `ssd` and `ssd_step`.
-
-In its words x, B and C are v, k and q, and dt is both the step of the decay, `exp(dt · A)`, and the weight of a token. A state
-is `(batch, nheads, headdim, dstate)`, as here. Gradients flow to every float argument of the scans, and gradients of
-gradients. `chunk_size` and `block_len` are accepted and change nothing: the planner picks its own.
-"""
+"""mamba_ssm's scans: Mamba-2's, and the listing of its paper."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import masks
-from ..api import ssd, ssd_step
-from ..errors import ShapeError
-from .around import channels, finish, step_sizes
+from ... import masks
+from ...api import ssd
+from ..shapes import check_shared, sizes_of
+from .around import finish, step_sizes
 from .packed import by_boundaries, by_ids
-from .shapes import sizes_of
-
-__all__ = ["mamba_chunk_scan_combined", "selective_state_update", "ssd_minimal_discrete"]
 
 
 def mamba_chunk_scan_combined(
@@ -81,12 +73,13 @@ def mamba_chunk_scan_combined(
     (tensor([1.0000, 1.5000, 1.7500, 1.0000]), 1.0)
     """
     per_head = "nheads" if D is None or D.ndim == 1 else "nheads headdim"
-    sizes_of(
+    sizes = sizes_of(
         x=(x, "batch seqlen nheads headdim"), dt=(dt, "batch seqlen nheads"), A=(A, "nheads"),
         B=(B, "batch seqlen ngroups dstate"), C=(C, "batch seqlen ngroups dstate"), D=(D, per_head),
         z=(z, "batch seqlen nheads headdim"), dt_bias=(dt_bias, "nheads"),
         initial_states=(initial_states, "batch nheads headdim dstate"), seq_idx=(seq_idx, "batch seqlen"),
     )  # fmt: skip
+    check_shared(sizes["ngroups"], sizes["nheads"], "ngroups", "nheads")
     wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, dt.dtype))
     steps = step_sizes(dt, dt_bias, dt_softplus, wide).clamp(*dt_limit)
     mask = masks.decay(steps * A.to(wide)).scale(cols=steps)
@@ -109,83 +102,6 @@ def mamba_chunk_scan_combined(
     if return_varlen_states:
         out.append(states.to(C.dtype))
     return tuple(out)
-
-
-def selective_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    state_batch_indices: Tensor | None = None,
-) -> Tensor:
-    """One token of Mamba's scan, with the state updated in place: `S ← exp(Δ A) S + Δ x Bᵀ`, `y = (S C + D x) · silu(z)`.
-
-    Mamba-2 has one Δ and one A for a head; passed as mamba_ssm's layer passes them, expanded over headdim and dstate (strides
-    of 0), they run as a decay per head. Else each channel has its own, as in Mamba-1. Every argument may lack its axis of
-    heads, which is then of size 1. No gradient flows.
-
-    Args:
-        state: `(batch, nheads, dim, dstate)` or `(batch, dim, dstate)`, written to; a pool with state_batch_indices.
-        x, dt: `(batch, nheads, dim)` or `(batch, dim)`.
-        A: `(nheads, dim, dstate)` or `(dim, dstate)`.
-        B, C: `(batch, ngroups, dstate)` or `(batch, dstate)`.
-        D, dt_bias: `(nheads, dim)` or `(dim,)`.
-        z: a gate, like x.
-        dt_softplus: whether Δ = softplus(dt + dt_bias), or dt + dt_bias.
-        state_batch_indices: the slot of each row `(batch,)`, int32 or int64, each at most once; a row of slot −1 gives zero.
-
-    Returns:
-        y, like x in shape and dtype.
-
-    Raises:
-        ShapeError, DtypeError, ValueRangeError: an argument that does not fit; the message names it.
-        UnsupportedError: a state of channels with their own decays whose strides do not let heads and channels be one axis.
-
-    Source: state-spaces/mamba, `mamba_ssm/ops/triton/selective_state_update.py`; Gu & Dao 2023, "Mamba", section 3.
-
-    >>> import torch
-    >>> from ssdops.compat.mamba_ssm import selective_state_update
-    >>> state, one = torch.ones(1, 1, 1), torch.ones(1, 1)
-    >>> selective_state_update(state, one, one, torch.tensor([[0.5]]).log(), one, one, D=torch.ones(1)).item(), state.item()
-    (2.5, 1.5)
-    """
-    x_shape = x.shape
-    state, x, dt, B, C = (t.unsqueeze(1) if t.ndim == rank else t for t, rank in ((state, 3), (x, 2), (dt, 2), (B, 2), (C, 2)))
-    A = A.unsqueeze(0) if A.ndim == 2 else A
-    D, dt_bias = (t.unsqueeze(0) if t is not None and t.ndim == 1 else t for t in (D, dt_bias))
-    z = z.unsqueeze(1) if z is not None and z.ndim == 2 else z
-    sizes = sizes_of(
-        x=(x, "batch nheads dim"), state=(state, "slots nheads dim dstate"), dt=(dt, "batch nheads dim"),
-        A=(A, "nheads dim dstate"), B=(B, "batch ngroups dstate"), C=(C, "batch ngroups dstate"), D=(D, "nheads dim"),
-        z=(z, "batch nheads dim"), dt_bias=(dt_bias, "nheads dim"),
-    )  # fmt: skip
-    slots = state_batch_indices
-    if slots is None:
-        if sizes["slots"] != sizes["batch"]:
-            raise ShapeError(
-                f"state has {sizes['slots']} rows and x {sizes['batch']}; say which are meant by state_batch_indices"
-            )
-        slots = torch.arange(sizes["batch"], dtype=torch.int32, device=x.device)
-    wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, dt.dtype))
-    tied = not any((A.stride(-1), A.stride(-2), dt.stride(-1), 0 if dt_bias is None else dt_bias.stride(-1)))
-    with torch.no_grad():
-        if tied:
-            steps = step_sizes(dt[..., 0], None if dt_bias is None else dt_bias[..., 0], dt_softplus, wide)
-            mask, pool, v = masks.decay(steps * A[..., 0, 0].to(wide)), state, x
-        else:
-            steps = step_sizes(dt, dt_bias, dt_softplus, wide).flatten(1)
-            mask, pool, v = masks.channel_decay(dt=steps, A=A.flatten(0, 1).to(wide)), channels(state), x.flatten(1)[..., None]
-        y, _ = ssd_step(C, B, v, mask.scale(cols=steps), pool, state_indices=slots)
-        out = finish(y.reshape(x.shape), x, D, z, wide)
-        if state_batch_indices is not None:
-            out = torch.where((slots >= 0)[:, None, None], out, 0.0)
-    return out.reshape(x_shape)
 
 
 def ssd_minimal_discrete(
@@ -215,10 +131,12 @@ def ssd_minimal_discrete(
     >>> Y.flatten(), state.item()
     (tensor([1.0000, 1.5000, 1.7500]), 1.75)
     """
-    sizes_of(
+    sizes = sizes_of(
         X=(X, "batch length n_heads d_head"), A=(A, "batch length n_heads"), B=(B, "batch length heads_of_B d_state"),
         C=(C, "batch length heads_of_C d_state"), initial_states=(initial_states, "batch 1 n_heads d_head d_state"),
     )  # fmt: skip
+    check_shared(sizes["heads_of_B"], sizes["n_heads"], "heads_of_B", "n_heads")
+    check_shared(sizes["heads_of_C"], sizes["n_heads"], "heads_of_C", "n_heads")
     first = None if initial_states is None else initial_states[:, 0]
     y, state = ssd(C, B, X, masks.decay(A), initial_state=first, return_state=True)
     assert isinstance(state, Tensor)  # one scan has one

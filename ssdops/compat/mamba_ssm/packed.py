@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import masks
-from ..errors import ShapeError, UnsupportedError, ValueRangeError
-from ..masks import Mask
-from .shapes import sizes_of
+from ... import masks
+from ...errors import ShapeError, UnsupportedError, ValueRangeError
+from ...masks import Mask
+from ..shapes import sizes_of
 
 
 class Packed(NamedTuple):
