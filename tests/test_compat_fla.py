@@ -144,6 +144,13 @@ def test_states_with_values_first(name: str) -> None:
     close(other, state.mT)
 
 
+def test_compiles_as_one_graph() -> None:
+    given, options = (*qkv(), G), {"initial_state": draw(B, H, K, V, seed=7), "output_final_state": True}
+    compiled = torch.compile(fla.chunk_simple_gla, fullgraph=True, backend="eager")
+    for found, expected in zip(compiled(*given, **options), fla.chunk_simple_gla(*given, **options), strict=True):
+        close(found, expected)
+
+
 def test_gates_have_gradients() -> None:
     for function, key, g in (
         (fla.chunk_simple_gla, "g", G), (fla.chunk_gla, "g", GK), (fla.fused_recurrent_gla, "gk", GK),

@@ -92,6 +92,16 @@ def test_boundaries_alone_change_nothing() -> None:
     assert torch.equal(with_them, mamba_chunk_scan_combined(**given, chunk_size=16))
 
 
+def test_compiles_as_one_graph() -> None:
+    given = {key: t for key, t in inputs(batch=1).items() if key != "initial_states"} | {"seq_idx": IDS[:1]}
+    given |= {"cu_seqlens": torch.tensor([0, 5, 25, T]), "return_final_states": True, "return_varlen_states": True}
+    compiled = torch.compile(mamba_chunk_scan_combined, fullgraph=True, backend="eager")
+    for found, expected in zip(
+        compiled(**given, chunk_size=16), mamba_chunk_scan_combined(**given, chunk_size=16), strict=True
+    ):
+        close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype) -> None:
     """x, B, C and z in a low precision beside float32 parameters, as in training; y is like x, states are float32, or C's."""
@@ -119,6 +129,7 @@ BAD = {
     "z": (lambda t: t.flatten(2), ShapeError, r"z must be .*got \(2, 37, 12\)"),
     "initial_states": (lambda t: t.mT, ShapeError, r"initial_states must be .*headdim=3, dstate=5.*got \(2, 4, 5, 3\)"),
     "B": (lambda t: t.tolist(), DtypeError, "B must be a torch.Tensor, got list"),
+    "dt_bias": (lambda t: 1.0, DtypeError, "dt_bias must be a torch.Tensor, got float"),
 }
 
 

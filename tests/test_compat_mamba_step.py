@@ -9,7 +9,7 @@ from compat_loops import BATCH, H, N, P, T, close, draw, inputs, loops
 from torch import Tensor
 
 from ssdops.compat.mamba_ssm import mamba_chunk_scan_combined, selective_state_update, ssd_minimal_discrete
-from ssdops.errors import ShapeError, UnsupportedError, ValueRangeError
+from ssdops.errors import DtypeError, ShapeError, UnsupportedError, ValueRangeError
 from ssdops.testing import assert_close, tolerance
 
 
@@ -101,6 +101,8 @@ def test_bad_steps_are_named() -> None:
         selective_state_update(state, **given | {"B": given["B"][..., 1:]})
     with pytest.raises(ShapeError, match="ngroups=3 must divide nheads=4"):
         selective_state_update(state, **given | {"B": draw(BATCH, 3, N), "C": draw(BATCH, 3, N)})
+    with pytest.raises(DtypeError, match=r"A must be a .*Tensor, got float"):
+        selective_state_update(state, **given | {"A": -1.0})
     with pytest.raises(UnsupportedError, match="not one axis"):
         selective_state_update(state.transpose(1, 2).contiguous().transpose(1, 2), **given)
     with pytest.raises(ValueRangeError, match="each slot once"):

@@ -80,7 +80,7 @@ def mamba_split_conv1d_scan_combined(
     sizes = sizes_of(
         zxbcdt=(zxbcdt, "batch seqlen columns"), conv1d_weight=(conv1d_weight, "channels width"),
         conv1d_bias=(conv1d_bias, "channels"), A=(A, "nheads"), dt_bias=(dt_bias, "nheads"),
-        D=(D, "nheads" if D.ndim == 1 else "nheads headdim"), seq_idx=(seq_idx, "batch seqlen"),
+        D=(D, "nheads headdim" if isinstance(D, Tensor) and D.ndim == 2 else "nheads"), seq_idx=(seq_idx, "batch seqlen"),
     )  # fmt: skip
     nheads, channels, headdim = sizes["nheads"], sizes["channels"], sizes.get("headdim", headdim)
     if headdim is None:

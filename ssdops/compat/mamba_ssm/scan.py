@@ -46,7 +46,8 @@ def mamba_chunk_scan_combined(
         initial_states: `(batch, nheads, headdim, dstate)`. With seq_idx it enters the sequence whose id is 0, if its row begins
             with that, as in mamba_ssm.
         seq_idx: `(batch, seqlen)`, an integer id per token: the state starts from zero where the id changes. If states are
-            given or wanted besides, the number of sequences is read on the host once (not with return_varlen_states).
+            given or wanted besides, the number of sequences is read on the host once, which torch.compile does not take in;
+            with return_varlen_states it is not.
         cu_seqlens: `(n_sequences + 1,)`, read only for return_varlen_states: where sequences begin, and the end of the last.
         dt_softplus: whether softplus is taken.
         dt_limit: the least and the greatest Δ. As in mamba_ssm, a negative Δ is clamped to 0 by default.
@@ -72,7 +73,7 @@ def mamba_chunk_scan_combined(
     >>> y.flatten(), state.item()
     (tensor([1.0000, 1.5000, 1.7500, 1.0000]), 1.0)
     """
-    per_head = "nheads" if D is None or D.ndim == 1 else "nheads headdim"
+    per_head = "nheads headdim" if isinstance(D, Tensor) and D.ndim == 2 else "nheads"
     sizes = sizes_of(
         x=(x, "batch seqlen nheads headdim"), dt=(dt, "batch seqlen nheads"), A=(A, "nheads"),
         B=(B, "batch seqlen ngroups dstate"), C=(C, "batch seqlen ngroups dstate"), D=(D, per_head),

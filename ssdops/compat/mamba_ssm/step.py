@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,11 +58,10 @@ def selective_state_update(
     >>> selective_state_update(state, one, one, torch.tensor([[0.5]]).log(), one, one, D=torch.ones(1)).item(), state.item()
     (2.5, 1.5)
     """
-    x_shape = x.shape
-    state, x, dt, B, C = (t.unsqueeze(1) if t.ndim == rank else t for t, rank in ((state, 3), (x, 2), (dt, 2), (B, 2), (C, 2)))
-    A = A.unsqueeze(0) if A.ndim == 2 else A
-    D, dt_bias = (t.unsqueeze(0) if t is not None and t.ndim == 1 else t for t in (D, dt_bias))
-    z = z.unsqueeze(1) if z is not None and z.ndim == 2 else z
+    given = x
+    state = _lifted(state, 3, 1)
+    x, dt, B, C, z = (_lifted(t, 2, 1) for t in (x, dt, B, C, z))
+    A, D, dt_bias = _lifted(A, 2, 0), _lifted(D, 1, 0), _lifted(dt_bias, 1, 0)
     sizes = sizes_of(
         x=(x, "batch nheads dim"), state=(state, "slots nheads dim dstate"), dt=(dt, "batch nheads dim"),
         A=(A, "nheads dim dstate"), B=(B, "batch ngroups dstate"), C=(C, "batch ngroups dstate"), D=(D, "nheads dim"),
@@ -87,4 +88,9 @@ def selective_state_update(
         out = finish(y.reshape(x.shape), x, D, z, wide)
         if state_batch_indices is not None:
             out = torch.where((slots >= 0)[:, None, None], out, 0.0)
-    return out.reshape(x_shape)
+    return out.reshape(given.shape)
+
+
+def _lifted(x: Any, rank: int, axis: int) -> Any:
+    """With an axis of one head, if it is a tensor that lacks that."""
+    return x.unsqueeze(axis) if isinstance(x, Tensor) and x.ndim == rank else x
