@@ -48,6 +48,8 @@ def retnet(nheads: int, device: torch.device | str | None = None) -> Mask:
 def lightning(nheads: int, layer: int, n_layers: int, device: torch.device | str | None = None) -> Mask:
     """L[i, j] = λ_h^{i−j} · 1[i ≥ j] with λ_h = exp(−8h/H · (1 − l/L)), heads h counted from 1 and layers l from 0.
 
+    flash-linear-attention counts heads from 0, so that its first does not decay: `ssdops.compat.fla.chunk_lightning_attn`.
+
     Args:
         nheads: H.
         layer: l; deeper layers forget less.
