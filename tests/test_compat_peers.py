@@ -103,7 +103,8 @@ class TestKernels:
             mamba_ssm.mamba_chunk_scan_combined(**given, **options), scan(**given, **options), strict=True
         ):
             assert found.dtype == expected.dtype
-            torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2 * float(expected.abs().max()))
+            apart = 8 * torch.finfo(torch.bfloat16).eps  # theirs rounds scores, states and y to bfloat16 on the way, as ours does
+            torch.testing.assert_close(found, expected, rtol=apart, atol=apart * float(expected.abs().max()))
 
     @pytest.mark.parametrize("reverse", [False, True])
     def test_fla_fused_recurrent(self, reverse: bool) -> None:
