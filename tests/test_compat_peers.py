@@ -103,7 +103,7 @@ class TestKernels:
             mamba_ssm.mamba_chunk_scan_combined(**given, **options), scan(**given, **options), strict=True
         ):
             assert found.dtype == expected.dtype
-            apart = 8 * torch.finfo(torch.bfloat16).eps  # theirs rounds scores, states and y to bfloat16 on the way, as ours does
+            apart = 8 * torch.finfo(torch.bfloat16).eps  # both round scores, states and y on the way
             torch.testing.assert_close(found, expected, rtol=apart, atol=apart * float(expected.abs().max()))
 
     @pytest.mark.parametrize("reverse", [False, True])
