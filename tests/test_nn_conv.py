@@ -112,6 +112,19 @@ def test_poison_stays_in_its_document() -> None:
     assert_same(dirty_after[[0, 1, 2, 4]], after[[0, 1, 2, 4]], "other windows")
 
 
+def test_low_precision_is_float32_rounded_once() -> None:
+    x, weight, bias = (drawn(*sizes, dtype=torch.bfloat16) for sizes in ((1, 13, 3), (3, 4), (3,)))
+    for documents in (None, masks.documents(CU)):
+        y, wide = (causal_conv1d(*t, activation="silu", documents=documents) for t in _both_dtypes(x, weight, bias))
+        assert_same(y, wide.bfloat16(), "the convolution")
+    out, wide = (gated_rms_norm(*t, groups=3) for t in _both_dtypes(x, x.flip(1), bias))
+    assert_same(out, wide.bfloat16(), "the norm")
+
+
+def _both_dtypes(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return tensors, tuple(x.float() for x in tensors)
+
+
 def test_windows_take_the_dtype_of_x() -> None:
     x, weight = drawn(2, 5, 3, dtype=torch.bfloat16), drawn(3, 4, dtype=torch.float32)
     y, after = causal_conv1d(x, weight, window=drawn(2, 3, 3, dtype=torch.float32), return_window=True)
