@@ -37,20 +37,25 @@ class Roundings:
     def sum(self, value: Tensor, magnitude: Tensor | None = None) -> Tensor:
         return self._at(self.summed, value, value if magnitude is None else magnitude)
 
-    def allowed(self, out: Tensor, dtype: torch.dtype, length: int) -> float:
-        """What the tolerance formula allows of out `(batch, …)`, of which no row reads another.
+    def effects(self, out: Tensor) -> tuple[float, float]:
+        """What errors of 1 in every place do to out `(batch, …)`, at its greatest: of what is stored, and of what is summed.
 
-        Roundings are independent of one another, so that their effects add up by their squares.
+        No row of out reads another. Roundings are independent of one another, so that their effects add up by their squares.
         """
-        accumulate = torch.promote_types(dtype, torch.float32)
         outputs = out.sum(0).flatten()
         each = torch.eye(len(outputs), dtype=out.dtype)
-        total = 0.0
-        for places, compute, n in ((self.stored, dtype, 1), (self.summed, accumulate, length)):
-            slopes = torch.autograd.grad(outputs, places, each, retain_graph=True, is_grads_batched=True, allow_unused=True)
-            squares = [x.square().flatten(2).sum(2) for x in slopes if x is not None]  # [outputs, batch]
-            total += tolerance(compute, compute, n, torch.stack(squares).sum(0).max().sqrt().item())
-        return total
+        places, count = [*self.stored, *self.summed], len(self.stored)
+        slopes = torch.autograd.grad(outputs, places, each, retain_graph=True, is_grads_batched=True, allow_unused=True)
+        squares = [None if x is None else x.square().flatten(2).sum(2) for x in slopes]  # [outputs, batch]
+        found = [torch.stack([x for x in part if x is not None]) for part in (squares[:count], squares[count:])]
+        stored, summed = (x.sum(0).max().sqrt().item() for x in found)
+        return stored, summed
+
+
+def allowed(effects: tuple[float, float], dtype: torch.dtype, length: int) -> float:
+    """What the tolerance formula allows of a result with these effects, for activations of that dtype."""
+    accumulate = torch.promote_types(dtype, torch.float32)
+    return tolerance(dtype, dtype, 1, effects[0]) + tolerance(accumulate, accumulate, length, effects[1])
 
 
 def reference(
@@ -155,7 +160,7 @@ def expected(block: Mamba2, u: Tensor, cache: Mamba2Cache | None = None) -> tupl
     roundings = Roundings()
     parts = reference(block, u, cache, roundings)
     length = longest_sum(block, u.shape[1])
-    return [x.detach() for x in parts], [roundings.allowed(x, u.dtype, length) if x.numel() else 0.0 for x in parts]
+    return [x.detach() for x in parts], [allowed(roundings.effects(x), u.dtype, length) if x.numel() else 0.0 for x in parts]
 
 
 def some_cache(block: Mamba2, rows: int) -> Mamba2Cache:

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from nn_reference import PARTS, both, close, expected, longest_sum, make_block, reference, some_cache, tokens
+from nn_reference import (
+    PARTS,
+    Roundings,
+    allowed,
+    both,
+    close,
+    expected,
+    longest_sum,
+    make_block,
+    reference,
+    some_cache,
+    tokens,
+)
 from torch import Tensor
 
 from ssdops.nn import Mamba2, Mamba2Cache
@@ -43,10 +55,10 @@ def test_the_block_is_its_equations(name: str, dtype: torch.dtype) -> None:
     block = make_block(dtype, **BLOCKS[name])
     u, cache = tokens(BATCH, SEQLEN, block), some_cache(block, BATCH)
     for before in (None, cache):
-        parts, allowed = expected(block, u, before)
+        parts, limits = expected(block, u, before)
         out, after = block(u, before, return_cache=True)
         assert out.dtype == dtype and after.window.dtype == dtype and after.state.dtype == block.initial_cache(1).state.dtype
-        close((out, after), parts, allowed)
+        close((out, after), parts, limits)
         assert_same(block(u, before), out, "the output without a cache")
 
 
@@ -86,22 +98,22 @@ def test_gradients_are_those_of_the_equations(name: str) -> None:
 @pytest.mark.parametrize("cuts", [(0, 9), (0, 1, 9), (0, 2, 5, 5, 9), (0, 8, 9)], ids=str)
 @pytest.mark.parametrize("name", ["plain", "clamped"])
 def test_prefill_in_parts_is_the_whole(name: str, cuts: tuple[int, ...], dtype: torch.dtype) -> None:
-    block, u, parts, allowed = whole(name, dtype)
+    block, u, parts, limits = whole(name, dtype)
     cache, outputs = None, []
     for start, stop in pairwise(cuts):
         y, cache = block(u[:, start:stop], cache, return_cache=True)
         outputs.append(y)
     assert cache is not None
-    close((torch.cat(outputs, 1), cache), parts, allowed, "in parts")
+    close((torch.cat(outputs, 1), cache), parts, limits, "in parts")
     y, after = block(u, return_cache=True)
-    close((torch.cat(outputs, 1), cache), [y, *both(after)], allowed, "against the whole")
+    close((torch.cat(outputs, 1), cache), [y, *both(after)], limits, "against the whole")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("prefill", [0, 1, 3, 7])
 @pytest.mark.parametrize("name", ["groups", "no_norm"])
 def test_steps_after_a_prefill_are_the_whole(name: str, prefill: int, dtype: torch.dtype) -> None:
-    block, u, parts, allowed = whole(name, dtype)
+    block, u, parts, limits = whole(name, dtype)
     outputs, cache = [], block.initial_cache(BATCH)
     if prefill:
         y, cache = block(u[:, :prefill], return_cache=True)
@@ -113,7 +125,22 @@ def test_steps_after_a_prefill_are_the_whole(name: str, prefill: int, dtype: tor
             assert_same(x, before, f"the {name_} that entered")
         assert y.dtype == dtype and [x.dtype for x in both(after)] == [x.dtype for x in kept]
         outputs, cache = [*outputs, y[:, None]], after
-    close((torch.cat(outputs, 1), cache), parts, allowed, "step by step")
+    close((torch.cat(outputs, 1), cache), parts, limits, "step by step")
+
+
+@torch.no_grad()
+def test_a_thousand_steps() -> None:
+    """The last of them, in every dtype, of weights and tokens that every dtype has."""
+    block = make_block(torch.bfloat16, expand=1)
+    u, roundings = tokens(1, 1000, block), Roundings()
+    with torch.enable_grad():
+        y = reference(block, u, None, roundings)[0][:, -1]
+        effects = roundings.effects(y)
+    for dtype in DTYPES:
+        block, cache = block.to(dtype), block.to(dtype).initial_cache(1)
+        for u_t in u.to(dtype).unbind(1):
+            last, cache = block.step(u_t, cache)
+        assert_close(last, y, allowed(effects, dtype, longest_sum(block, 1000)), f"the last y in {dtype}")
 
 
 def test_steps_have_gradients() -> None:
@@ -163,13 +190,13 @@ def test_packed_is_separate(entering: bool, name: str, dtype: torch.dtype) -> No
         own = None if cache is None else Mamba2Cache(cache.window[row, None], cache.state[row, None])
         if start == stop:
             window, state = both(own or block.initial_cache(1))
-            parts, allowed = [u[:, :0], window, state], [0.0, 0.0, 0.0]
+            parts, limits = [u[:, :0], window, state], [0.0, 0.0, 0.0]
         else:
-            parts, allowed = expected(block, u[:, start:stop], own)
+            parts, limits = expected(block, u[:, start:stop], own)
         for out, after in (packed, by_ids):
-            close((out[:, start:stop], Mamba2Cache(after.window[row, None], after.state[row, None])), parts, allowed, str(row))
+            close((out[:, start:stop], Mamba2Cache(after.window[row, None], after.state[row, None])), parts, limits, str(row))
         for out in (bare, *([] if no_count is None else [no_count])):
-            assert_close(out[:, start:stop], parts[0], allowed[0], f"{row}, without a cache")
+            assert_close(out[:, start:stop], parts[0], limits[0], f"{row}, without a cache")
 
 
 def test_a_batch_of_packed_rows() -> None:
@@ -180,8 +207,8 @@ def test_a_batch_of_packed_rows() -> None:
     spans = ((0, 0, 0, 2), (0, 1, 2, 6), (1, 1, 0, 6))
     for row, segment, start, stop in spans:
         at = slice(2 * row + segment, 2 * row + segment + 1)
-        parts, allowed = expected(block, u[row, None, start:stop], Mamba2Cache(cache.window[at], cache.state[at]))
-        close((out[row, None, start:stop], Mamba2Cache(after.window[at], after.state[at])), parts, allowed, f"{row}, {segment}")
+        parts, limits = expected(block, u[row, None, start:stop], Mamba2Cache(cache.window[at], cache.state[at]))
+        close((out[row, None, start:stop], Mamba2Cache(after.window[at], after.state[at])), parts, limits, f"{row}, {segment}")
     assert_same(after.window[2], cache.window[2], "the window of a document without tokens")
     assert_same(after.state[2], cache.state[2], "the state of a document without tokens")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_reference import Roundings, both, close, expected, longest_sum, make_block, reference, some_cache, tokens
+from nn_reference import Roundings, allowed, both, close, expected, longest_sum, make_block, reference, some_cache, tokens
 
 from ssdops.errors import DtypeError, MaskError, ShapeError, SsdopsError, UnsupportedError, ValueRangeError
 from ssdops.nn import Mamba2, Mamba2Cache
@@ -76,9 +76,9 @@ def test_under_autocast() -> None:
     roundings = Roundings()
     parts = reference(block, u, None, roundings)
     # What autocast casts, weights and inputs of the projections, it rounds as if they were stored: twice the places.
-    allowed = 2 * roundings.allowed(parts[0], torch.bfloat16, longest_sum(block, SEQLEN))
-    assert_close(torch.cat([y, rest], 1), parts[0], allowed, "under autocast")
-    assert_close(next_y, parts[0][:, 5], allowed, "a step under autocast")
+    limit = 2 * allowed(roundings.effects(parts[0]), torch.bfloat16, longest_sum(block, SEQLEN))
+    assert_close(torch.cat([y, rest], 1), parts[0], limit, "under autocast")
+    assert_close(next_y, parts[0][:, 5], limit, "a step under autocast")
 
 
 def test_it_compiles() -> None:
@@ -93,8 +93,8 @@ def test_it_compiles() -> None:
     assert_same(y, parts[0], "the packed output")
     assert_same(after.state, parts[1].state, "the packed state")
     y, after = torch.compile(block.step, fullgraph=True, backend="eager")(u[0, :2], cache)
-    _, allowed = expected(block, u[0, :2, None], cache)
-    close((y[:, None], after), [block.step(u[0, :2], cache)[0][:, None], *both(block.step(u[0, :2], cache)[1])], allowed)
+    _, limits = expected(block, u[0, :2, None], cache)
+    close((y[:, None], after), [block.step(u[0, :2], cache)[0][:, None], *both(block.step(u[0, :2], cache)[1])], limits)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
