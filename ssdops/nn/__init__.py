@@ -1,0 +1,8 @@
+"""Blocks made of `ssdops.ssd`: the Mamba-2 block with its cache, and what it is made of beside the scan."""
+
+from .cache import Mamba2Cache
+from .conv import causal_conv1d
+from .mamba2 import Mamba2
+from .norm import GatedRMSNorm, gated_rms_norm
+
+__all__ = ["GatedRMSNorm", "Mamba2", "Mamba2Cache", "causal_conv1d", "gated_rms_norm"]

@@ -1,0 +1,249 @@
+"""The Mamba-2 block: one projection in, a convolution, the scan, a gated norm, one projection out."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import masks
+from ..api import ssd, ssd_step
+from ..masks import Mask
+from .cache import Mamba2Cache, cache_rows, check_cache
+from .checks import check_input, check_ranges, check_sizes
+from .conv import causal_conv1d
+from .norm import GatedRMSNorm
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 block, `(batch, seqlen, d_model)` → the same shape.
+
+        z, xBC, dt = split(W_in u)                  x, B, C = split(silu(conv(xBC)))
+        dt = clamp(softplus(dt + dt_bias))          S_t = exp(dt_t · A) S_{t−1} + dt_t · x_t B_tᵀ,   A = −exp(A_log)
+        y_t = S_t C_t + D · x_t                     out = W_out norm(y · silu(z))
+
+    Parameters are named and shaped as those of mamba_ssm's `Mamba2` and transformers' `Mamba2Mixer`, so that their
+    checkpoints load with `load_state_dict`: `in_proj.weight`, `conv1d.weight` (channels, 1, d_conv), `conv1d.bias`, `dt_bias`,
+    `A_log`, `D`, `norm.weight`, `out_proj.weight`; channels = d_inner + 2 · ngroups · d_state, in the order x, B, C.
+
+    Built on the meta device it holds no memory: `to_empty(device=…)`, then load a checkpoint, or call `reset_parameters` of
+    every module of `modules()` that has it.
+
+    Args:
+        d_model: the size of a token.
+        d_state: the state's size per channel of x.
+        d_conv: the width of the convolution.
+        expand: d_inner = expand · d_model channels in x and z.
+        headdim: channels per head; nheads = d_inner / headdim.
+        ngroups: groups of heads that share B and C.
+        A_init_range: −A is drawn uniformly from it.
+        D_has_hdim: D is one number per channel `(d_inner,)`, not per head `(nheads,)`.
+        rmsnorm: have the norm; without it y is only gated.
+        norm_before_gate: gate what is normalised, rather than normalise what is gated.
+        norm_groups: groups of channels normalised apart; None is ngroups, as in mamba_ssm. transformers' `Mamba2Mixer` has 1.
+        norm_eps: the norm's epsilon.
+        dt_min, dt_max, dt_init_floor: softplus(dt_bias) is log-uniform in [dt_min, dt_max], and at least the floor.
+        dt_limit: dt is clamped to it.
+        bias: have biases in the projections.
+        conv_bias: have one in the convolution.
+        backend: of `ssdops.ssd`.
+        device, dtype: of the parameters.
+
+    Raises:
+        ShapeError: sizes that do not divide.
+        ValueRangeError: ranges that are none.
+
+    Source: Dao & Gu 2024, "Transformers are SSMs", section 7.1 and figure 6 (the parallel block).
+
+    >>> import torch
+    >>> from ssdops.nn import Mamba2
+    >>> block, u = Mamba2(32, d_state=16, headdim=8), torch.randn(2, 20, 32)
+    >>> y, cache = block(u[:, :12], return_cache=True)
+    >>> y_next, cache = block.step(u[:, 12], cache)
+    >>> torch.allclose(y_next, block(u)[:, 12], atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        *,
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        bias: bool = False,
+        conv_bias: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
+        self.headdim, self.ngroups, self.nheads = headdim, ngroups, self.d_inner // max(headdim, 1)
+        self.A_init_range, self.dt_init = A_init_range, (dt_min, dt_max, dt_init_floor)
+        self.dt_limit, self.D_has_hdim, self.backend = dt_limit, D_has_hdim, backend
+        check_sizes(self)
+        check_ranges(A_init_range, (dt_min, dt_max), dt_limit)
+        channels = self.d_inner + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.nheads, bias, device, dtype)
+        self.conv1d = nn.Conv1d(
+            channels, channels, d_conv, padding=d_conv - 1, groups=channels, bias=conv_bias, device=device, dtype=dtype
+        )
+        self.dt_bias = nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype))
+        self.A_log = nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype))
+        self.D = nn.Parameter(torch.empty(self.d_inner if D_has_hdim else self.nheads, device=device, dtype=dtype))
+        groups = ngroups if norm_groups is None else norm_groups
+        norm = partial(GatedRMSNorm, self.d_inner, norm_eps, groups=groups, norm_before_gate=norm_before_gate)
+        self.norm = norm(device=device, dtype=dtype) if rmsnorm else None
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias, device, dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw dt_bias and A_log anew and set D to ones: the parameters that stand in no module inside."""
+        low, high, floor = self.dt_init
+        drawn = torch.empty(
+            self.nheads, device=self.dt_bias.device, dtype=torch.promote_types(self.dt_bias.dtype, torch.float32)
+        )
+        dt = drawn.uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log.copy_(drawn.uniform_(*self.A_init_range).log())
+        self.D.fill_(1.0)
+
+    @overload
+    def forward(
+        self, u: Tensor, cache: Mamba2Cache | None = ..., *, cu_seqlens: Tensor | None = ..., segment_ids: Tensor | None = ...,
+        n_segments: int | None = ..., return_cache: Literal[False] = ...,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def forward(
+        self, u: Tensor, cache: Mamba2Cache | None = ..., *, cu_seqlens: Tensor | None = ..., segment_ids: Tensor | None = ...,
+        n_segments: int | None = ..., return_cache: Literal[True],
+    ) -> tuple[Tensor, Mamba2Cache]: ...  # fmt: skip
+    def forward(
+        self,
+        u: Tensor,
+        cache: Mamba2Cache | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        n_segments: int | None = None,
+        return_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, Mamba2Cache]:
+        """The block over whole sequences, or the next part of them.
+
+        Packed, a cache has a row per document: prompts of many lengths are read in one call, and stepped as a batch; and new
+        prompts (rows of zeros, `initial_cache`) go in one call with sequences that go on by a token.
+
+        Args:
+            u: `(batch, seqlen, d_model)`.
+            cache: what an earlier call on the same sequences left; None is their beginning.
+            cu_seqlens, segment_ids, n_segments: packed documents, as `masks.documents` takes them.
+            return_cache: also return the cache after the last token.
+
+        Returns:
+            `(batch, seqlen, d_model)` in the dtype of u, or autocast's; with `return_cache`, (y, cache).
+
+        Raises:
+            ShapeError: u, or a cache of another block or of another number of rows.
+            MaskError, DtypeError, DeviceError, ValueRangeError: an argument that does not fit.
+        """
+        check_input(u, ("batch", "seqlen", self.d_model), self.in_proj.weight)
+        documents = None
+        if cu_seqlens is not None or segment_ids is not None or n_segments is not None:
+            documents = masks.documents(cu_seqlens, segment_ids=segment_ids, n_segments=n_segments)
+        rows = cache_rows(u, documents) if cache is not None or return_cache else (0, "")
+        if cache is not None:
+            check_cache(cache, self._cache_sizes, rows, u.device)
+        z, xBC, dt = self._project(u)
+        entering = (None, None) if cache is None else (cache.window, cache.state)
+        convolve = partial(causal_conv1d, activation="silu", window=entering[0], documents=documents)
+        convolved = convolve(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, return_window=return_cache)
+        xBC, window = convolved if isinstance(convolved, tuple) else (convolved, None)
+        C, B, x, mask = self._operands(xBC, dt)
+        mask = mask if documents is None else mask * documents
+        scanned = ssd(C, B, x, mask, initial_state=entering[1], return_state=return_cache, backend=self.backend)
+        y, state = (scanned[0], scanned[1]) if isinstance(scanned, tuple) else (scanned, None)
+        out = self._finish(y, x, z)
+        if not return_cache:
+            return out
+        assert window is not None and isinstance(state, Tensor)  # a scan has one state
+        return out, Mamba2Cache(window, state)
+
+    def step(self, u: Tensor, cache: Mamba2Cache) -> tuple[Tensor, Mamba2Cache]:
+        """The block on one token of each sequence, after what the cache has of them.
+
+        Args:
+            u: `(batch, d_model)`.
+            cache: of `batch` rows, from `forward`, from another step, or `initial_cache(batch)`. It is not written to.
+
+        Returns:
+            `(batch, d_model)` in the dtype of u, or autocast's, and the cache after the token.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError: u, or a cache of another block or batch.
+        """
+        check_input(u, ("batch", self.d_model), self.in_proj.weight)
+        check_cache(cache, self._cache_sizes, cache_rows(u, None), u.device)
+        z, xBC, dt = self._project(u)
+        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        xBC, window = causal_conv1d(xBC[:, None], taps, bias, activation="silu", window=cache.window, return_window=True)
+        C, B, x, mask = self._operands(xBC[:, 0], dt)
+        y, state = ssd_step(C, B, x, mask, cache.state, backend=self.backend)
+        assert isinstance(state, Tensor)  # a scan has one state
+        return self._finish(y, x, z), Mamba2Cache(window, state)
+
+    def initial_cache(self, rows: int) -> Mamba2Cache:
+        """The cache of `rows` sequences of no tokens: zeros, on the device of the parameters.
+
+        >>> from ssdops.nn import Mamba2
+        >>> Mamba2(32, d_state=16, headdim=8).initial_cache(3).state.shape
+        torch.Size([3, 8, 8, 16])
+        """
+        weight = self.in_proj.weight
+        window, state = ((rows, *sizes) for sizes in self._cache_sizes)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return Mamba2Cache(weight.new_zeros(window), weight.new_zeros(state, dtype=dtype))
+
+    @property
+    def _cache_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a cache's window and state, without their rows."""
+        return (self.conv1d.weight.shape[0], self.d_conv - 1), (self.nheads, self.headdim, self.d_state)
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, xBC and dt, views of one tensor."""
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.weight.shape[0], self.nheads], -1)
+        return z, xBC, dt
+
+    def _operands(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Mask]:
+        """What the scan takes: C, B and x by heads, and the mask. dt weighs the columns, in its own precision."""
+        x, B, C = xBC.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], -1)
+        B, C = (part.unflatten(-1, (self.ngroups, self.d_state)) for part in (B, C))
+        dtype = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype)).clamp(*self.dt_limit)
+        A = -self.A_log.to(dtype).exp()
+        return C, B, x.unflatten(-1, (self.nheads, self.headdim)), masks.decay(dt * A).scale(cols=dt)
+
+    def _finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """The skip connection, the gated norm and the output projection."""
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        D = self.D.to(dtype).unflatten(0, (self.nheads, -1))  # [nheads, headdim] or [nheads, 1]
+        y = (y.to(dtype) + D * x.to(dtype)).flatten(-2)
+        y = y * F.silu(z.to(dtype)) if self.norm is None else self.norm(y, z)
+        return self.out_proj(y.to(z.dtype))
