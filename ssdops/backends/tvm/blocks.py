@@ -6,28 +6,28 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .parts import fits, number
+from .parts import bound, first_segment, first_slot, fits, number
 
 
 def fill(name: str, *shape: int) -> Any:
     """`fill(name, I, J)(tile, value)`: tile[i, j] = value(i, j). Of one, two or three axes."""
 
     @T.macro
-    def line(tile, value):  # type: ignore[no-untyped-def]
+    def line(tile, value):
         for i in range(shape[0]):
             with T.sblock(name):
                 vi = T.axis.spatial(shape[0], i)
                 tile[vi] = value(vi)
 
     @T.macro
-    def matrix(tile, value):  # type: ignore[no-untyped-def]
+    def matrix(tile, value):
         for i, j in T.grid(shape[0], shape[1]):
             with T.sblock(name):
                 vi, vj = T.axis.remap("SS", [i, j])
                 tile[vi, vj] = value(vi, vj)
 
     @T.macro
-    def stack(tile, value):  # type: ignore[no-untyped-def]
+    def stack(tile, value):
         for h, i, j in T.grid(shape[0], shape[1], shape[2]):
             with T.sblock(name):
                 vh, vi, vj = T.axis.remap("SSS", [h, i, j])
@@ -43,7 +43,7 @@ def update(name: str, count: int, rows: int, cols: int) -> Any:
     """
 
     @T.macro
-    def block(stack, h, value):  # type: ignore[no-untyped-def]
+    def block(stack, h, value):
         for i, j in T.grid(rows, cols):
             with T.sblock(name):
                 vh = T.axis.spatial(count, h)
@@ -57,7 +57,7 @@ def add_up(name: str, count: int, rows: int, cols: int, dtype: str) -> Any:
     """`add_up(name, H, I, J, dtype)(tile, h, term)`: tile[i, j] = Σ_h term(i, j), one h at a time. No rule has it either."""
 
     @T.macro
-    def block(tile, h, term):  # type: ignore[no-untyped-def]
+    def block(tile, h, term):
         for i, j in T.grid(rows, cols):
             with T.sblock(name):
                 vh = T.axis.spatial(count, h)
@@ -71,7 +71,7 @@ def product(name: str, rows: int, cols: int, depth: int, dtype: str) -> Any:
     """`product(name, I, J, M, dtype)(tile, a, b)`: tile[i, j] = Σ_m a(i, m) b(m, j)."""
 
     @T.macro
-    def block(tile, a, b):  # type: ignore[no-untyped-def]
+    def block(tile, a, b):
         for i, j, m in T.grid(rows, cols, depth):
             with T.sblock(name):
                 vi, vj, vm = T.axis.remap("SSR", [i, j, m])
@@ -86,7 +86,7 @@ def sums(name: str, rows: int, lanes: int, steps: int, dtype: str) -> Any:
     """`sums(name, I, L, S, dtype)(tile, value)`: tile[i, l] = Σ_s value(i, s · L + l)."""
 
     @T.macro
-    def block(tile, value):  # type: ignore[no-untyped-def]
+    def block(tile, value):
         for i, lane, step in T.grid(rows, lanes, steps):
             with T.sblock(name):
                 vi, vl, vs = T.axis.remap("SSR", [i, lane, step])
@@ -101,7 +101,7 @@ def store(name: str, rows: int, cols: int, whole: bool) -> Any:
     """`store(name, I, J, whole)(out, head, first, end, size, value)`: tokens before the end of a row, and what sizes have."""
 
     @T.macro
-    def block(out, head, first, end, size, value):  # type: ignore[no-untyped-def]
+    def block(out, head, first, end, size, value):
         for i, j in T.grid(rows, cols):
             with T.sblock(name):
                 vi, vj = T.axis.remap("SS", [i, j])
@@ -109,3 +109,15 @@ def store(name: str, rows: int, cols: int, whole: bool) -> Any:
                 out[first + vi, head, vj] = value(vi, vj)
 
     return block
+
+
+@T.macro
+def locate(place, begin, row, seqlen, chunk):
+    """place = the first token of a row, its end, its first slot, and its first segment."""
+    for i in range(1):
+        with T.sblock("place"):
+            vi = T.axis.spatial(1, i)
+            place[vi] = bound(begin, row, seqlen)
+            place[vi + 1] = bound(begin, row + 1, seqlen)
+            place[vi + 2] = first_slot(begin, row, seqlen, chunk)
+            place[vi + 3] = first_segment(begin, row, seqlen, chunk)

@@ -29,7 +29,7 @@ def exchange(tile: Tile) -> Any:
     """
     C, data, acc, line = tile.chunk, tile.data, tile.acc, tile.line
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def main(
         g_: T.handle, other_: T.handle, lines_: T.handle, chunks_: T.handle,
         entering_: T.handle, leaving_: T.handle, through_: T.handle, dlog_: T.handle, du_: T.handle, dw_: T.handle,

@@ -6,8 +6,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .blocks import add_up, fill, product, store, sums, update
-from .parts import bound, decay, exp, first_segment, first_slot, fits, meets, near, number, shared, sizes, summed, under, within
+from .blocks import add_up, fill, locate, product, store, sums, update
+from .parts import bound, decay, exp, fits, meets, near, number, shared, sizes, summed, under, within
 from .tile import INTO, LANES, LINES, MOST, OUT_OF, PADDING, SEGMENT, Tile, U, W
 
 PASSING = 64
@@ -36,7 +36,7 @@ def gradients(tile: Tile) -> Any:
     """
     C, N, P, Z, data, whole = tile.chunk, tile.inner, tile.outer, SEGMENT, tile.data, tile.whole
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, dy_: T.handle, qk_: T.handle, yv_: T.handle, lines_: T.handle,
         total_: T.handle, begin_: T.handle, starts_: T.handle, entering_: T.handle, leaving_: T.handle, dq_: T.handle,
@@ -92,13 +92,10 @@ def gradients(tile: Tile) -> Any:
                 filled = T.meta_var(lambda o, m: T.And(under(o, p), under(m, n)))
                 # which block of the heads that share an operand's these are
                 block = T.meta_var(lambda h, heads: T.truncdiv(T.truncmod(head(h), T.truncdiv(nheads, heads)), together))
+                locate(place, begin, row, seqlen, C)
                 for i in range(1):
-                    with T.sblock("place"):
+                    with T.sblock("lanes"):
                         vi = T.axis.spatial(1, i)
-                        place[vi] = bound(begin, row, seqlen)
-                        place[vi + 1] = bound(begin, row + 1, seqlen)
-                        place[vi + 2] = first_slot(begin, row, seqlen, C)
-                        place[vi + 3] = first_segment(begin, row, seqlen, C)
                         lane[vi] = q_head * q_spread + T.truncmod(block(0, q_heads), q_spread)
                         lane[vi + 1] = T.Cast("int64", block(0, q_heads) >= q_spread)
                         lane[vi + 2] = k_head * k_spread + T.truncmod(block(0, k_heads), k_spread)

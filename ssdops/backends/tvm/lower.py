@@ -8,10 +8,10 @@ of a chunk's log decays in walking order (`ir/terms.py`), with logs that are add
     walk       y_i  = u_i [ Σ_j exp(ρ_i − κ_j) w_j G_ij v_j + exp(ρ_i) Sᵀ q_i ]
                S    ← exp(E) S + Σ_j exp(E − κ_j) w_j k_j v_jᵀ
 
-`scan.py` makes Y and every gradient of these, and of what tokens exchange (`exchange.py`). Numbers of rows, tokens and heads
-are symbolic, and so are sizes of a head, which tiles hold padded: what is compiled in is `Tile`. A slot is a chunk's place in
-what there is per chunk: no two rows share one. Rows read their last token again where a chunk is longer than they are, with a
-weight of 0.
+`cpu.py` and `cuda.py` make Y and every gradient of these, and of what tokens exchange (`exchange.py`). Numbers of rows,
+tokens and heads are symbolic, and so are sizes of a head, which tiles hold padded: what is compiled in is `Tile`. A slot is a
+chunk's place in what there is per chunk: no two rows share one. Rows read their last token again where a chunk is longer than
+they are, with a weight of 0.
 
 `rules.py` schedules blocks by their names. No block reads what it writes, and none writes what another accumulates in: then
 each can be moved. Tiles are held as tokens come, `[tokens, size]`; a rule may turn them. Where threads have barriers, what is
@@ -64,7 +64,7 @@ def lines(tile: Tile) -> Any:
     """
     C, acc, exact, SCALED, line = tile.chunk, tile.acc, tile.exact, tile.scaled, tile.line
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def main(
         d_: T.handle, r_: T.handle, c_: T.handle, u_: T.handle, w_: T.handle, chunks_: T.handle, lines_: T.handle,
         total_: T.handle, u_scale: T.float64, w_scale: T.float64, seqlen: T.int64, causal: T.int64, row_inclusive: T.int64,
@@ -186,7 +186,7 @@ def scores(tile: Tile) -> Any:
     """
     C, D, data, acc, whole = tile.chunk, tile.inner, tile.data, tile.acc, tile.whole
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def main(
         q_: T.handle, k_: T.handle, chunks_: T.handle, g_: T.handle, seqlen: T.int64, head0: T.int64, nheads: T.int64
     ) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .blocks import fill, product, store, update
-from .parts import bound, decay, exp, first_segment, first_slot, fits, meets, near, number, shared, sizes, under, within
+from .blocks import fill, locate, product, store, update
+from .parts import bound, decay, exp, fits, meets, near, number, shared, sizes, under, within
 from .tile import EVERY, INTO, LINES, MOST, OUT_OF, PADDING, SEGMENT, STATES, Tile, U, W
 
 
@@ -22,7 +22,7 @@ def outputs(tile: Tile) -> Any:
     C, N, P, data, whole = tile.chunk, tile.inner, tile.outer, tile.data, tile.whole
     WANTED = tile.mode != STATES
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
         entering_: T.handle, leaving_: T.handle, y_: T.handle, kept_: T.handle, enters: T.int64, seqlen: T.int64,
@@ -57,13 +57,7 @@ def outputs(tile: Tile) -> Any:
                 head = T.meta_var(lambda h: some * together + h)
                 chunk_count = T.meta_var((bound(begin, row + 1, seqlen) - bound(begin, row, seqlen) + C - 1) // C)
                 from_first = T.meta_var(lambda step: T.Select(causal == 1, step, (end - start + C - 1) // C - 1 - step))
-                for i in range(1):
-                    with T.sblock("place"):
-                        vi = T.axis.spatial(1, i)
-                        place[vi] = bound(begin, row, seqlen)
-                        place[vi + 1] = bound(begin, row + 1, seqlen)
-                        place[vi + 2] = first_slot(begin, row, seqlen, C)
-                        place[vi + 3] = first_segment(begin, row, seqlen, C)
+                locate(place, begin, row, seqlen, C)
                 fill("enter", together, N, P)(
                     state,
                     lambda h, m, o: T.if_then_else(

@@ -104,7 +104,7 @@ def shared(head: Any, nheads: Any, heads: Any) -> Any:
 
 
 @T.macro
-def barrier(tile):  # type: ignore[no-untyped-def]
+def barrier(tile):
     """Threads of a GPU wait for one another here, before they read what others wrote, or write over what they read."""
     if tile.target != "cpu":
         with T.sblock("barrier"):  # noqa: SIM117 (TVMScript)

@@ -37,4 +37,7 @@ def complete(term: Linear, x: Inputs, config: Config, run: Callable[[OnCpu | OnG
         if not first.wanted:
             return out
         build.make(first.wanted)
-        return run(scan(term, x, config))
+        again = scan(term, x, config)
+        out = run(again)
+        assert not again.wanted  # else what it gave is not filled
+        return out

@@ -15,7 +15,7 @@ BY_ROWS = (
     "scale_dy", "weigh_pairs", "weights", "pairs", "keep", "give", "store", "store_q", "store_k", "store_v",
 )  # fmt: skip
 """Blocks that work on rows of a tile, whose last axis is a vector."""
-SUMS = ("dot_lanes", "passing", "row_lanes", "col_lanes", "row_sums", "col_sums", "before", "all_sum", "log_lanes")
+SUMS = ("passing", "row_lanes", "col_lanes", "row_sums", "col_sums", "before", "all_sum", "log_lanes")
 """Blocks that add vectors up."""
 TURNED = ("turn_k", "turn_v", "turn_d")
 """Blocks that transpose a tile."""

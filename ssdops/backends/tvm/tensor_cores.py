@@ -106,7 +106,7 @@ def moved(name: str, origin: str, source_dtype: str, to: str, dtype: str, produc
     """A tile from one place to another, and perhaps to another dtype."""
     text = source(products)
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def block(source: T.handle, target: T.handle) -> None:
         X = T.match_buffer(source, (SIDE, SIDE), source_dtype, align=64, offset_factor=SIDE, scope=origin)
         Y = T.match_buffer(target, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=to)
@@ -118,7 +118,7 @@ def moved(name: str, origin: str, source_dtype: str, to: str, dtype: str, produc
                     vi, vj = T.axis.remap("SS", [i, j])
                     Y[vi, vj] = X[vi, vj] if source_dtype == dtype else T.Cast(dtype, X[vi, vj])
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def call(source: T.handle, target: T.handle) -> None:
         x1, x0, y1, y0 = T.int32(), T.int32(), T.int32(), T.int32()
         X = T.match_buffer(source, (SIDE, SIDE), source_dtype, align=64, offset_factor=SIDE, scope=origin, strides=[x1, x0])
@@ -170,7 +170,7 @@ def fill(dtype: str) -> str:
     """Sums begin with 0."""
     text = source(dtype)
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def block(target: T.handle) -> None:
         Y = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
         with T.sblock("root"):
@@ -181,7 +181,7 @@ def fill(dtype: str) -> str:
                     vi, vj = T.axis.remap("SS", [i, j])
                     Y[vi, vj] = T.float32(0)
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def call(target: T.handle) -> None:
         Y = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
         with T.sblock("root"):
@@ -197,7 +197,7 @@ def join(dtype: str) -> str:
     """Two tiles of sums, the rows of one times factors, added, and rows of that times others, to shared memory, rounded."""
     text = source(dtype)
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def block(factors: T.handle, one: T.handle, other: T.handle, target: T.handle) -> None:
         F = T.match_buffer(factors, (2, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED)
         X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
@@ -211,7 +211,7 @@ def join(dtype: str) -> str:
                     vi, vj = T.axis.remap("SS", [i, j])
                     Z[vi, vj] = T.Cast(dtype, F[1, vi] * (F[0, vi] * X[vi, vj] + Y[vi, vj]))
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def call(factors: T.handle, one: T.handle, other: T.handle, target: T.handle) -> None:
         z1, z0, f1, f0 = T.int32(), T.int32(), T.int32(), T.int32()
         F = T.match_buffer(factors, (2, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED, strides=[f1, f0])
@@ -242,7 +242,7 @@ def carry(dtype: str) -> str:
     """A tile of sums, times a factor, and another added to it."""
     text = source(dtype)
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def block(one: T.handle, factor: T.handle, other: T.handle, target: T.handle) -> None:
         X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
         F = T.match_buffer(factor, (1,), "float32", align=4, offset_factor=1, scope=OWN)
@@ -256,7 +256,7 @@ def carry(dtype: str) -> str:
                     vi, vj = T.axis.remap("SS", [i, j])
                     Z[vi, vj] = X[vi, vj] * F[0] + Y[vi, vj]
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def call(one: T.handle, factor: T.handle, other: T.handle, target: T.handle) -> None:
         X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
         F = T.match_buffer(factor, (1,), "float32", align=4, offset_factor=1, scope=OWN)
@@ -290,7 +290,7 @@ def multiply(dtype: str, a_turned: bool, b_turned: bool) -> str:
     def b_at(k: Any, j: Any) -> Any:
         return (j, k) if b_turned else (k, j)
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def block(a: T.handle, b: T.handle, c: T.handle) -> None:
         X = T.match_buffer(a, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=OWN)
         Y = T.match_buffer(b, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=OWN)
@@ -305,7 +305,7 @@ def multiply(dtype: str, a_turned: bool, b_turned: bool) -> str:
                     b0, b1 = T.meta_var(b_at(vk, vj))
                     Z[vi, vj] = Z[vi, vj] + T.Cast("float32", X[a0, a1]) * T.Cast("float32", Y[b0, b1])
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def call(a: T.handle, b: T.handle, c: T.handle) -> None:
         X = T.match_buffer(a, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
         Y = T.match_buffer(b, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])

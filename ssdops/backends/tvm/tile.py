@@ -31,7 +31,8 @@ class Tile:
         data: dtype of q, k, v and y, and of what products multiply.
         acc: dtype of sums, states and scales. Log decays are float64.
         chunk: tokens of a chunk.
-        inner, outer: of a walk, the size of q and k, padded, and how much of v's one program walks; scores have only inner.
+        inner, outer: the size of q and k, padded, and that of v, or how much of it one program of a walk on a GPU has; scores
+            have only inner.
         scaled: of lines, whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.

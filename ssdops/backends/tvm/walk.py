@@ -43,7 +43,7 @@ def walk(tile: Tile) -> Any:
     keeping, line = acc if tile.mode == EVERY else data, tile.line
     STRAIGHT = whole  # states from memory to where they are summed, and back
 
-    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    @T.prim_func(s_tir=True)
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
         entering_: T.handle, y_: T.handle, leaving_: T.handle, own_: T.handle, dots_: T.handle, kept_: T.handle,
