@@ -94,7 +94,7 @@ class Tvm:
         return _passes()[0](term, x, config, save)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
-        """One walk on a CPU, one for each of dQ, dK and dV on a GPU, and what tokens exchange."""
+        """One walk on a CPU; on a GPU two, for dV and for states, and what groups of heads make of them by chunks."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
         assert isinstance(term, Linear)  # supports() refuses the rest

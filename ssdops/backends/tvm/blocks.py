@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .parts import bound, first_segment, first_slot, fits, number
+from .parts import behind, beside, bound, first_segment, first_slot, fits, number, one_if, under
 
 
 def fill(name: str, *shape: int) -> Any:
@@ -93,6 +93,34 @@ def sums(name: str, rows: int, lanes: int, steps: int, dtype: str) -> Any:
                 with T.init():
                     tile[vi, vl] = number(0, dtype)
                 tile[vi, vl] = tile[vi, vl] + value(vi, vs * lanes + vl)
+
+    return block
+
+
+def near_sums(size: int, dtype: str) -> Any:
+    """`near_sums(C, dtype)(pairs, rows, cols, u, w, causal, distance)`: sums of pairs closer than `distance`, which is 1 or 2.
+
+    rows[i] = Σ_j pairs[i, j] w(j) and cols[j] = Σ_i pairs[i, j] u(i), over the token itself and the one beside it.
+    """
+
+    @T.macro
+    def block(pairs, rows, cols, u, w, causal, distance):
+        for i, back in T.grid(size, 2):
+            with T.sblock("near_rows"):
+                vi, vb = T.axis.remap("SR", [i, back])
+                with T.init():
+                    rows[vi] = number(0, dtype)
+                rows[vi] = rows[vi] + pairs[vi, behind(vi, vb, causal, size)] * w(behind(vi, vb, causal, size)) * one_if(
+                    under(vb, distance), dtype
+                ) * one_if(beside(vi, vb, causal, size), dtype)
+        for j, ahead in T.grid(size, 2):
+            with T.sblock("near_cols"):
+                vj, va = T.axis.remap("SR", [j, ahead])
+                with T.init():
+                    cols[vj] = number(0, dtype)
+                cols[vj] = cols[vj] + pairs[behind(vj, va, 1 - causal, size), vj] * u(
+                    behind(vj, va, 1 - causal, size)
+                ) * one_if(under(va, distance), dtype) * one_if(beside(vj, va, 1 - causal, size), dtype)
 
     return block
 

@@ -33,6 +33,8 @@ SOURCES = (
     "compiler.py",
     "lower.py",
     "walk.py",
+    "group.py",
+    "settle.py",
     "exchange.py",
     "gradients.py",
     "outputs.py",

@@ -1,12 +1,14 @@
-"""A term on a GPU: Y and every gradient as walks and scores (`walk.py`), each with q, k and v in other roles.
+"""A term on a GPU: walks along rows, and a backward pass by chunks between them.
+
+Y and dV are walks (`walk.py`), each with q, k and v in other roles, and so are the states that a backward pass wants: S before
+each chunk, and D, the cotangents of the states after it, which dV's walk carries:
 
     |    | q, k, v    | G          | direction   | u, w          | enters → leaves    |
     | Y  | q, k, v    | ⟨q, k⟩     | the term's  | rows, cols    | initial → final    |
-    | dQ | dY, v, k   | ⟨dY, v⟩    | the term's  | rows, cols    | initialᵀ           |
+    | S  | –, k, v    | –          | the term's  | –, cols       | initial            |
     | dV | k, q, dY   | ⟨q, k⟩ᵀ    | the other's | cols, rows    | dfinal → dinitial  |
-    | dK | v, dY, q   | ⟨dY, v⟩ᵀ   | the other's | cols, rows    | dfinalᵀ            |
 
-with log_cols beside cols. States are [dstate, headdim] here, or [headdim, dstate] in dQ and dK.
+with log_cols beside cols. States are [dstate, headdim] here. From S and D, `group.py` makes everything else.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from torch import Tensor
 
 from ..base import Cotangents, Gradients, Output
 from .scan import Heads, Scan, Scores, Sides
-from .tile import EVERY, KEPT, MET, STATES
+from .tile import EVERY, EXCHANGE, KEPT, LANES, STARTS, STATES, SUMS
 
-ROOM = 1 << 29
-"""Bytes of scores and states that a backward pass holds at once."""
+ROOM = 1 << 30
+"""Bytes of states that a backward pass holds at once."""
 TWICE, MORE = 1.45, 30.0
 """Of rows in segments: a pass for the states between them and the walk, in walks, and in chunks what else is launched."""
 
@@ -52,101 +54,146 @@ class OnGpu(Scan):
         kept = None if every is None else self.new(self.slots, p.nheads, p.dstate, p.headdim)
         y = self.covered(self.tokens, p.nheads, p.headdim, dtype=self.data)
         roles, mode = (self.q, self.k, self.v), "" if every is None else EVERY
-        final, _, _ = self.walk(roles, self.shared_scores(), initial, self.sides(self.term), heads, Place(y), None, mode, kept)
+        final = self.walk(roles, self.shared_scores(), initial, self.sides(self.term), heads, Place(y), mode, kept)
         final = final.transpose(-1, -2)
         between = None if kept is None else self.every(kept, final)
-        return Output(y.view(p.batch, p.seqlen, p.nheads, p.headdim), final, every=between)
+        return Output(self.shaped(y), final, every=between)
 
     def backward(self, cotangents: Cotangents) -> Gradients:
-        """Gradients of everything: dV of all heads, the rest of some heads at a time, in memory that is used again."""
+        """Gradients of everything, of some heads at a time, in memory that is used again."""
         p, x = self.problem, self.x
         mine, other = self.sides(self.term), self.sides(self.term.transpose())
         dy, dfinal = self.flat(cotangents.y), None if cotangents.state is None else cotangents.state.to(self.acc)
         initial = None if x.initial is None else x.initial.to(self.acc)
-        qk, whole = self.shared_scores(), Heads(0, p.nheads, p.nheads)
-        sizes = ((p.q_heads, p.dstate), (p.k_heads, p.dstate), (p.v_heads, p.headdim))
-        dq, dk, dv = (Total(self, heads, size) for heads, size in sizes)
-        leaving = None if dfinal is None else swapped(dfinal)
-        dinitial, _, _ = self.walk((self.k, self.q, dy), qk, leaving, other, whole, dv.place(whole))
-        dv.add(whole)
+        qk = self.shared_scores()
+        dv = Total(self, p.v_heads, p.headdim)
+        dq, dk = (self.zeros(heads, p.dstate) for heads in (p.q_heads, p.k_heads))
+        dinitial = self.new(self.rows, p.nheads, p.headdim, p.dstate)
         by_token = {name: self.covered(self.tokens, p.nheads) for name in ("log_a", "rows", "cols")} if x.values else {}
         count = self.heads_at_once()
-        kept = self.new(self.slots, count, p.headdim, p.dstate, dtype=self.data) if x.values else None
+        before, after = (self.new(self.slots, count, p.dstate, p.headdim, dtype=self.data) for _ in range(2))
         for first in range(0, p.nheads, count):
             heads = Heads(first, count, p.nheads)
-            before, after = (None if s is None else s[:, first : first + count].contiguous() for s in (initial, dfinal))
-            yv = Scores(self.scores(dy, self.v, heads), first, 1)
-            _, entering, _ = self.walk(
-                (dy, self.v, self.k), yv, before, mine, heads, dq.place(heads), self.q, KEPT if x.values else "", kept
-            )
-            dq.add(heads)
-            _, leaving, through = self.walk(
-                (self.v, dy, self.q), yv, after, other, heads, dk.place(heads), self.k, MET if x.values else "", kept
-            )
-            dk.add(heads)
-            if x.values and self.tokens:
-                self.exchange(heads, qk, yv, mine, entering, leaving, through, by_token)
-        initial = None if initial is None else dinitial.transpose(-1, -2)
-        return Gradients(dq.gradient, dk.gradient, dv.gradient, initial, self.by_slot(by_token))
+            entering, leaving = (None if s is None else swapped(s[:, first : first + count]) for s in (initial, dfinal))
+            self.walk((self.q, self.k, self.v), qk, entering, mine, heads, Place(self.v), STARTS, before)
+            left = self.walk((self.k, self.q, dy), qk, leaving, other, heads, dv.place(heads), KEPT, after)
+            dinitial[:, first : first + count] = left.transpose(-1, -2)
+            dv.add(heads)
+            if self.tokens:
+                self.group(heads, dy, qk, mine, (before, after), (dq, dk), by_token)
+        initial = None if initial is None else dinitial
+        return Gradients(self.shaped(dq), self.shaped(dk), self.shaped(dv.total), initial, self.by_slot(by_token))
+
+    def group(
+        self, heads: Heads, dy: Tensor, qk: Scores, sides: Sides, states: tuple[Tensor, Tensor],
+        totals: tuple[Tensor, Tensor], by_token: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Add to the gradients of q and k, and write those of what weighs tokens, of some heads."""
+        p, machine, term = self.problem, self.machine, self.term
+        inner = machine.inner(p.headdim)
+        outer = machine.part(inner, p.dstate, self.chunk)
+        parts = -(-p.dstate // outer)
+        walked = self.walked(heads.number, parts)
+        runs = heads.number // walked
+        rooms = [self.new(self.slots, runs, self.chunk, parts * outer) for _ in totals]
+        exchanged = self.slots if by_token else 1
+        sums = self.new(exchanged, heads.number, SUMS, self.chunk)
+        met = self.new(exchanged, heads.number, parts, 2, self.chunk)
+        through = self.new(exchanged, heads.number, parts, LANES)
+        warps = min(8, self.chunk * outer // 256, self.chunk**2 // 256)
+        apart = 2 if term.col_inclusive and not term.row_inclusive else 1
+        self.program(
+            "group", inner=inner, outer=outer, whole=inner == p.headdim and not p.dstate % outer,
+            mode=EXCHANGE if by_token else "", resident=machine.resident(machine.group_needs(inner, outer, self.chunk), warps),
+        )(
+            self.q, self.k, self.v, dy, qk.values, sides.lines, sides.total, self.chunks, *states, *rooms, sums, met, through,
+            self.seqlen, heads.first, walked, int(term.causal), int(term.strict), apart,
+        )  # fmt: skip
+        for total, room in zip(totals, rooms, strict=True):
+            share = p.nheads // total.shape[1]
+            first, number = heads.first // share, max(1, heads.number // share)
+            by_head = room.view(self.slots, number, runs // number, self.chunk, -1).sum(2) if runs > number else room
+            total[:, first : first + number] += self.by_tokens(by_head)[..., : p.dstate]
+        if by_token:
+            self.program("settle")(
+                sums, met, through, sides.lines, self.chunks, by_token["log_a"], by_token["rows"], by_token["cols"], self.scale,
+                self.seqlen, heads.first, int(term.causal), int(term.row_inclusive), int(term.col_inclusive),
+            )  # fmt: skip
+
+    def walked(self, count: int, parts: int) -> int:
+        """How many heads that share q and k a program walks over: the most of which there are programs enough."""
+        p = self.problem
+        together = gcd(count, p.nheads // p.q_heads, p.nheads // p.k_heads)
+        enough = 2 * p.target.multiprocessors
+        able = [n for n in range(together, 0, -1) if together % n == 0]
+        return next((n for n in able if self.slots * parts * (count // n) >= enough), 1)
+
+    def by_tokens(self, x: Tensor) -> Tensor:
+        """`[slots, heads, chunk, size]` as `[tokens, heads, size]`: 0 where no row has a token."""
+        x = x.transpose(1, 2)
+        if self.seqlen >= 0:
+            return x.reshape(self.rows, -1, *x.shape[2:])[:, : self.seqlen].flatten(0, 1)
+        token = self.chunks[:, :1] + torch.arange(self.chunk, device=self.device)
+        place = torch.where(token < self.chunks[:, 1:], token, self.tokens)  # what no row has goes behind the last
+        out = x.new_zeros(self.tokens + 1, *x.shape[2:])
+        out[place.flatten()] = x.flatten(0, 1)
+        return out[:-1]
+
+    def zeros(self, heads: int, size: int) -> Tensor:
+        """Where sums begin, `[tokens, heads, size]`."""
+        return torch.zeros(self.tokens, heads, size, dtype=self.acc, device=self.device)
 
     def heads_at_once(self) -> int:
-        """As many heads as there is `ROOM` for; they share operands with one another or none."""
+        """As many heads as there is `ROOM` for, which are whole groups that share an operand, or of one."""
         p = self.problem
-        shared = gcd(*(p.nheads // heads for heads in (p.q_heads, p.k_heads) if heads < p.nheads)) or p.nheads
-        each = self.slots * (self.chunk**2 + p.headdim * p.dstate) * self.data.itemsize
-        return max(
-            (n for n in range(1, p.nheads + 1) if p.nheads % n == 0 and suits(n, shared) and n * each <= ROOM), default=1
-        )
+        shares = [p.nheads // heads for heads in (p.q_heads, p.k_heads, p.v_heads)]
+        each = 2 * self.slots * p.headdim * p.dstate * self.data.itemsize
+        able = (n for n in range(p.nheads, 0, -1) if p.nheads % n == 0 and all(suits(n, share) for share in shares))
+        return next((n for n in able if n * each <= ROOM), 1)
 
     def walk(
         self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, sides: Sides, heads: Heads, y: Place,
-        own: Tensor | None = None, mode: str = "", kept: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Write y to its place.
-
-        Returns:
-            The state that leaves, and with a mode what is exchanged through states: by tokens, and by chunks, in parts.
-        """
-        parts = self.parts(roles, mode)
+        mode: str = "", kept: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Write y to its place, and keep what the mode says; the state that leaves."""
+        parts = self.parts(roles)
         segments = self.segments(heads.number * parts.number) if self.tokens else 1
         if segments == 1:
-            return self.go(roles, g, entering, sides, heads, y, own, mode, kept, 1)
-        left, _, _ = self.go(roles, g, None, sides, heads, y, own, STATES, None, segments)
+            return self.go(roles, g, entering, sides, heads, y, mode, kept, 1)
+        left = self.go(roles, g, None, sides, heads, y, STATES, None, segments)
         entering = self.between(left, entering, sides, heads, segments)
-        left, dots, through = self.go(roles, g, entering, sides, heads, y, own, mode, kept, segments)
+        left = self.go(roles, g, entering, sides, heads, y, mode, kept, segments)
         last = -1 if sides.term.causal else 0
-        return left.unflatten(0, (self.rows, segments))[:, last].contiguous(), dots, through
+        return left.unflatten(0, (self.rows, segments))[:, last].contiguous()
 
     def go(
         self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, sides: Sides, heads: Heads, y: Place,
-        own: Tensor | None, mode: str, kept: Tensor | None, segments: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        mode: str, kept: Tensor | None, segments: int,
+    ) -> Tensor:  # fmt: skip
         """A walk of rows, or of so many segments of each as if they were rows."""
         (q, k, v), rows = roles, self.rows * segments
-        inner, outer, parts = self.parts(roles, mode)
+        inner, outer, parts = self.parts(roles)
         shape = (rows, heads.number, q.shape[2], v.shape[2])
         leaving = self.new(*shape)
         if entering is None:
             entering = torch.zeros(shape, dtype=self.acc, device=self.device)
-        dots = self.covered(self.tokens if mode in (KEPT, MET) else 1, heads.number, parts)  # else nobody writes it
-        kept = self.new(1, *shape[1:], dtype=self.data) if kept is None else kept  # which nobody reads then
-        through = self.new(len(kept), heads.number, parts * outer)
         if not self.tokens:
-            return entering, dots, through
-        flipped = mode != STATES and sides.term is not self.term
-        resident = self.machine.resident(inner, outer, self.chunk, mode)
+            return entering
+        kept = self.new(1, *shape[1:], dtype=self.data) if kept is None else kept  # which nobody writes then
+        flipped = mode not in (STATES, STARTS) and sides.term is not self.term
+        warps = min(8, self.chunk * outer // 256, inner * outer // 256)
+        resident = self.machine.resident(self.machine.walk_needs(inner, outer, self.chunk), warps)
         whole = inner == shape[2] and not shape[3] % outer
         self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, resident=resident)(
-            q, k, v, g.values, sides.lines, sides.total, self.begin, entering, y.values,
-            leaving, v if own is None else own, dots, kept, kept, through, heads.first, y.first, g.first, g.share,
-            1, self.seqlen // segments, int(sides.term.causal), int(sides.term.strict),
+            q, k, v, g.values, sides.lines, sides.total, self.begin, entering, y.values, leaving, kept, parts, heads.first,
+            y.first, g.first, g.share, 1, self.seqlen // segments, int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip
-        return leaving, dots, through
+        return leaving
 
-    def parts(self, roles: tuple[Tensor, Tensor, Tensor], mode: str) -> Parts:
+    def parts(self, roles: tuple[Tensor, Tensor, Tensor]) -> Parts:
         """Tiles of a walk, and how many programs share v."""
         inner = self.machine.inner(roles[0].shape[2])
-        outer = self.machine.outer(inner, roles[2].shape[2], self.chunk, mode)
+        outer = self.machine.outer(inner, roles[2].shape[2], self.chunk)
         return Parts(inner, outer, -(-roles[2].shape[2] // outer))
 
     def segments(self, programs: int) -> int:
@@ -207,12 +254,6 @@ class Total:
         share = min(self.share, heads.number)
         first, number = heads.first // self.share, heads.number // share
         self.total[:, first : first + number] += self.room.view(-1, number, share, self.size).sum(2, dtype=self.scan.acc)
-
-    @property
-    def gradient(self) -> Tensor:
-        """As the operand is shaped."""
-        p = self.scan.problem
-        return self.total.view(p.batch, p.seqlen, self.heads, self.size)
 
 
 def swapped(state: Tensor) -> Tensor:

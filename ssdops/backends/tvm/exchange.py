@@ -6,7 +6,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .parts import barrier, behind, beside, chunk_begin, chunk_end, decay, meets, number, one_if, shared, sizes, summed, under
+from .blocks import near_sums
+from .parts import barrier, chunk_begin, chunk_end, decay, meets, number, one_if, shared, sizes, summed
 from .tile import LANES, LINES, Tile, U, W
 
 CROSSING = 32
@@ -129,22 +130,7 @@ def exchange(tile: Tile) -> Any:
                         col_lanes[vl, vj] = col_lanes[vl, vj] + pairs[vi * LANES + vl, vj] * u(vi * LANES + vl) * one_if(
                             meets(vi * LANES + vl, vj, causal, distance), acc
                         )
-                for i, back in T.grid(C, 2):
-                    with T.sblock("near_rows"):  # pairs closer than `distance`: with the token itself, or the one before
-                        vi, vb = T.axis.remap("SR", [i, back])
-                        with T.init():
-                            near_rows[vi] = number(0, acc)
-                        near_rows[vi] = near_rows[vi] + pairs[vi, behind(vi, vb, causal, C)] * w(
-                            behind(vi, vb, causal, C)
-                        ) * one_if(under(vb, distance), acc) * one_if(beside(vi, vb, causal, C), acc)
-                for j, ahead in T.grid(C, 2):
-                    with T.sblock("near_cols"):
-                        vj, va = T.axis.remap("SR", [j, ahead])
-                        with T.init():
-                            near_cols[vj] = number(0, acc)
-                        near_cols[vj] = near_cols[vj] + pairs[behind(vj, va, 1 - causal, C), vj] * u(
-                            behind(vj, va, 1 - causal, C)
-                        ) * one_if(under(va, distance), acc) * one_if(beside(vj, va, 1 - causal, C), acc)
+                near_sums(C, acc)(pairs, near_rows, near_cols, u, w, causal, distance)
                 barrier(tile)
                 for i in range(1):
                     with T.sblock("crossed"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from ...ir.problem import Problem
-from .tile import KEPT, LANES, MET
+from .tile import LANES, LINES, PAIR_LANES
 
 KIB = 1024
 SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
@@ -39,32 +40,49 @@ class Machine:
         """The tile that holds a size of q and k."""
         return round_up(size) if self.shared is None else next(fitting for fitting in INNER if size <= fitting)
 
-    def outer(self, inner: int, size: int, chunk: int, mode: str) -> int:
+    def outer(self, inner: int, size: int, chunk: int) -> int:
         """How much of v one program of a walk has."""
         if self.shared is None:
             return round_up(size)
-        wide = self.inner(size)
-        return next(part for part in OUTER if part <= wide and self.needed(inner, part, chunk, mode) <= self.shared)
+        return self._part(size, lambda part: self.walk_needs(inner, part, chunk))
+
+    def part(self, inner: int, size: int, chunk: int) -> int:
+        """How much of q and k one program of a group has, of heads whose v takes `inner`."""
+        return self._part(size, lambda part: self.group_needs(inner, part, chunk))
+
+    def _part(self, size: int, needed: Callable[[int], int]) -> int:
+        """The greatest for which there is room."""
+        assert self.shared is not None  # parts are GPUs'
+        wide, shared = self.inner(size), self.shared
+        return next(part for part in OUTER if part <= wide and needed(part) <= shared)
 
     def has_room(self, size: int, chunk: int) -> bool:
-        """Whether walks of heads so large fit, with whatever they do beside y."""
-        return self.shared is None or self.needed(self.inner(size), OUTER[-1], chunk, MET) <= self.shared
-
-    def resident(self, inner: int, outer: int, chunk: int, mode: str) -> int:
-        """How many programs of a walk a multiprocessor has room for, of 16 warps at most."""
+        """Whether programs for heads so large fit."""
         if self.shared is None:
-            return 1
-        warps = min(8, chunk * outer // 256, inner * outer // 256)
-        return max(1, min(self.shared // self.needed(inner, outer, chunk, mode), 16 // warps))
+            return True
+        inner, least = self.inner(size), OUTER[-1]
+        return max(self.walk_needs(inner, least, chunk), self.group_needs(inner, least, chunk)) <= self.shared
 
-    def needed(self, inner: int, outer: int, chunk: int, mode: str) -> int:
-        """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, the state where products
-        multiply it, and with a mode what is read from it or passes it, in float32. What comes before and after lies over them.
+    def resident(self, needed: int, warps: int) -> int:
+        """How many programs that need so many KiB a multiprocessor has room for, of 16 warps at most."""
+        return 1 if self.shared is None else max(1, min(self.shared // needed, 16 // warps))
+
+    def walk_needs(self, inner: int, outer: int, chunk: int) -> int:
+        """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, and the state where products
+        multiply it. What comes before and after lies over them.
         """
-        numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * 8) + inner * (outer + 8)
-        in_float32 = chunk * (outer + 8 + LANES) if mode in (KEPT, MET) else 0
-        in_float32 += LANES * outer if mode == MET else 0
-        return -(-(self.data.itemsize * numbers + 4 * in_float32) // KIB) + OWN
+        numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * LINES) + inner * (outer + 8)
+        return -(-self.data.itemsize * numbers // KIB) + OWN
+
+    def group_needs(self, inner: int, outer: int, chunk: int) -> int:
+        """KiB of shared memory that a group's program takes: tiles of q, k, v and dY, both states, scores twice and weights;
+        in the dtype of sums pairs, what is summed up of them and of dot products, and what there is per token.
+        """
+        numbers = 2 * chunk * (inner + outer + 16) + 2 * outer * (inner + 8) + chunk * (3 * chunk + 16)
+        dots = 2 * outer // (4 if self.data == torch.float32 else LANES)
+        lines = LINES * (2 if self.data == torch.float32 else 1)
+        sums = chunk * (chunk + 1 + 2 * PAIR_LANES + 2 + dots + lines) + LANES**2
+        return -(-(self.data.itemsize * numbers + 4 * sums) // KIB) + OWN
 
 
 def round_up(size: int) -> int:

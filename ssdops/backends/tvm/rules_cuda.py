@@ -18,31 +18,50 @@ from .tile import Tile
 
 WARP, REDUCED = 32, 2
 """Threads of a warp; the kind of a block's axis that is summed over."""
-PRODUCTS = {"product": ("qt", "kt"), "reads": ("qt", "low"), "values": ("weights", "vt"), "update": ("kt", "vs")}
+PRODUCTS = {
+    "product": ("qt", "kt"), "reads": ("qt", "low"), "values": ("weights", "vt"), "update": ("kt", "vs"),
+    "scored": ("dyt", "vt"), "reads_q": ("dyt", "st"), "reads_k": ("vt", "dst"), "values_q": ("weights", "kt"),
+    "values_k": ("weights", "qt"),
+}  # fmt: skip
 """Blocks that are matrix products, and their operands."""
-TURNED = {"product": (False, True), "update": (True, False)}
+TURNED = {
+    "product": (False, True), "update": (True, False), "scored": (False, True), "reads_q": (False, True),
+    "reads_k": (False, True), "values_k": (True, False),
+}  # fmt: skip
 """Which operands are held as their transposes, where any is."""
 OPAQUE = ("program", "chunk")
 """Blocks that hold others."""
 PADDED = (
-    "load_q", "load_k", "load_v", "scale_v", "put", "clear_low", "clear_out", "clear_shown", "show_state", "enter",
-    "give_state",
+    "load_q", "load_k", "load_v", "load_dy", "load_before", "load_after", "scale_v", "put", "clear_low", "clear_out",
+    "clear_other", "show_state", "enter", "give_state",
 )  # fmt: skip
 """Blocks that first write tiles of which tensor cores read or write columns: longer rows put them in different banks."""
-FILLED = ("load_q", "load_k", "load_v", "scale_v", "store", "enter", "keep", "leave")
+FILLED = (
+    "load_q", "load_k", "load_v", "load_dy", "load_before", "load_after", "scale_v", "store", "enter", "keep", "leave",
+)  # fmt: skip
 """Blocks that touch tensors whose heads may be smaller than tiles: then they take one number at a time."""
 OWN: dict[str, Callable[[str], str]] = {
-    "take": tc.take, "round": tc.rounded, "carry": tc.carry, "join": tc.join, "turn": tc.turn, "show": tc.store,
+    "take": tc.take, "round": tc.rounded, "carry": tc.carry, "join": tc.join, "turn": tc.turn,
     "show_state": tc.store, "give_state": tc.store, "give": partial(tc.rounded, to="global"),
     "take_straight": partial(tc.take, origin="global"), "leave_straight": partial(tc.store, to="global"),
+    "give_scored": tc.rounded, "clear_q": tc.fill, "clear_k": tc.fill, "gather_q": tc.gather, "gather_k": tc.gather,
+    "turn_q": tc.turn, "turn_k": tc.turn, "leave_q": partial(tc.store, to="global"), "leave_k": partial(tc.store, to="global"),
 }  # fmt: skip
 """Blocks that take what was summed up, where it was, and the intrinsics that do, by what products multiply."""
-SUMS = ("summed_t", "weight", "read", "inside", "added", "after", "state")
+SUMS = (
+    "summed_t", "weight", "read", "inside", "added", "after", "state", "scored", "read_q", "read_k", "inside_q", "inside_k",
+    "sum_q", "sum_k", "next_q", "next_k",
+)  # fmt: skip
 """Sums that stay where they are made."""
+ODD = ("pairs",)
+"""Blocks that write tiles of which threads side by side read columns."""
+DOTS = ("dots_q", "dots_k")
+"""Blocks that sum up stretches of rows of what was summed up, times a tile."""
 SCALARS = ("place", "owner", "here")
 """What every thread has, beside single numbers."""
 TILES = (
-    "qt", "kt", "vt", "vs", "low", "gt", "weights", "out", "shown", "full", "passage", "left", "lanes", "passing", "tokens_t",
+    "qt", "kt", "vt", "vs", "low", "gt", "weights", "out", "full", "passage", "left", "tokens_t", "dyt", "st", "dst", "other",
+    "pairs", "row_lanes", "col_lanes", "parts_q", "parts_k", "near_rows", "near_cols", "crossing",
 )  # fmt: skip
 """What TVM is to lay over what is not needed any more, which is safe only with a barrier between: see `walk.py`."""
 COLUMNS = 4
@@ -57,7 +76,7 @@ def schedule(program: Any, tile: Tile) -> Any:
     """A program for the threads of a GPU."""
     sch = Schedule(program)
     names = blocks(sch)
-    warps = warps_of(tile, names)
+    warps = warps_of(sch, names)
     tensor_cores = tile.data in ("float16", "bfloat16")
     if tile.flipped and "weigh" in names:
         sch.transform_layout("put", ("write", 0), lambda i, j: (j, i))
@@ -67,6 +86,8 @@ def schedule(program: Any, tile: Tile) -> Any:
     for loop, axis in zip(sch.get_loops(sch.get_sblock("program")), "xyz", strict=False):
         sch.bind(loop, f"blockIdx.{axis}")
     lie(sch, names)
+    for name in (name for name in ODD if name in names):
+        sch.storage_align(name, 0, -2, WARP, 1)
     if "load_logs" in names:
         sch.storage_align("load_logs", 0, -2, 2 * PADDING, 1)
     if tensor_cores:
@@ -79,8 +100,10 @@ def schedule(program: Any, tile: Tile) -> Any:
             multiply_by_threads(sch, name, warps)
         elif name in OWN:
             own(sch, sch.get_sblock(name), warps, OWN[name](tile.data) if tensor_cores else None)
-        elif name in ("weigh", "put"):
+        elif name in ("weigh", "put", "pairs"):
             by_strips(sch, name, warps)
+        elif name in DOTS:
+            dot(sch, sch.get_sblock(name), warps, tc.dots(tile.data) if tensor_cores else None)
         elif name not in OPAQUE and not name.startswith("barrier"):
             spread(sch, name, warps, tile.whole)
     return sch.mod
@@ -97,12 +120,10 @@ def blocks(sch: Schedule) -> list[str]:
     return list(inside(sch.get_sblock("root")))
 
 
-def warps_of(tile: Tile, names: list[str]) -> int:
+def warps_of(sch: Schedule, names: list[str]) -> int:
     """As many as all products can be cut for."""
-    if not any(name in PRODUCTS for name in names):
-        return 8
-    out = [(tile.chunk, tile.chunk)] if "product" in names else [(tile.chunk, tile.outer), (tile.inner, tile.outer)]
-    return min(8, *(m * n // tc.SIDE**2 for m, n in out))
+    products = [sch.get_loops(sch.get_sblock(name))[-3:-1] for name in names if name in PRODUCTS]
+    return min((8, *(prod(int(sch.get(loop).extent) for loop in loops) // tc.SIDE**2 for loops in products)))
 
 
 def lie(sch: Schedule, names: list[str]) -> None:
@@ -240,6 +261,28 @@ def own(sch: Schedule, block: Any, warps: int, intrinsic: str | None) -> None:
     sch.reorder(iw, jw, it, jt)
     sch.bind(sch.fuse(iw, jw), "threadIdx.y")
     tiles(sch, block, intrinsic)
+
+
+def dot(sch: Schedule, block: Any, warps: int, intrinsic: str | None) -> None:
+    """Sums of stretches of rows, by the warps or threads that have the rows; loops are stretches, then rows."""
+    t, i = sch.get_loops(block)[-2:]
+    rows, stretches = (int(sch.get(loop).extent) for loop in (i, t))
+    if intrinsic is None:
+        it, ii = sch.split(i, [None, rows * stretches // (warps * WARP)])
+        sch.reorder(it, t, ii)
+        y, x = sch.split(sch.fuse(it, t), [warps, WARP])
+        sch.bind(y, "threadIdx.y")
+        sch.bind(x, "threadIdx.x")
+        sch.unroll(ii)
+        return
+    down, across = grid(rows // tc.SIDE, stretches, warps)
+    iw, it, ii = sch.split(i, [down, None, tc.SIDE])
+    jw, jt = sch.split(t, [across, None])
+    sch.reorder(iw, jw, it, jt, ii)
+    sch.bind(sch.fuse(iw, jw), "threadIdx.y")
+    sch.unroll(it)
+    sch.unroll(jt)
+    sch.tensorize(ii, intrinsic)
 
 
 def multiply_by_threads(sch: Schedule, name: str, warps: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
+from .parts import summed
+
 SIDE = 16
 """Rows and columns of a tile."""
 SHARED, OWN = "shared.dyn", "local"
@@ -87,6 +89,20 @@ template <class T> __forceinline__ __device__ void ssdops_join(
     float first = factors[ssdops_row(i)], both = factors[next + ssdops_row(i)];
     T two[2] = {T(both * (first * one[i] + other[i])), T(both * (first * one[i + 1] + other[i + 1]))};
     *reinterpret_cast<unsigned*>(to + ssdops_row(i) * stride + ssdops_column(i)) = *reinterpret_cast<unsigned*>(two);
+  }
+}
+__forceinline__ __device__ void ssdops_gather(float* to, const float* factors, int next, const float* sums,
+                                              const float* one, const float* other) {
+  for (int i = 0; i < 8; ++i)
+    to[i] = sums[i] + (factors[ssdops_row(i)] * factors[next + ssdops_row(i)] * one[i] + other[i]);
+}
+template <class T> __forceinline__ __device__ void ssdops_dots(float* to, const float* one, const T* other, int stride) {
+  float rows[2] = {0, 0};
+  for (int i = 0; i < 8; ++i) rows[i / 2 % 2] += one[i] * float(other[ssdops_row(i) * stride + ssdops_column(i) + i % 2]);
+  for (int i = 0; i < 2; ++i) {
+    rows[i] += __shfl_xor_sync(0xffffffffu, rows[i], 1);
+    rows[i] += __shfl_xor_sync(0xffffffffu, rows[i], 2);
+    if (threadIdx.x % 4 == 0) to[threadIdx.x / 4 + 8 * i] = rows[i];
   }
 }
 #endif
@@ -235,6 +251,94 @@ def join(dtype: str) -> str:
             )
 
     return register(f"join {dtype}", block, call)
+
+
+@cache
+def gather(dtype: str) -> str:
+    """Sums, a tile whose rows are multiplied by both of two factors, and another, added up."""
+    text = source(dtype)
+
+    @T.prim_func(s_tir=True)
+    def block(factors: T.handle, sums: T.handle, one: T.handle, other: T.handle, target: T.handle) -> None:
+        F = T.match_buffer(factors, (2, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED)
+        S = T.match_buffer(sums, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        Y = T.match_buffer(other, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        Z = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        with T.sblock("root"):
+            T.reads(S[0:SIDE, 0:SIDE], F[0:2, 0:SIDE], X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
+            T.writes(Z[0:SIDE, 0:SIDE])
+            for i, j in T.grid(SIDE, SIDE):
+                with T.sblock("gather"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    Z[vi, vj] = S[vi, vj] + (F[0, vi] * F[1, vi] * X[vi, vj] + Y[vi, vj])
+
+    @T.prim_func(s_tir=True)
+    def call(factors: T.handle, sums: T.handle, one: T.handle, other: T.handle, target: T.handle) -> None:
+        f1, f0 = T.int32(), T.int32()
+        F = T.match_buffer(factors, (2, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED, strides=[f1, f0])
+        S = T.match_buffer(sums, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        Y = T.match_buffer(other, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        Z = T.match_buffer(target, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        with T.sblock("root"):
+            T.reads(S[0:SIDE, 0:SIDE], F[0:2, 0:SIDE], X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
+            T.writes(Z[0:SIDE, 0:SIDE])
+            T.evaluate(
+                T.cuda.func_call(
+                    "ssdops_gather",
+                    Z.access_ptr("w", ptr_type="float32"),
+                    F.access_ptr("r", ptr_type="float32"),
+                    f1,
+                    S.access_ptr("r", ptr_type="float32"),
+                    X.access_ptr("r", ptr_type="float32"),
+                    Y.access_ptr("r", ptr_type="float32"),
+                    source_code=text,
+                )
+            )
+
+    return register(f"gather {dtype}", block, call)
+
+
+@cache
+def dots(dtype: str) -> str:
+    """Dot products of the rows of a tile of sums and of a shared tile."""
+    text = source(dtype)
+
+    @T.prim_func(s_tir=True)
+    def block(one: T.handle, other: T.handle, target: T.handle) -> None:
+        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN)
+        Y = T.match_buffer(other, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=SHARED)
+        Z = T.match_buffer(target, (1, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED)
+        with T.sblock("root"):
+            T.reads(X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
+            T.writes(Z[0:1, 0:SIDE])
+            for i in range(SIDE):
+                with T.sblock("dots"):
+                    vi = T.axis.spatial(SIDE, i)
+                    Z[0, vi] = summed(SIDE, lambda j: X[vi, j] * T.Cast("float32", Y[vi, j]))
+
+    @T.prim_func(s_tir=True)
+    def call(one: T.handle, other: T.handle, target: T.handle) -> None:
+        y1, y0, z1, z0 = T.int32(), T.int32(), T.int32(), T.int32()
+        X = T.match_buffer(one, (SIDE, SIDE), "float32", align=64, offset_factor=SIDE, scope=OWN, strides=[T.int32(), 1])
+        Y = T.match_buffer(other, (SIDE, SIDE), dtype, align=64, offset_factor=SIDE, scope=SHARED, strides=[y1, y0])
+        Z = T.match_buffer(target, (1, SIDE), "float32", align=64, offset_factor=SIDE, scope=SHARED, strides=[z1, z0])
+        with T.sblock("root"):
+            T.reads(X[0:SIDE, 0:SIDE], Y[0:SIDE, 0:SIDE])
+            T.writes(Z[0:1, 0:SIDE])
+            T.evaluate(
+                T.cuda.func_call(
+                    "ssdops_dots",
+                    Z.access_ptr("w", ptr_type="float32"),
+                    X.access_ptr("r", ptr_type="float32"),
+                    Y.access_ptr("r", ptr_type=dtype),
+                    y1,
+                    source_code=text,
+                )
+            )
+
+    return register(f"dots {dtype}", block, call)
 
 
 @cache

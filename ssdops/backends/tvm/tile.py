@@ -8,14 +8,21 @@ LANES = 16
 """Partial sums of a dot product side by side; tiles are padded to multiples of it."""
 PADDING = 16
 """Numbers beyond the end of a long row on a CPU: columns of rows that are powers of two apart would share a few cache lines."""
-KEPT, EVERY, MET, STATES, STARTS = "kept", "every", "met", "states", "starts"
-"""What a walk does beside y. On GPUs: keep the states that enter chunks for another walk, or in full precision, or meet those
-kept; or it only works out the state that leaves. On CPUs: keep the states that enter chunks, or segments, or segments alone."""
+KEPT, EVERY, STATES, STARTS, EXCHANGE = "kept", "every", "states", "starts", "exchange"
+"""What a program does beside y, or beside gradients.
+
+A walk on a GPU keeps the states that enter chunks as products multiply them, or in full precision; or it has no y, and works
+out the state that leaves alone, or keeps those between too. A walk on a CPU keeps the states that enter chunks, or segments,
+or segments alone. A group's program says what tokens exchange."""
 
 
 RHO, RHO_LOW, KAPPA, KAPPA_LOW, OUT_OF, U, INTO, W = range(8)
 """What there is per token and head, as `lower.lines` writes it: ρ and κ, exp(ρ) and u, exp(E − κ) and w."""
 LINES = 8
+SUMS = 4
+"""Of pairs by token, as `group.py` writes them: of rows, then columns, of those that are far enough apart, then others."""
+PAIR_LANES = 4
+"""Partial sums of a row of pairs."""
 MOST = 8
 """Heads that are walked together on a CPU at most."""
 SEGMENT = 8
@@ -32,11 +39,11 @@ class Tile:
         acc: dtype of sums, states and scales. Log decays are float64.
         chunk: tokens of a chunk.
         inner, outer: the size of q and k, padded, and that of v, or how much of it one program of a walk on a GPU has; scores
-            have only inner.
+            have only inner. Of a group's program, the size of v, and how much of q and k it has.
         scaled: of lines, whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
-        mode: of a walk, or outputs, what they do beside y.
+        mode: of a walk, outputs, or a group's program, what they do beside.
         resident: programs that a multiprocessor is to hold at once: registers are kept for so many.
     """
 

@@ -18,11 +18,10 @@ from .parts import (
     number,
     shared,
     sizes,
-    summed,
     under,
     within,
 )
-from .tile import EVERY, INTO, KEPT, LANES, LINES, MET, OUT_OF, STATES, Tile, U, W
+from .tile import EVERY, INTO, KEPT, LINES, OUT_OF, STARTS, STATES, Tile, U, W
 
 
 def walk(tile: Tile) -> Any:
@@ -30,10 +29,9 @@ def walk(tile: Tile) -> Any:
 
     Parameters, in order: q, k, v `[tokens, heads of their own, size]`; g `[slots, heads of its own, C, C]`; lines and E of
     `lines`; begin `[rows + 1]`; of the `count` heads from head0 on that are walked, entering `[rows, count, inner, outer]`, y
-    `[tokens, y_heads, outer]` from head y0 on, leaving; then, as the mode says, own `[tokens, heads of its own, outer]`, dots
-    `[tokens, count, parts]` = ⟨own_i, exp(ρ_i) Sᵀ q_i⟩, kept `[slots, count, inner, outer]`, met, which another walk has kept,
-    and through `[slots, count, padded outer]`, which sums up to ⟨met, exp(E) S⟩; and the numbers head0, y0, g0 and g_share
-    (head h has the scores of head (h − g0) / g_share), enters (whether a state does), seqlen, causal, strict.
+    `[tokens, y_heads, outer]` from head y0 on, leaving; where the mode says so, kept `[slots, count, inner, outer]`; and the
+    numbers parts, head0, y0, g0 and g_share (head h has the scores of head (h − g0) / g_share), enters (whether a state does),
+    seqlen, causal, strict.
 
     A chunk has these parts, with barriers between: loads; weights and what is rounded; products; what they summed up,
     to shared memory; and from there. Tiles of different parts may share memory, but for those that are cleared at first.
@@ -41,18 +39,18 @@ def walk(tile: Tile) -> Any:
     C, D1, D2, data, acc = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc
     FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
     keeping, line = acc if tile.mode == EVERY else data, tile.line
+    GIVES, KEEPS = tile.mode not in (STATES, STARTS), tile.mode in (KEPT, STARTS)
     STRAIGHT = whole  # states from memory to where they are summed, and back
 
     @T.prim_func(s_tir=True)
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
-        entering_: T.handle, y_: T.handle, leaving_: T.handle, own_: T.handle, dots_: T.handle, kept_: T.handle,
-        met_: T.handle, through_: T.handle, head0: T.int64, y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64,
-        seqlen: T.int64, causal: T.int64, strict: T.int64,
+        entering_: T.handle, y_: T.handle, leaving_: T.handle, kept_: T.handle, parts: T.int64, head0: T.int64, y0: T.int64,
+        g0: T.int64, g_share: T.int64, enters: T.int64, seqlen: T.int64, causal: T.int64, strict: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        tokens, slots, kept_slots, met_slots, rows, ends, entering_rows, nheads, count, parts = sizes(10)
-        q_heads, k_heads, v_heads, g_heads, own_heads, y_heads, dot_tokens = sizes(7)
+        tokens, slots, kept_slots, rows, ends, entering_rows, nheads, count = sizes(8)
+        q_heads, k_heads, v_heads, g_heads, y_heads = sizes(5)
         inner_filled, outer_filled = sizes(2)
         # as multiples of tiles where they are, so that addresses of vectors are seen to be multiples too
         inner = T.meta_var(D1 if whole else inner_filled)
@@ -67,23 +65,17 @@ def walk(tile: Tile) -> Any:
         entering = T.match_buffer(entering_, (entering_rows, count, inner, outer), acc)
         y = T.match_buffer(y_, (tokens, y_heads, outer), data)
         leaving = T.match_buffer(leaving_, (rows, count, inner, outer), acc)
-        own = T.match_buffer(own_, (tokens, own_heads, outer), data)
-        dots = T.match_buffer(dots_, (dot_tokens, count, parts), acc)
         kept = T.match_buffer(kept_, (kept_slots, count, inner, outer), keeping)
-        met = T.match_buffer(met_, (met_slots, count, inner, outer), keeping)
-        through = T.match_buffer(through_, (met_slots, count, parts * D2), acc)
         for row_, head_, part_ in T.grid(rows, count, parts):
             with T.sblock("program"):
                 row, h, part = T.axis.remap("SSS", [row_, head_, part_])
                 place = T.sblock_alloc_buffer((3,), "int64")
-                owner = T.sblock_alloc_buffer((5,), "int64")
+                owner = T.sblock_alloc_buffer((4,), "int64")
                 here = T.sblock_alloc_buffer((2,), "int64")
                 tokens_t = T.sblock_alloc_buffer((LINES, C), line)
                 gt = T.sblock_alloc_buffer((C, C), data)
                 low = T.sblock_alloc_buffer((D1, D2), data)
                 out = T.sblock_alloc_buffer((C, D2), data)
-                shown = T.sblock_alloc_buffer((C, D2), acc)
-                lanes = T.sblock_alloc_buffer((C, LANES), acc)
                 passage = T.sblock_alloc_buffer((D1, D2), acc)
                 state = T.sblock_alloc_buffer((D1, D2), acc)
                 after = T.sblock_alloc_buffer((D1, D2), acc)
@@ -102,8 +94,7 @@ def walk(tile: Tile) -> Any:
                         owner[vi + 1] = shared(head0 + h, nheads, k_heads)
                         owner[vi + 2] = shared(head0 + h, nheads, v_heads)
                         owner[vi + 3] = T.truncdiv(head0 + h - g0, g_share)
-                        owner[vi + 4] = shared(head0 + h, nheads, own_heads)
-                if tile.mode != STATES:
+                if GIVES:
                     for which, i in T.grid(LINES, C):
                         with T.sblock("clear"):  # what is written before the first chunk keeps its place in shared memory
                             vw, vi = T.axis.remap("SS", [which, i])
@@ -112,23 +103,16 @@ def walk(tile: Tile) -> Any:
                         with T.sblock("clear_g"):
                             vi, vj = T.axis.remap("SS", [i, j])
                             gt[vi, vj] = T.Cast(data, 0)
+                if GIVES or KEEPS:
                     for m, p in T.grid(D1, D2):
                         with T.sblock("clear_low"):
                             vm, vp = T.axis.remap("SS", [m, p])
                             low[vm, vp] = T.Cast(data, 0)
+                if GIVES:
                     for i, p in T.grid(C, D2):
                         with T.sblock("clear_out"):
                             vi, vp = T.axis.remap("SS", [i, p])
                             out[vi, vp] = T.Cast(data, 0)
-                    if tile.mode in (KEPT, MET):
-                        for i, p in T.grid(C, D2):
-                            with T.sblock("clear_shown"):
-                                vi, vp = T.axis.remap("SS", [i, p])
-                                shown[vi, vp] = number(0, acc)
-                        for i, lane in T.grid(C, LANES):
-                            with T.sblock("clear_lanes"):
-                                vi, vl = T.axis.remap("SS", [i, lane])
-                                lanes[vi, vl] = number(0, acc)
                 if STRAIGHT:
                     for m, p in T.grid(D1, D2):
                         with T.sblock("take_straight"):
@@ -168,7 +152,6 @@ def walk(tile: Tile) -> Any:
                         inside = T.sblock_alloc_buffer((C, D2), acc)
                         full = T.sblock_alloc_buffer((D1, D2), acc)
                         added = T.sblock_alloc_buffer((D1, D2), acc)
-                        passing = T.sblock_alloc_buffer((LANES, D2), acc)
                         first = T.meta_var(here[0])
                         slot = T.meta_var(here[1])
                         for i in range(1):
@@ -184,7 +167,7 @@ def walk(tile: Tile) -> Any:
                             with T.sblock("load_lines"):
                                 vw, vi = T.axis.remap("SS", [which, i])
                                 tokens_t[vw, vi] = lines[slot, head0 + h, vw, vi]
-                        if tile.mode != STATES:
+                        if GIVES:
                             for i, m in T.grid(C, D1):
                                 with T.sblock("load_q"):
                                     vi, vm = T.axis.remap("SS", [i, m])
@@ -202,13 +185,13 @@ def walk(tile: Tile) -> Any:
                                     v[near(first + vi, end), owner[2], part * D2 + vp],
                                     data,
                                 )
-                        if tile.mode != STATES:
+                        if GIVES:
                             for i, j in T.grid(C, C):
                                 with T.sblock("load_g"):
                                     vi, vj = T.axis.remap("SS", [i, j])
                                     gt[vi, vj] = g[slot, owner[3], vi, vj]
                         barrier(tile)
-                        if tile.mode != STATES:
+                        if GIVES:
                             for i, j in T.grid(C, C):
                                 with T.sblock("weigh"):
                                     vi, vj = T.axis.remap("SS", [i, j])
@@ -224,38 +207,24 @@ def walk(tile: Tile) -> Any:
                                 vs[vi, vp] = T.Cast(
                                     data, T.Cast(acc, tokens_t[INTO, vi] * tokens_t[W, vi]) * T.Cast(acc, vt[vi, vp])
                                 )
-                        if tile.mode != STATES:
+                        if GIVES:
                             for i, j in T.grid(C, C):
                                 with T.sblock("put"):
                                     vi, vj = T.axis.remap("SS", [i, j])
                                     weights[vi, vj] = weight[vi, vj]
+                        if GIVES or KEEPS:
                             for m, p in T.grid(D1, D2):
                                 with T.sblock("round"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     low[vm, vp] = state[vm, vp] if data == acc else T.Cast(data, state[vm, vp])
                         barrier(tile)
-                        if tile.mode == KEPT:
+                        if KEEPS:
                             for m, p in T.grid(D1, D2):
                                 with T.sblock("keep"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
                                     kept[slot, h, vm, part * D2 + vp] = low[vm, vp]
-                        if tile.mode == MET:
-                            for lane, p, m in T.grid(LANES, D2, D1 // LANES):
-                                with T.sblock("passing"):
-                                    vl, vp, vm = T.axis.remap("SSR", [lane, p, m])
-                                    with T.init():
-                                        passing[vl, vp] = number(0, acc)
-                                    passing[vl, vp] = passing[vl, vp] + T.Cast(acc, low[vm * LANES + vl, vp]) * T.Cast(
-                                        acc,
-                                        within(
-                                            whole,
-                                            under(vm * LANES + vl, inner) and under(part * D2 + vp, outer),
-                                            met[slot, h, vm * LANES + vl, part * D2 + vp],
-                                            keeping,
-                                        ),
-                                    )
-                        if tile.mode != STATES:
+                        if GIVES:
                             for i, p, m in T.grid(C, D2, D1):
                                 with T.sblock("reads"):
                                     vi, vp, vm = T.axis.remap("SSR", [i, p, m])
@@ -279,7 +248,7 @@ def walk(tile: Tile) -> Any:
                                 vm, vp = T.axis.remap("SS", [m, p])
                                 after[vm, vp] = state[vm, vp] * passed[0] + added[vm, vp]
                         barrier(tile)
-                        if tile.mode != STATES:
+                        if GIVES:
                             for i, p in T.grid(C, D2):
                                 with T.sblock("join"):
                                     vi, vp = T.axis.remap("SS", [i, p])
@@ -288,59 +257,25 @@ def walk(tile: Tile) -> Any:
                                         as_sum(tokens_t[U, vi])
                                         * (as_sum(tokens_t[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
                                     )
-                        if tile.mode in (KEPT, MET):
-                            for i, p in T.grid(C, D2):
-                                with T.sblock("show"):
-                                    vi, vp = T.axis.remap("SS", [i, p])
-                                    shown[vi, vp] = read[vi, vp]
-                        if tile.mode == MET:
-                            for p in range(D2):
-                                with T.sblock("passed"):
-                                    vp = T.axis.spatial(D2, p)
-                                    through[slot, h, part * D2 + vp] = passed[0] * summed(LANES, lambda lane: passing[lane, vp])
                         if tile.mode == EVERY:
                             for m, p in T.grid(D1, D2):
                                 with T.sblock("show_state"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     full[vm, vp] = state[vm, vp]
                         barrier(tile)
-                        if tile.mode in (KEPT, MET):
-                            for i, lane, p in T.grid(C, LANES, D2 // LANES):
-                                with T.sblock("dot_lanes"):
-                                    vi, vl, vp = T.axis.remap("SSR", [i, lane, p])
-                                    with T.init():
-                                        lanes[vi, vl] = number(0, acc)
-                                    lanes[vi, vl] = lanes[vi, vl] + shown[vi, vp * LANES + vl] * T.Cast(
-                                        acc,
-                                        within(
-                                            whole,
-                                            under(part * D2 + vp * LANES + vl, outer),
-                                            own[near(first + vi, end), owner[4], part * D2 + vp * LANES + vl],
-                                            data,
-                                        ),
-                                    )
-                        if tile.mode != STATES:
+                        if GIVES:
                             for i, p in T.grid(C, D2):
                                 with T.sblock("store"):
                                     vi, vp = T.axis.remap("SS", [i, p])
                                     T.where(first + i < end and fits(whole, part * D2 + p, outer))
                                     y[first + vi, y0 + h, part * D2 + vp] = out[vi, vp]
-                        if tile.mode in (KEPT, MET):
-                            barrier(tile)
-                            for i in range(C):
-                                with T.sblock("dot"):
-                                    vi = T.axis.spatial(C, i)
-                                    T.where(first + i < end)
-                                    dots[first + vi, h, part] = T.Cast(acc, tokens_t[OUT_OF, vi]) * summed(
-                                        LANES, lambda lane: lanes[vi, lane]
-                                    )
                         if tile.mode == EVERY:
                             for m, p in T.grid(D1, D2):
                                 with T.sblock("keep"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
                                     kept[slot, h, vm, part * D2 + vp] = full[vm, vp]
-                    if tile.mode in (KEPT, EVERY, MET):
+                    if tile.mode == EVERY:
                         barrier(tile)
                     for m, p in T.grid(D1, D2):
                         with T.sblock("turn"):

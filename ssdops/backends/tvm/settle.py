@@ -1,0 +1,149 @@
+"""The tensor program of a backward pass on a GPU that ends it: gradients of log decays and scales from what tokens exchange."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from .blocks import fill
+from .parts import barrier, chunk_begin, chunk_end, meets, number, one_if, sizes, summed
+from .tile import LANES, SUMS, Tile, U, W
+
+ABREAST, STRETCH = 8, 8
+"""Heads that are settled together, as theirs lie side by side, and tokens whose sums are made first."""
+
+
+def settle(tile: Tile) -> Any:
+    """Gradients by token and head: of log decays, and of u and w. `exchange.py` says which token weighs on what.
+
+    Parameters, in order: sums, met, through as `group` writes them, of count heads from head0 on; lines; chunks; dlog, du, dw
+    `[tokens, nheads]`; and the numbers by which rows are multiplied, seqlen, head0, causal, row_inclusive, col_inclusive.
+    """
+    C, acc, line = tile.chunk, tile.acc, tile.line
+
+    @T.prim_func(s_tir=True)
+    def main(
+        sums_: T.handle, met_: T.handle, through_: T.handle, lines_: T.handle, chunks_: T.handle, dlog_: T.handle,
+        du_: T.handle, dw_: T.handle, scale: T.float64, seqlen: T.int64, head0: T.int64, causal: T.int64,
+        row_inclusive: T.int64, col_inclusive: T.int64,
+    ) -> None:  # fmt: skip
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        tokens, slots, table, nheads, count, parts = sizes(6)
+        sums = T.match_buffer(sums_, (slots, count, SUMS, C), acc)
+        met = T.match_buffer(met_, (slots, count, parts, 2, C), acc)
+        through = T.match_buffer(through_, (slots, count, parts, LANES), acc)
+        lines = T.match_buffer(lines_, (slots, nheads, 8, C), line)
+        chunks = T.match_buffer(chunks_, (table, 2), "int64")
+        dlog = T.match_buffer(dlog_, (tokens, nheads), acc)
+        du = T.match_buffer(du_, (tokens, nheads), acc)
+        dw = T.match_buffer(dw_, (tokens, nheads), acc)
+        for slot_, some_ in T.grid(slots, (count + ABREAST - 1) // ABREAST):
+            with T.sblock("program"):
+                slot, some = T.axis.remap("SS", [slot_, some_])
+                place = T.sblock_alloc_buffer((2,), "int64")
+                entered = T.sblock_alloc_buffer((ABREAST, C), acc)
+                left = T.sblock_alloc_buffer((ABREAST, C), acc)
+                crossed = T.sblock_alloc_buffer((ABREAST, LANES), acc)
+                gained = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                given = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                passed_on = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                taken = T.sblock_alloc_buffer((ABREAST, C // STRETCH), "float64")
+                carried = T.sblock_alloc_buffer((ABREAST, C // STRETCH), "float64")
+                beside = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                apart = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                first = T.meta_var(place[0])
+                end = T.meta_var(place[1])
+                for i in range(1):
+                    with T.sblock("place"):
+                        vi = T.axis.spatial(1, i)
+                        place[vi] = chunk_begin(chunks, slot, seqlen, C)
+                        place[vi + 1] = chunk_end(chunks, slot, seqlen, C)
+                head = T.meta_var(lambda h: T.min(some * ABREAST + h, count - 1))
+                as_sum = T.meta_var(lambda value: T.Cast(acc, value))
+                exact = T.meta_var(lambda value: T.Cast("float64", value))
+                for h, i, part in T.grid(ABREAST, C, parts):
+                    with T.sblock("entered"):
+                        vh, vi, vp = T.axis.remap("SSR", [h, i, part])
+                        with T.init():
+                            entered[vh, vi] = number(0, acc)
+                        entered[vh, vi] = entered[vh, vi] + met[slot, head(vh), vp, 0, vi]
+                for h, i, part in T.grid(ABREAST, C, parts):
+                    with T.sblock("left"):
+                        vh, vi, vp = T.axis.remap("SSR", [h, i, part])
+                        with T.init():
+                            left[vh, vi] = number(0, acc)
+                        left[vh, vi] = left[vh, vi] + met[slot, head(vh), vp, 1, vi]
+                for h, lane, part in T.grid(ABREAST, LANES, parts):
+                    with T.sblock("crossed"):
+                        vh, vl, vp = T.axis.remap("SSR", [h, lane, part])
+                        with T.init():
+                            crossed[vh, vl] = number(0, acc)
+                        crossed[vh, vl] = crossed[vh, vl] + through[slot, head(vh), vp, vl]
+                barrier(tile)
+                inside = T.meta_var(lambda i, value: T.if_then_else(first + i < end, value, number(0, acc)))
+                fill("gained", ABREAST, C)(
+                    gained,
+                    lambda h, i: exact(
+                        inside(i, as_sum(lines[slot, head0 + head(h), U, i]) * (sums[slot, head(h), 0, i] + entered[h, i]))
+                    ),
+                )
+                fill("given", ABREAST, C)(
+                    given,
+                    lambda h, i: exact(inside(i, as_sum(lines[slot, head0 + head(h), W, i]) * sums[slot, head(h), 2, i])),
+                )
+                fill("passed_on", ABREAST, C)(
+                    passed_on, lambda h, i: exact(inside(i, as_sum(lines[slot, head0 + head(h), W, i]) * left[h, i]))
+                )
+                barrier(tile)
+                for h, s, t in T.grid(ABREAST, C // STRETCH, STRETCH):
+                    with T.sblock("taken"):
+                        vh, vs, vt = T.axis.remap("SSR", [h, s, t])
+                        with T.init():
+                            taken[vh, vs] = T.float64(0)
+                        taken[vh, vs] = taken[vh, vs] + (gained[vh, vs * STRETCH + vt] - given[vh, vs * STRETCH + vt])
+                for h, s, t in T.grid(ABREAST, C // STRETCH, STRETCH):
+                    with T.sblock("carried"):
+                        vh, vs, vt = T.axis.remap("SSR", [h, s, t])
+                        with T.init():
+                            carried[vh, vs] = T.float64(0)
+                        carried[vh, vs] = carried[vh, vs] + passed_on[vh, vs * STRETCH + vt]
+                for h, i, t in T.grid(ABREAST, C, STRETCH):
+                    with T.sblock("beside"):  # of tokens in the same stretch
+                        vh, vi, vt = T.axis.remap("SSR", [h, i, t])
+                        at = T.meta_var(vi // STRETCH * STRETCH + vt)
+                        with T.init():
+                            beside[vh, vi] = T.float64(0)
+                        beside[vh, vi] = (
+                            beside[vh, vi]
+                            + gained[vh, at] * one_if(meets(at, vi, causal, 1 - row_inclusive), "float64")
+                            - given[vh, at] * one_if(meets(at, vi, causal, 1 - col_inclusive), "float64")
+                            + passed_on[vh, at] * one_if(meets(vi, at, causal, col_inclusive), "float64")
+                        )
+                barrier(tile)
+                for h, i, t in T.grid(ABREAST, C, C // STRETCH):
+                    with T.sblock("apart"):  # of whole stretches after and before it
+                        vh, vi, vt = T.axis.remap("SSR", [h, i, t])
+                        with T.init():
+                            apart[vh, vi] = T.float64(0)
+                        apart[vh, vi] = (
+                            apart[vh, vi]
+                            + taken[vh, vt] * one_if(meets(vt, vi // STRETCH, causal, 1), "float64")
+                            + carried[vh, vt] * one_if(meets(vi // STRETCH, vt, causal, 1), "float64")
+                        )
+                barrier(tile)
+                for i, h in T.grid(C, ABREAST):
+                    with T.sblock("store_settled"):
+                        vi, vh = T.axis.remap("SS", [i, h])
+                        T.where(first + i < end and some * ABREAST + h < count)
+                        dlog[first + vi, head0 + head(vh)] = as_sum(
+                            beside[vh, vi] + apart[vh, vi] + exact(summed(LANES, lambda lane: crossed[vh, lane]))
+                        )
+                        du[first + vi, head0 + head(vh)] = as_sum(scale) * (
+                            sums[slot, head(vh), 0, vi] + sums[slot, head(vh), 1, vi] + entered[vh, vi]
+                        )
+                        dw[first + vi, head0 + head(vh)] = (
+                            sums[slot, head(vh), 2, vi] + sums[slot, head(vh), 3, vi] + left[vh, vi]
+                        )
+
+    return main
