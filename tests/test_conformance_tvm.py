@@ -303,7 +303,7 @@ PROGRAMS = {
     "lines": {},
     "scores": {"inner": 128, "whole": True},
     "exchange": {},
-    "walk": {"inner": 128, "outer": 64, "whole": True, "resident": 2},
+    "walk": {"inner": 128, "outer": 64, "whole": True},
     "walk states": {"inner": 128, "outer": 64, "whole": True, "mode": "states"},
     "walk kept": {"inner": 64, "outer": 64, "mode": "kept"},
     "walk met": {"inner": 64, "outer": 16, "whole": True, "mode": "met", "flipped": True},

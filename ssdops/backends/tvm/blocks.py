@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tvm.script import tirx as T
 
 from .parts import behind, beside, bound, first_segment, first_slot, fits, number, one_if, under
+from .tile import Tile
 
 
 def fill(name: str, *shape: int) -> Any:
@@ -34,6 +36,70 @@ def fill(name: str, *shape: int) -> Any:
                 tile[vh, vi, vj] = value(vh, vi, vj)
 
     return (line, matrix, stack)[len(shape) - 1]
+
+
+class Rows:
+    """The rows of a tile from one on, as a tile of their own."""
+
+    def __init__(self, tile: Any, first: Any) -> None:
+        self.tile, self.first = tile, first
+
+    def __getitem__(self, index: tuple[Any, Any]) -> Any:
+        return self.tile[self.first + index[0], index[1]]
+
+
+FETCH = """
+#ifndef SSDOPS_FETCH
+#define SSDOPS_FETCH
+template <class T> __forceinline__ __device__ void ssdops_fetch(T* to, const T* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__forceinline__ __device__ void ssdops_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif
+"""
+"""Copies to shared memory that are under way while a program goes on, 16 bytes each."""
+
+
+def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: bool) -> Any:
+    """`fetch(name, machine, I, J, dtype, whole)(tile, first, value)`: tile[first + i, j] = value(i, j), as of `arrive`.
+
+    What may have to be filled up is there at once.
+    """
+    vector = 16 // getattr(torch, dtype).itemsize
+
+    @T.macro
+    def at_once(tile, first, value):
+        for i, j in T.grid(rows, cols):
+            with T.sblock(name):
+                vi, vj = T.axis.remap("SS", [i, j])
+                tile[first + vi, vj] = value(vi, vj)
+
+    @T.macro
+    def later(tile, first, value):
+        for i, j in T.grid(rows, cols // vector):
+            with T.sblock(name):
+                vi, vj = T.axis.remap("SS", [i, j])
+                T.reads()
+                T.writes(tile[first + vi, vj * vector : vj * vector + vector])
+                T.evaluate(
+                    T.cuda.func_call(
+                        "ssdops_fetch",
+                        T.address_of(tile[first + vi, vj * vector]),
+                        T.address_of(value(vi, vj * vector)),
+                        source_code=FETCH,
+                    )
+                )
+
+    return later if whole and machine.target != "cpu" else at_once
+
+
+@T.macro
+def arrive(tile):
+    """What was fetched is there, for the thread that fetched it; for others behind a barrier."""
+    if tile.target != "cpu":
+        with T.sblock("barrier_arrive"):
+            T.evaluate(T.cuda.func_call("ssdops_arrive", source_code=FETCH))
 
 
 def update(name: str, count: int, rows: int, cols: int) -> Any:

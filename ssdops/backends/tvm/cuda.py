@@ -23,7 +23,7 @@ from ..base import Cotangents, Gradients, Output
 from .scan import Heads, Scan, Scores, Sides
 from .tile import EVERY, EXCHANGE, KEPT, LANES, STARTS, STATES, SUMS
 
-ROOM = 1 << 30
+ROOM = 3 << 29
 """Bytes of states that a backward pass holds at once."""
 TWICE, MORE = 1.45, 30.0
 """Of rows in segments: a pass for the states between them and the walk, in walks, and in chunks what else is launched."""
@@ -48,24 +48,40 @@ class OnGpu(Scan):
     """A linear term on tensors of a GPU."""
 
     def forward(self, save: bool = False) -> Output:
-        """Y, the final states, and those between; nothing is saved."""
-        p, every, heads = self.problem, self.problem.state_every, Heads(0, self.problem.nheads, self.problem.nheads)
+        """Y, the final states, and those between; with `save`, what there is per token and chunk, and where segments start."""
+        p, every = self.problem, self.problem.state_every
         initial = None if self.x.initial is None else swapped(self.x.initial.to(self.acc))
         kept = None if every is None else self.new(self.slots, p.nheads, p.dstate, p.headdim)
         y = self.covered(self.tokens, p.nheads, p.headdim, dtype=self.data)
         roles, mode = (self.q, self.k, self.v), "" if every is None else EVERY
-        final = self.walk(roles, self.shared_scores(), initial, self.sides(self.term), heads, Place(y), mode, kept)
-        final = final.transpose(-1, -2)
+        qk, sides = self.shared_scores(), self.sides(self.term)
+        starts = self.starts(roles, qk, initial, sides, self.all_heads)
+        final = self.walk(roles, qk, starts, sides, self.all_heads, Place(y), mode, kept).transpose(-1, -2)
         between = None if kept is None else self.every(kept, final)
-        return Output(self.shaped(y), final, every=between)
+        saved = (qk.values, sides.lines, sides.total, starts) if save else ()
+        return Output(self.shaped(y), final, saved, between)
+
+    @property
+    def all_heads(self) -> Heads:
+        """All of them."""
+        return Heads(0, self.problem.nheads, self.problem.nheads)
+
+    def saved(self, cotangents: Cotangents) -> tuple[Scores, Sides, Tensor]:
+        """What the forward pass saved, or would have."""
+        p = self.problem
+        if cotangents.saved:
+            scores, lines, total, starts = cotangents.saved
+            return Scores(scores, 0, p.nheads // scores.shape[1]), Sides(self.term, lines, total), starts
+        initial = None if self.x.initial is None else swapped(self.x.initial.to(self.acc))
+        qk, sides = self.shared_scores(), self.sides(self.term)
+        return qk, sides, self.starts((self.q, self.k, self.v), qk, initial, sides, self.all_heads)
 
     def backward(self, cotangents: Cotangents) -> Gradients:
         """Gradients of everything, of some heads at a time, in memory that is used again."""
         p, x = self.problem, self.x
-        mine, other = self.sides(self.term), self.sides(self.term.transpose())
+        qk, mine, starts = self.saved(cotangents)
+        other = self.sides(self.term.transpose())
         dy, dfinal = self.flat(cotangents.y), None if cotangents.state is None else cotangents.state.to(self.acc)
-        initial = None if x.initial is None else x.initial.to(self.acc)
-        qk = self.shared_scores()
         dv = Total(self, p.v_heads, p.headdim)
         dq, dk = (self.zeros(heads, p.dstate) for heads in (p.q_heads, p.k_heads))
         dinitial = self.new(self.rows, p.nheads, p.headdim, p.dstate)
@@ -74,14 +90,16 @@ class OnGpu(Scan):
         before, after = (self.new(self.slots, count, p.dstate, p.headdim, dtype=self.data) for _ in range(2))
         for first in range(0, p.nheads, count):
             heads = Heads(first, count, p.nheads)
-            entering, leaving = (None if s is None else swapped(s[:, first : first + count]) for s in (initial, dfinal))
+            leaving = None if dfinal is None else swapped(dfinal[:, first : first + count])
+            entering, back = starts[:, first : first + count].contiguous(), (self.k, self.q, dy)
             self.walk((self.q, self.k, self.v), qk, entering, mine, heads, Place(self.v), STARTS, before)
-            left = self.walk((self.k, self.q, dy), qk, leaving, other, heads, dv.place(heads), KEPT, after)
+            entering = self.starts(back, qk, leaving, other, heads)
+            left = self.walk(back, qk, entering, other, heads, dv.place(heads), KEPT, after)
             dinitial[:, first : first + count] = left.transpose(-1, -2)
             dv.add(heads)
             if self.tokens:
                 self.group(heads, dy, qk, mine, (before, after), (dq, dk), by_token)
-        initial = None if initial is None else dinitial
+        initial = None if x.initial is None else dinitial
         return Gradients(self.shaped(dq), self.shaped(dk), self.shaped(dv.total), initial, self.by_slot(by_token))
 
     def group(
@@ -91,7 +109,7 @@ class OnGpu(Scan):
         """Add to the gradients of q and k, and write those of what weighs tokens, of some heads."""
         p, machine, term = self.problem, self.machine, self.term
         inner = machine.inner(p.headdim)
-        outer = machine.part(inner, p.dstate, self.chunk)
+        outer, ahead = machine.part(inner, p.dstate, self.chunk)
         parts = -(-p.dstate // outer)
         walked = self.walked(heads.number, parts)
         runs = heads.number // walked
@@ -100,11 +118,10 @@ class OnGpu(Scan):
         sums = self.new(exchanged, heads.number, SUMS, self.chunk)
         met = self.new(exchanged, heads.number, parts, 2, self.chunk)
         through = self.new(exchanged, heads.number, parts, LANES)
-        warps = min(8, self.chunk * outer // 256, self.chunk**2 // 256)
         apart = 2 if term.col_inclusive and not term.row_inclusive else 1
         self.program(
             "group", inner=inner, outer=outer, whole=inner == p.headdim and not p.dstate % outer,
-            mode=EXCHANGE if by_token else "", resident=machine.resident(machine.group_needs(inner, outer, self.chunk), warps),
+            mode=EXCHANGE if by_token else "", ahead=ahead,
         )(
             self.q, self.k, self.v, dy, qk.values, sides.lines, sides.total, self.chunks, *states, *rooms, sums, met, through,
             self.seqlen, heads.first, walked, int(term.causal), int(term.strict), apart,
@@ -124,7 +141,7 @@ class OnGpu(Scan):
         """How many heads that share q and k a program walks over: the most of which there are programs enough."""
         p = self.problem
         together = gcd(count, p.nheads // p.q_heads, p.nheads // p.k_heads)
-        enough = 2 * p.target.multiprocessors
+        enough = 2 * p.target.multiprocessors  # so that the last round is not much of them
         able = [n for n in range(together, 0, -1) if together % n == 0]
         return next((n for n in able if self.slots * parts * (count // n) >= enough), 1)
 
@@ -151,44 +168,38 @@ class OnGpu(Scan):
         able = (n for n in range(p.nheads, 0, -1) if p.nheads % n == 0 and all(suits(n, share) for share in shares))
         return next((n for n in able if n * each <= ROOM), 1)
 
+    def starts(
+        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, sides: Sides, heads: Heads
+    ) -> Tensor:
+        """The states that enter rows, or segments of rows that are walked side by side, `[rows, heads, inner, outer]`."""
+        segments = self.segments(heads.number * self.parts(roles).number) if self.tokens else 1
+        shape = (self.rows, heads.number, roles[0].shape[2], roles[2].shape[2])
+        if segments == 1:
+            return torch.zeros(shape, dtype=self.acc, device=self.device) if entering is None else entering
+        none = torch.zeros(self.rows * segments, *shape[1:], dtype=self.acc, device=self.device)
+        left = self.walk(roles, g, none, sides, heads, Place(roles[2]), STATES)
+        return self.between(left.unflatten(0, (self.rows, segments)), entering, sides, heads)
+
     def walk(
-        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, sides: Sides, heads: Heads, y: Place,
+        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, starts: Tensor, sides: Sides, heads: Heads, y: Place,
         mode: str = "", kept: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Write y to its place, and keep what the mode says; the state that leaves."""
-        parts = self.parts(roles)
-        segments = self.segments(heads.number * parts.number) if self.tokens else 1
-        if segments == 1:
-            return self.go(roles, g, entering, sides, heads, y, mode, kept, 1)
-        left = self.go(roles, g, None, sides, heads, y, STATES, None, segments)
-        entering = self.between(left, entering, sides, heads, segments)
-        left = self.go(roles, g, entering, sides, heads, y, mode, kept, segments)
-        last = -1 if sides.term.causal else 0
-        return left.unflatten(0, (self.rows, segments))[:, last].contiguous()
-
-    def go(
-        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, sides: Sides, heads: Heads, y: Place,
-        mode: str, kept: Tensor | None, segments: int,
-    ) -> Tensor:  # fmt: skip
-        """A walk of rows, or of so many segments of each as if they were rows."""
-        (q, k, v), rows = roles, self.rows * segments
+        """Write y to its place, and keep what the mode says; the states that leave rows, or with `STATES` segments of them."""
+        (q, k, v), segments = roles, len(starts) // self.rows
         inner, outer, parts = self.parts(roles)
-        shape = (rows, heads.number, q.shape[2], v.shape[2])
-        leaving = self.new(*shape)
-        if entering is None:
-            entering = torch.zeros(shape, dtype=self.acc, device=self.device)
         if not self.tokens:
-            return entering
-        kept = self.new(1, *shape[1:], dtype=self.data) if kept is None else kept  # which nobody writes then
+            return starts
+        leaving = self.new(*starts.shape)
+        kept = self.new(1, *starts.shape[1:], dtype=self.data) if kept is None else kept  # which nobody writes then
         flipped = mode not in (STATES, STARTS) and sides.term is not self.term
-        warps = min(8, self.chunk * outer // 256, inner * outer // 256)
-        resident = self.machine.resident(self.machine.walk_needs(inner, outer, self.chunk), warps)
-        whole = inner == shape[2] and not shape[3] % outer
-        self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, resident=resident)(
-            q, k, v, g.values, sides.lines, sides.total, self.begin, entering, y.values, leaving, kept, parts, heads.first,
+        whole = inner == q.shape[2] and not v.shape[2] % outer
+        self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode)(
+            q, k, v, g.values, sides.lines, sides.total, self.begin, starts, y.values, leaving, kept, parts, heads.first,
             y.first, g.first, g.share, 1, self.seqlen // segments, int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip
-        return leaving
+        if mode == STATES or segments == 1:
+            return leaving
+        return leaving.unflatten(0, (self.rows, segments))[:, -1 if sides.term.causal else 0].contiguous()
 
     def parts(self, roles: tuple[Tensor, Tensor, Tensor]) -> Parts:
         """Tiles of a walk, and how many programs share v."""
@@ -203,7 +214,7 @@ class OnGpu(Scan):
         """
         if self.seqlen < 0 or self.seqlen % self.chunk:
             return 1
-        chunks, at_once = self.seqlen // self.chunk, 2 * self.problem.target.multiprocessors
+        chunks, at_once = self.seqlen // self.chunk, self.problem.target.multiprocessors
 
         def waiting(count: int) -> float:
             turns = -(-programs * self.rows * count // at_once)
@@ -211,9 +222,9 @@ class OnGpu(Scan):
 
         return min((count for count in (1, 2, 4, 8, 16) if chunks % count == 0), key=waiting)
 
-    def between(self, left: Tensor, initial: Tensor | None, sides: Sides, heads: Heads, segments: int) -> Tensor:
+    def between(self, left: Tensor, initial: Tensor | None, sides: Sides, heads: Heads) -> Tensor:
         """The states that enter segments, from those that each would leave behind if none entered it."""
-        left = left.unflatten(0, (self.rows, segments))
+        segments = left.shape[1]
         logs = sides.total[:, heads.first : heads.first + heads.number].unflatten(0, (self.rows, segments, -1)).sum(2)
         if not sides.term.causal:
             left, logs = left.flip(1), logs.flip(1)

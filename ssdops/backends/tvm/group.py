@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .blocks import fill, near_sums, product
+from .blocks import Rows, arrive, fetch, fill, near_sums, product
 from .parts import (
     barrier,
     chunk_begin,
@@ -46,7 +46,7 @@ def group(tile: Tile) -> Any:
     """
     C, P, N, data, acc, line = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc, tile.line
     whole, EXCHANGED, WIDTH = tile.whole, tile.mode == EXCHANGE, 4 if tile.exact else LANES
-    CROSSING = (LANES, LANES)
+    HELD, CROSSING = 1 + tile.ahead, (LANES, LANES)
 
     @T.prim_func(s_tir=True)
     def main(
@@ -80,11 +80,15 @@ def group(tile: Tile) -> Any:
                 slot, run, part = T.axis.remap("SSS", [slot_, run_, part_])
                 place = T.sblock_alloc_buffer((2,), "int64")
                 owner = T.sblock_alloc_buffer((3,), "int64")
-                here = T.sblock_alloc_buffer((2,), "int64")
                 qt = T.sblock_alloc_buffer((C, N), data)
                 kt = T.sblock_alloc_buffer((C, N), data)
                 gt = T.sblock_alloc_buffer((C, C), data)
                 other = T.sblock_alloc_buffer((C, C), data)
+                tokens_t = T.sblock_alloc_buffer((HELD * LINES, C), line)
+                dyt = T.sblock_alloc_buffer((HELD * C, P), data)
+                vt = T.sblock_alloc_buffer((HELD * C, P), data)
+                st = T.sblock_alloc_buffer((HELD * N, P), data)
+                dst = T.sblock_alloc_buffer((HELD * N, P), data)
                 parts_q = T.sblock_alloc_buffer((N // WIDTH, C), acc)
                 parts_k = T.sblock_alloc_buffer((N // WIDTH, C), acc)
                 sum_q = T.sblock_alloc_buffer((C, N), acc)
@@ -117,15 +121,47 @@ def group(tile: Tile) -> Any:
                     fill("clear_parts_k", N // WIDTH, C)(parts_k, lambda t, i: number(0, acc))
                 fill("clear_q", C, N)(sum_q, lambda i, n: number(0, acc))
                 fill("clear_k", C, N)(sum_k, lambda i, n: number(0, acc))
+                get_lines = T.meta_var(fetch("get_lines", tile, LINES, C, line, True))
+                get_dy = T.meta_var(fetch("get_dy", tile, C, P, data, whole))
+                get_v = T.meta_var(fetch("get_v", tile, C, P, data, whole))
+                get_before = T.meta_var(fetch("get_before", tile, N, P, data, whole))
+                get_after = T.meta_var(fetch("get_after", tile, N, P, data, whole))
+                head_lines = T.meta_var(lambda h: lambda which, i: lines[slot, head0 + h, which, i])
+                head_tokens = T.meta_var(
+                    lambda x, heads, h: (
+                        lambda i, p: within(whole, under(p, headdim), x[row(i), shared(head0 + h, nheads, heads), p], data)
+                    )
+                )
+                head_states = T.meta_var(
+                    lambda x, h: (
+                        lambda n, p: within(
+                            whole, T.And(under(of_state(n), dstate), under(p, headdim)), x[slot, h, of_state(n), p], data
+                        )
+                    )
+                )
+                if tile.ahead:
+                    get_lines(tokens_t, 0, head_lines(run * walked))
+                    get_dy(dyt, 0, head_tokens(dy, dy_heads, run * walked))
+                    get_v(vt, 0, head_tokens(v, v_heads, run * walked))
+                    get_before(st, 0, head_states(before, run * walked))
+                    get_after(dst, 0, head_states(after, run * walked))
+                    arrive(tile)
                 barrier(tile)
                 for step in range(walked):
+                    with T.sblock("coming"):  # this head's tiles, or the next one's, while this one's are multiplied
+                        now = T.axis.spatial(1 << 40, step)
+                        then = T.meta_var(run * walked + (T.min(now + 1, walked - 1) if tile.ahead else now))
+                        to = T.meta_var(T.Cast("int32", (now + 1) % 2) if tile.ahead else 0)
+                        get_lines(tokens_t, to * LINES, head_lines(then))
+                        get_dy(dyt, to * C, head_tokens(dy, dy_heads, then))
+                        get_v(vt, to * C, head_tokens(v, v_heads, then))
+                        get_before(st, to * N, head_states(before, then))
+                        get_after(dst, to * N, head_states(after, then))
+                        if not tile.ahead:
+                            arrive(tile)
+                            barrier(tile)
                     with T.sblock("chunk"):
                         at = T.axis.spatial(1 << 40, step)
-                        tokens_t = T.sblock_alloc_buffer((LINES, C), line)
-                        dyt = T.sblock_alloc_buffer((C, P), data)
-                        vt = T.sblock_alloc_buffer((C, P), data)
-                        st = T.sblock_alloc_buffer((N, P), data)
-                        dst = T.sblock_alloc_buffer((N, P), data)
                         passed = T.sblock_alloc_buffer((1,), acc)
                         scored = T.sblock_alloc_buffer((C, C), acc)
                         weight = T.sblock_alloc_buffer((C, C), data)
@@ -141,32 +177,18 @@ def group(tile: Tile) -> Any:
                         inside_q = T.sblock_alloc_buffer((C, N), acc)
                         inside_k = T.sblock_alloc_buffer((C, N), acc)
                         h = T.meta_var(run * walked + at)
-                        u = T.meta_var(lambda i: T.Cast(acc, tokens_t[U, i]))
-                        w = T.meta_var(lambda i: T.Cast(acc, tokens_t[W, i]))
-                        state_at = T.meta_var(
-                            lambda states, n, p: within(
-                                whole,
-                                T.And(under(of_state(n), dstate), under(p, headdim)),
-                                states[slot, h, of_state(n), p],
-                                data,
-                            )
-                        )
-                        for i in range(1):
-                            with T.sblock("here"):
-                                vi = T.axis.spatial(1, i)
-                                here[vi] = shared(head0 + h, nheads, dy_heads)
-                                here[vi + 1] = shared(head0 + h, nheads, v_heads)
+                        lot = T.meta_var(T.Cast("int32", at % HELD))
+                        here = T.meta_var(Rows(tokens_t, lot * LINES))
+                        of_token = T.meta_var(lambda which, i: T.Cast(acc, here[which, i]))
+                        u = T.meta_var(lambda i: of_token(U, i))
+                        w = T.meta_var(lambda i: of_token(W, i))
                         for i in range(1):
                             with T.sblock("pass"):
                                 vi = T.axis.spatial(1, i)
                                 passed[vi] = exp(total[slot, head0 + h], acc, tile.exact)
-                        fill("load_lines", LINES, C)(tokens_t, lambda which, i: lines[slot, head0 + h, which, i])
-                        fill("load_dy", C, P)(dyt, lambda i, p: within(whole, under(p, headdim), dy[row(i), here[0], p], data))
-                        fill("load_v", C, P)(vt, lambda i, p: within(whole, under(p, headdim), v[row(i), here[1], p], data))
-                        fill("load_before", N, P)(st, lambda n, p: state_at(before, n, p))
-                        fill("load_after", N, P)(dst, lambda n, p: state_at(after, n, p))
-                        barrier(tile)
-                        product("scored", C, C, P, acc)(scored, lambda i, p: as_sum(dyt[i, p]), lambda p, j: as_sum(vt[j, p]))
+                        product("scored", C, C, P, acc)(
+                            scored, lambda i, p: as_sum(dyt[lot * C + i, p]), lambda p, j: as_sum(vt[lot * C + j, p])
+                        )
                         fill("give_scored", C, C)(
                             other, lambda i, j: scored[i, j] if data == acc else T.Cast(data, scored[i, j])
                         )
@@ -176,11 +198,11 @@ def group(tile: Tile) -> Any:
                                     vl, vo, vn, vp = T.axis.remap("SSRR", [lane, one, n, p])
                                     with T.init():
                                         crossing[vl, vo] = number(0, acc)
-                                    crossing[vl, vo] = crossing[vl, vo] + as_sum(st[vn * LANES + vl, vp * LANES + vo]) * as_sum(
-                                        dst[vn * LANES + vl, vp * LANES + vo]
-                                    )
+                                    crossing[vl, vo] = crossing[vl, vo] + as_sum(
+                                        st[lot * N + vn * LANES + vl, vp * LANES + vo]
+                                    ) * as_sum(dst[lot * N + vn * LANES + vl, vp * LANES + vo])
                         barrier(tile)
-                        decays = T.meta_var(lambda i, j: decay(tile, tokens_t, i, j, meets(i, j, causal, strict)))
+                        decays = T.meta_var(lambda i, j: decay(tile, here, i, j, meets(i, j, causal, strict)))
                         fill("weigh", C, C)(weight, lambda i, j: T.Cast(data, u(i) * w(j) * as_sum(other[i, j]) * decays(i, j)))
                         if EXCHANGED:
                             fill("pairs", C, C)(pairs, lambda i, j: as_sum(gt[i, j]) * as_sum(other[i, j]) * decays(i, j))
@@ -204,7 +226,9 @@ def group(tile: Tile) -> Any:
                                         vi * PAIR_LANES + vl
                                     ) * one_if(meets(vi * PAIR_LANES + vl, vj, causal, distance), acc)
                             near_sums(C, acc)(pairs, near_rows, near_cols, u, w, causal, distance)
-                        product("reads_q", C, N, P, acc)(read_q, lambda i, p: as_sum(dyt[i, p]), lambda p, n: as_sum(st[n, p]))
+                        product("reads_q", C, N, P, acc)(
+                            read_q, lambda i, p: as_sum(dyt[lot * C + i, p]), lambda p, n: as_sum(st[lot * N + n, p])
+                        )
                         product("values_q", C, N, C, acc)(
                             inside_q, lambda i, j: as_sum(weights[i, j]), lambda j, n: as_sum(kt[j, n])
                         )
@@ -215,12 +239,11 @@ def group(tile: Tile) -> Any:
                             )
                         fill("gather_q", C, N)(
                             next_q,
-                            lambda i, n: (
-                                sum_q[i, n]
-                                + (as_sum(tokens_t[OUT_OF, i]) * as_sum(tokens_t[U, i]) * read_q[i, n] + inside_q[i, n])
-                            ),
+                            lambda i, n: sum_q[i, n] + (of_token(OUT_OF, i) * of_token(U, i) * read_q[i, n] + inside_q[i, n]),
                         )
-                        product("reads_k", C, N, P, acc)(read_k, lambda i, p: as_sum(vt[i, p]), lambda p, n: as_sum(dst[n, p]))
+                        product("reads_k", C, N, P, acc)(
+                            read_k, lambda i, p: as_sum(vt[lot * C + i, p]), lambda p, n: as_sum(dst[lot * N + n, p])
+                        )
                         product("values_k", C, N, C, acc)(
                             inside_k, lambda i, j: as_sum(weights[j, i]), lambda j, n: as_sum(qt[j, n])
                         )
@@ -231,10 +254,7 @@ def group(tile: Tile) -> Any:
                             )
                         fill("gather_k", C, N)(
                             next_k,
-                            lambda i, n: (
-                                sum_k[i, n]
-                                + (as_sum(tokens_t[INTO, i]) * as_sum(tokens_t[W, i]) * read_k[i, n] + inside_k[i, n])
-                            ),
+                            lambda i, n: sum_k[i, n] + (of_token(INTO, i) * of_token(W, i) * read_k[i, n] + inside_k[i, n]),
                         )
                         barrier(tile)
                         if EXCHANGED:
@@ -249,16 +269,18 @@ def group(tile: Tile) -> Any:
                             for i in range(C):
                                 with T.sblock("give_met"):
                                     vi = T.axis.spatial(C, i)
-                                    met[slot, h, part, 0, vi] = as_sum(tokens_t[OUT_OF, vi]) * summed(
+                                    met[slot, h, part, 0, vi] = of_token(OUT_OF, vi) * summed(
                                         N // WIDTH, lambda t: parts_q[t, vi]
                                     )
-                                    met[slot, h, part, 1, vi] = as_sum(tokens_t[INTO, vi]) * summed(
+                                    met[slot, h, part, 1, vi] = of_token(INTO, vi) * summed(
                                         N // WIDTH, lambda t: parts_k[t, vi]
                                     )
                             for one in range(LANES):
                                 with T.sblock("give_through"):
                                     vo = T.axis.spatial(LANES, one)
                                     through[slot, h, part, vo] = passed[0] * summed(LANES, lambda lane: crossing[lane, vo])
+                        if tile.ahead:
+                            arrive(tile)
                         barrier(tile)
                     fill("turn_q", C, N)(sum_q, lambda i, n: next_q[i, n])
                     fill("turn_k", C, N)(sum_k, lambda i, n: next_k[i, n])

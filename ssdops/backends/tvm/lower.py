@@ -39,6 +39,7 @@ from .parts import (
     within,
 )
 from .tile import (
+    ABREAST,
     INTO,
     KAPPA,
     KAPPA_LOW,
@@ -46,13 +47,11 @@ from .tile import (
     OUT_OF,
     RHO,
     RHO_LOW,
+    STRETCH,
     Tile,
     U,
     W,
 )  # fmt: skip
-
-ABREAST, STRETCH = 8, 8
-"""Heads whose lines are worked out together, and tokens whose logs are summed first."""
 
 
 def lines(tile: Tile) -> Any:

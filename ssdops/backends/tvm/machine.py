@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,8 +15,9 @@ SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 """KiB of shared memory that a program may have, by compute capability; 99 with any other from 8.0 on."""
 OWN = 4
 """KiB of it for what is not a tile, and for CUDA itself."""
-INNER, OUTER = (16, 32, 64, 128, 192, 256), (64, 32, 16)
-"""Sizes of tiles on GPUs: of q and k, whichever holds them, and of a part of v, the first that there is room for."""
+INNER, OUTER, PART = (16, 32, 64, 128, 192, 256), (64, 32, 16), (128, 64, 32, 16)
+"""Sizes of tiles on GPUs: of q and k, whichever holds them, and of parts of v in a walk, and of q and k in a group's program,
+the first that there is room for."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,23 @@ class Machine:
         """How much of v one program of a walk has."""
         if self.shared is None:
             return round_up(size)
-        return self._part(size, lambda part: self.walk_needs(inner, part, chunk))
+        wide, shared = self.inner(size), self.shared
+        return next(part for part in OUTER if part <= wide and self.walk_needs(inner, part, chunk) <= shared)
 
-    def part(self, inner: int, size: int, chunk: int) -> int:
-        """How much of q and k one program of a group has, of heads whose v takes `inner`."""
-        return self._part(size, lambda part: self.group_needs(inner, part, chunk))
-
-    def _part(self, size: int, needed: Callable[[int], int]) -> int:
-        """The greatest for which there is room."""
+    def part(self, inner: int, size: int, chunk: int) -> tuple[int, bool]:
+        """How much of q and k one program of a group has, of heads whose v takes `inner`; and whether it loads ahead."""
         assert self.shared is not None  # parts are GPUs'
         wide, shared = self.inner(size), self.shared
-        return next(part for part in OUTER if part <= wide and needed(part) <= shared)
+        able = ((part, ahead) for part in PART if part <= wide for ahead in (True, False))
+        return next(found for found in able if self.group_needs(inner, *found, chunk) <= shared)
 
     def has_room(self, size: int, chunk: int) -> bool:
         """Whether programs for heads so large fit."""
         if self.shared is None:
             return True
-        inner, least = self.inner(size), OUTER[-1]
-        return max(self.walk_needs(inner, least, chunk), self.group_needs(inner, least, chunk)) <= self.shared
-
-    def resident(self, needed: int, warps: int) -> int:
-        """How many programs that need so many KiB a multiprocessor has room for, of 16 warps at most."""
-        return 1 if self.shared is None else max(1, min(self.shared // needed, 16 // warps))
+        inner = self.inner(size)
+        walk, group = self.walk_needs(inner, OUTER[-1], chunk), self.group_needs(inner, PART[-1], False, chunk)
+        return max(walk, group) <= self.shared
 
     def walk_needs(self, inner: int, outer: int, chunk: int) -> int:
         """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, and the state where products
@@ -74,15 +69,15 @@ class Machine:
         numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * LINES) + inner * (outer + 8)
         return -(-self.data.itemsize * numbers // KIB) + OWN
 
-    def group_needs(self, inner: int, outer: int, chunk: int) -> int:
-        """KiB of shared memory that a group's program takes: tiles of q, k, v and dY, both states, scores twice and weights;
-        in the dtype of sums pairs, what is summed up of them and of dot products, and what there is per token.
+    def group_needs(self, inner: int, outer: int, ahead: bool, chunk: int) -> int:
+        """KiB of shared memory that a group's program takes: tiles of v, dY, both states and lines, once or twice; tiles of q
+        and k, scores twice and weights; in the dtype of sums pairs, and what is summed up of them and of dot products.
         """
-        numbers = 2 * chunk * (inner + outer + 16) + 2 * outer * (inner + 8) + chunk * (3 * chunk + 16)
-        dots = 2 * outer // (4 if self.data == torch.float32 else LANES)
-        lines = LINES * (2 if self.data == torch.float32 else 1)
-        sums = chunk * (chunk + 1 + 2 * PAIR_LANES + 2 + dots + lines) + LANES**2
-        return -(-(self.data.itemsize * numbers + 4 * sums) // KIB) + OWN
+        exact = self.data == torch.float32
+        held = 2 * (chunk + outer) * (inner + 8) * self.data.itemsize + chunk * LINES * (8 if exact else 4)
+        numbers = 2 * chunk * (outer + 8) + chunk * (3 * chunk + 16)
+        sums = chunk * (chunk + 1 + 2 * PAIR_LANES + 2 + 2 * outer // (4 if exact else LANES)) + LANES**2
+        return -(-((1 + ahead) * held + self.data.itemsize * numbers + 4 * sums) // KIB) + OWN
 
 
 def round_up(size: int) -> int:

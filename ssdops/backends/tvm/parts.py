@@ -107,9 +107,8 @@ def shared(head: Any, nheads: Any, heads: Any) -> Any:
 def barrier(tile):
     """Threads of a GPU wait for one another here, before they read what others wrote, or write over what they read."""
     if tile.target != "cpu":
-        with T.sblock("barrier"):  # noqa: SIM117 (TVMScript)
-            with T.attr(T.int32(0), "tirx.launch_bounds_min_blocks_per_sm", tile.resident):
-                T.evaluate(T.tvm_storage_sync("shared.dyn"))
+        with T.sblock("barrier"):
+            T.evaluate(T.tvm_storage_sync("shared.dyn"))
 
 
 # Rows are seqlen tokens each, or, with a negative seqlen, documents that `begin` bounds, whose chunks are in a table.

@@ -14,7 +14,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from . import tensor_cores as tc
-from .tile import Tile
+from .tile import STRETCH, Tile
 
 WARP, REDUCED = 32, 2
 """Threads of a warp; the kind of a block's axis that is summed over."""
@@ -29,17 +29,19 @@ TURNED = {
     "reads_k": (False, True), "values_k": (True, False),
 }  # fmt: skip
 """Which operands are held as their transposes, where any is."""
-OPAQUE = ("program", "chunk")
+OPAQUE = ("program", "coming", "chunk")
 """Blocks that hold others."""
 PADDED = (
-    "load_q", "load_k", "load_v", "load_dy", "load_before", "load_after", "scale_v", "put", "clear_low", "clear_out",
+    "load_q", "load_k", "load_v", "get_dy", "get_v", "get_before", "get_after", "scale_v", "put", "clear_low", "clear_out",
     "clear_other", "show_state", "enter", "give_state",
 )  # fmt: skip
 """Blocks that first write tiles of which tensor cores read or write columns: longer rows put them in different banks."""
 FILLED = (
-    "load_q", "load_k", "load_v", "load_dy", "load_before", "load_after", "scale_v", "store", "enter", "keep", "leave",
+    "load_q", "load_k", "load_v", "scale_v", "store", "enter", "keep", "leave",
 )  # fmt: skip
 """Blocks that touch tensors whose heads may be smaller than tiles: then they take one number at a time."""
+FETCHED = "get_"
+"""How names of blocks begin that copy vectors themselves, or one number at a time."""
 OWN: dict[str, Callable[[str], str]] = {
     "take": tc.take, "round": tc.rounded, "carry": tc.carry, "join": tc.join, "turn": tc.turn,
     "show_state": tc.store, "give_state": tc.store, "give": partial(tc.rounded, to="global"),
@@ -53,8 +55,8 @@ SUMS = (
     "sum_q", "sum_k", "next_q", "next_k",
 )  # fmt: skip
 """Sums that stay where they are made."""
-ODD = ("pairs",)
-"""Blocks that write tiles of which threads side by side read columns."""
+SKEWED = {"pairs": 1, "crossed": 1, "load_logs": 9, "row_totals": 4, "col_totals": 4, "beside": 4, "apart": 4}
+"""Blocks that write tiles of which threads side by side read columns, and how much longer than a multiple of 32 rows are."""
 DOTS = ("dots_q", "dots_k")
 """Blocks that sum up stretches of rows of what was summed up, times a tile."""
 SCALARS = ("place", "owner", "here")
@@ -86,10 +88,10 @@ def schedule(program: Any, tile: Tile) -> Any:
     for loop, axis in zip(sch.get_loops(sch.get_sblock("program")), "xyz", strict=False):
         sch.bind(loop, f"blockIdx.{axis}")
     lie(sch, names)
-    for name in (name for name in ODD if name in names):
-        sch.storage_align(name, 0, -2, WARP, 1)
-    if "load_logs" in names:
-        sch.storage_align("load_logs", 0, -2, 2 * PADDING, 1)
+    if "load_logs" in names:  # stretches of tokens side by side, which threads read at once
+        sch.transform_layout("load_logs", ("write", 0), lambda i, h: (h, i // STRETCH, i % STRETCH))
+    for name, offset in ((name, SKEWED[name]) for name in names if name in SKEWED):
+        sch.storage_align(name, 0, -2, WARP, offset)
     if tensor_cores:
         for name in (name for name in PADDED if name in names):
             sch.storage_align(name, 0, -2, tc.SIDE, PADDING)  # whichever block writes a tile first
@@ -155,12 +157,17 @@ def spread(sch: Schedule, name: str, warps: int, whole: bool) -> None:
     out = sch.cache_write(block, 0, "local") if summed else None
     loops = sch.get_loops(block)[-len(iters) :]
     spatial = loops[: len(iters) - summed]
-    vector = 1 if summed or len(spatial) == 1 or (name in FILLED and not whole) else vector_of(sch, name)
+    alone = summed or len(spatial) == 1 or name.startswith(FETCHED) or (name in FILLED and not whole)
+    vector = 1 if alone else vector_of(sch, name)
     last, lanes = sch.split(spatial[-1], [None, vector])
     fused = sch.fuse(*spatial[:-1], last)
     extent = int(sch.get(fused).extent)
     inside = fused
-    if extent % WARP == 0:  # else every thread does all of it: of what only some do, TVM forgets who writes single numbers
+    if name.startswith(FETCHED):
+        _, y, inside = sch.split(fused, [None, warps, WARP])  # with a question where there are fewer
+        sch.bind(inside, "threadIdx.x")
+        sch.bind(y, "threadIdx.y")
+    elif extent % WARP == 0:  # else every thread does all of it: of what only some do, TVM forgets who writes single numbers
         y, inside = sch.split(fused, [None, WARP])
         sch.bind(inside, "threadIdx.x")
         if extent % (warps * WARP) == 0:  # else every warp does all of it, and writes what the others write

@@ -8,10 +8,7 @@ from tvm.script import tirx as T
 
 from .blocks import fill
 from .parts import barrier, chunk_begin, chunk_end, meets, number, one_if, sizes, summed
-from .tile import LANES, SUMS, Tile, U, W
-
-ABREAST, STRETCH = 8, 8
-"""Heads that are settled together, as theirs lie side by side, and tokens whose sums are made first."""
+from .tile import ABREAST, LANES, STRETCH, SUMS, Tile, U, W
 
 
 def settle(tile: Tile) -> Any:
@@ -21,6 +18,7 @@ def settle(tile: Tile) -> Any:
     `[tokens, nheads]`; and the numbers by which rows are multiplied, seqlen, head0, causal, row_inclusive, col_inclusive.
     """
     C, acc, line = tile.chunk, tile.acc, tile.line
+    wide = "float64" if tile.exact else acc  # differences of what is exact to 7 digits keep them
 
     @T.prim_func(s_tir=True)
     def main(
@@ -45,13 +43,15 @@ def settle(tile: Tile) -> Any:
                 entered = T.sblock_alloc_buffer((ABREAST, C), acc)
                 left = T.sblock_alloc_buffer((ABREAST, C), acc)
                 crossed = T.sblock_alloc_buffer((ABREAST, LANES), acc)
-                gained = T.sblock_alloc_buffer((ABREAST, C), "float64")
-                given = T.sblock_alloc_buffer((ABREAST, C), "float64")
-                passed_on = T.sblock_alloc_buffer((ABREAST, C), "float64")
-                taken = T.sblock_alloc_buffer((ABREAST, C // STRETCH), "float64")
-                carried = T.sblock_alloc_buffer((ABREAST, C // STRETCH), "float64")
-                beside = T.sblock_alloc_buffer((ABREAST, C), "float64")
-                apart = T.sblock_alloc_buffer((ABREAST, C), "float64")
+                row_totals = T.sblock_alloc_buffer((ABREAST, C), acc)
+                col_totals = T.sblock_alloc_buffer((ABREAST, C), acc)
+                gained = T.sblock_alloc_buffer((ABREAST, C), wide)
+                given = T.sblock_alloc_buffer((ABREAST, C), wide)
+                passed_on = T.sblock_alloc_buffer((ABREAST, C), wide)
+                taken = T.sblock_alloc_buffer((ABREAST, C // STRETCH), wide)
+                carried = T.sblock_alloc_buffer((ABREAST, C // STRETCH), wide)
+                beside = T.sblock_alloc_buffer((ABREAST, C), wide)
+                apart = T.sblock_alloc_buffer((ABREAST, C), wide)
                 first = T.meta_var(place[0])
                 end = T.meta_var(place[1])
                 for i in range(1):
@@ -61,7 +61,7 @@ def settle(tile: Tile) -> Any:
                         place[vi + 1] = chunk_end(chunks, slot, seqlen, C)
                 head = T.meta_var(lambda h: T.min(some * ABREAST + h, count - 1))
                 as_sum = T.meta_var(lambda value: T.Cast(acc, value))
-                exact = T.meta_var(lambda value: T.Cast("float64", value))
+                exact = T.meta_var(lambda value: T.Cast(wide, value))
                 for h, i, part in T.grid(ABREAST, C, parts):
                     with T.sblock("entered"):
                         vh, vi, vp = T.axis.remap("SSR", [h, i, part])
@@ -82,15 +82,18 @@ def settle(tile: Tile) -> Any:
                         crossed[vh, vl] = crossed[vh, vl] + through[slot, head(vh), vp, vl]
                 barrier(tile)
                 inside = T.meta_var(lambda i, value: T.if_then_else(first + i < end, value, number(0, acc)))
+                of_pairs = T.meta_var(lambda which, h, i: sums[slot, head(h), which, i])
+                fill("row_totals", ABREAST, C)(row_totals, lambda h, i: of_pairs(0, h, i) + of_pairs(1, h, i) + entered[h, i])
+                fill("col_totals", ABREAST, C)(col_totals, lambda h, i: of_pairs(2, h, i) + of_pairs(3, h, i) + left[h, i])
                 fill("gained", ABREAST, C)(
                     gained,
                     lambda h, i: exact(
-                        inside(i, as_sum(lines[slot, head0 + head(h), U, i]) * (sums[slot, head(h), 0, i] + entered[h, i]))
+                        inside(i, as_sum(lines[slot, head0 + head(h), U, i]) * (of_pairs(0, h, i) + entered[h, i]))
                     ),
                 )
                 fill("given", ABREAST, C)(
                     given,
-                    lambda h, i: exact(inside(i, as_sum(lines[slot, head0 + head(h), W, i]) * sums[slot, head(h), 2, i])),
+                    lambda h, i: exact(inside(i, as_sum(lines[slot, head0 + head(h), W, i]) * of_pairs(2, h, i))),
                 )
                 fill("passed_on", ABREAST, C)(
                     passed_on, lambda h, i: exact(inside(i, as_sum(lines[slot, head0 + head(h), W, i]) * left[h, i]))
@@ -100,36 +103,36 @@ def settle(tile: Tile) -> Any:
                     with T.sblock("taken"):
                         vh, vs, vt = T.axis.remap("SSR", [h, s, t])
                         with T.init():
-                            taken[vh, vs] = T.float64(0)
+                            taken[vh, vs] = number(0, wide)
                         taken[vh, vs] = taken[vh, vs] + (gained[vh, vs * STRETCH + vt] - given[vh, vs * STRETCH + vt])
                 for h, s, t in T.grid(ABREAST, C // STRETCH, STRETCH):
                     with T.sblock("carried"):
                         vh, vs, vt = T.axis.remap("SSR", [h, s, t])
                         with T.init():
-                            carried[vh, vs] = T.float64(0)
+                            carried[vh, vs] = number(0, wide)
                         carried[vh, vs] = carried[vh, vs] + passed_on[vh, vs * STRETCH + vt]
                 for h, i, t in T.grid(ABREAST, C, STRETCH):
                     with T.sblock("beside"):  # of tokens in the same stretch
                         vh, vi, vt = T.axis.remap("SSR", [h, i, t])
                         at = T.meta_var(vi // STRETCH * STRETCH + vt)
                         with T.init():
-                            beside[vh, vi] = T.float64(0)
+                            beside[vh, vi] = number(0, wide)
                         beside[vh, vi] = (
                             beside[vh, vi]
-                            + gained[vh, at] * one_if(meets(at, vi, causal, 1 - row_inclusive), "float64")
-                            - given[vh, at] * one_if(meets(at, vi, causal, 1 - col_inclusive), "float64")
-                            + passed_on[vh, at] * one_if(meets(vi, at, causal, col_inclusive), "float64")
+                            + gained[vh, at] * one_if(meets(at, vi, causal, 1 - row_inclusive), wide)
+                            - given[vh, at] * one_if(meets(at, vi, causal, 1 - col_inclusive), wide)
+                            + passed_on[vh, at] * one_if(meets(vi, at, causal, col_inclusive), wide)
                         )
                 barrier(tile)
                 for h, i, t in T.grid(ABREAST, C, C // STRETCH):
                     with T.sblock("apart"):  # of whole stretches after and before it
                         vh, vi, vt = T.axis.remap("SSR", [h, i, t])
                         with T.init():
-                            apart[vh, vi] = T.float64(0)
+                            apart[vh, vi] = number(0, wide)
                         apart[vh, vi] = (
                             apart[vh, vi]
-                            + taken[vh, vt] * one_if(meets(vt, vi // STRETCH, causal, 1), "float64")
-                            + carried[vh, vt] * one_if(meets(vi // STRETCH, vt, causal, 1), "float64")
+                            + taken[vh, vt] * one_if(meets(vt, vi // STRETCH, causal, 1), wide)
+                            + carried[vh, vt] * one_if(meets(vi // STRETCH, vt, causal, 1), wide)
                         )
                 barrier(tile)
                 for i, h in T.grid(C, ABREAST):
@@ -139,11 +142,7 @@ def settle(tile: Tile) -> Any:
                         dlog[first + vi, head0 + head(vh)] = as_sum(
                             beside[vh, vi] + apart[vh, vi] + exact(summed(LANES, lambda lane: crossed[vh, lane]))
                         )
-                        du[first + vi, head0 + head(vh)] = as_sum(scale) * (
-                            sums[slot, head(vh), 0, vi] + sums[slot, head(vh), 1, vi] + entered[vh, vi]
-                        )
-                        dw[first + vi, head0 + head(vh)] = (
-                            sums[slot, head(vh), 2, vi] + sums[slot, head(vh), 3, vi] + left[vh, vi]
-                        )
+                        du[first + vi, head0 + head(vh)] = as_sum(scale) * row_totals[vh, vi]
+                        dw[first + vi, head0 + head(vh)] = col_totals[vh, vi]
 
     return main

@@ -23,6 +23,8 @@ SUMS = 4
 """Of pairs by token, as `group.py` writes them: of rows, then columns, of those that are far enough apart, then others."""
 PAIR_LANES = 4
 """Partial sums of a row of pairs."""
+ABREAST, STRETCH = 8, 8
+"""Heads whose tokens are summed up together, as theirs lie side by side in memory, and tokens whose sums are made first."""
 MOST = 8
 """Heads that are walked together on a CPU at most."""
 SEGMENT = 8
@@ -44,7 +46,7 @@ class Tile:
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
         mode: of a walk, outputs, or a group's program, what they do beside.
-        resident: programs that a multiprocessor is to hold at once: registers are kept for so many.
+        ahead: whether a group's program loads the next head's tiles while it multiplies one's.
     """
 
     target: str
@@ -57,7 +59,7 @@ class Tile:
     whole: bool = False
     flipped: bool = False
     mode: str = ""
-    resident: int = 1
+    ahead: bool = False
 
     @property
     def exact(self) -> bool:
