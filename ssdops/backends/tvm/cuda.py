@@ -37,10 +37,11 @@ class Place(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Sizes of a walk's tiles, and how many programs share v."""
+    """Sizes of a walk's tiles, whether it loads ahead, and how many programs share v."""
 
     inner: int
     outer: int
+    ahead: bool
     number: int
 
 
@@ -186,14 +187,14 @@ class OnGpu(Scan):
     ) -> Tensor:  # fmt: skip
         """Write y to its place, and keep what the mode says; the states that leave rows, or with `STATES` segments of them."""
         (q, k, v), segments = roles, len(starts) // self.rows
-        inner, outer, parts = self.parts(roles)
+        inner, outer, ahead, parts = self.parts(roles)
         if not self.tokens:
             return starts
         leaving = self.new(*starts.shape)
         kept = self.new(1, *starts.shape[1:], dtype=self.data) if kept is None else kept  # which nobody writes then
         flipped = mode not in (STATES, STARTS) and sides.term is not self.term
         whole = inner == q.shape[2] and not v.shape[2] % outer
-        self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode)(
+        self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, ahead=ahead)(
             q, k, v, g.values, sides.lines, sides.total, self.begin, starts, y.values, leaving, kept, parts, heads.first,
             y.first, g.first, g.share, 1, self.seqlen // segments, int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip
@@ -204,8 +205,8 @@ class OnGpu(Scan):
     def parts(self, roles: tuple[Tensor, Tensor, Tensor]) -> Parts:
         """Tiles of a walk, and how many programs share v."""
         inner = self.machine.inner(roles[0].shape[2])
-        outer = self.machine.outer(inner, roles[2].shape[2], self.chunk)
-        return Parts(inner, outer, -(-roles[2].shape[2] // outer))
+        outer, ahead = self.machine.outer(inner, roles[2].shape[2], self.chunk)
+        return Parts(inner, outer, ahead, -(-roles[2].shape[2] // outer))
 
     def segments(self, programs: int) -> int:
         """Into how many segments to cut rows, which are walked side by side after a pass for the states between them.

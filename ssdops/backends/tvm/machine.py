@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,44 +41,52 @@ class Machine:
         """The tile that holds a size of q and k."""
         return round_up(size) if self.shared is None else next(fitting for fitting in INNER if size <= fitting)
 
-    def outer(self, inner: int, size: int, chunk: int) -> int:
-        """How much of v one program of a walk has."""
-        if self.shared is None:
-            return round_up(size)
-        wide, shared = self.inner(size), self.shared
-        return next(part for part in OUTER if part <= wide and self.walk_needs(inner, part, chunk) <= shared)
+    def outer(self, inner: int, size: int, chunk: int) -> tuple[int, bool]:
+        """How much of v one program of a walk has, and whether it loads ahead."""
+        return self._fitting(OUTER, inner, size, chunk, self.walk_needs)
 
     def part(self, inner: int, size: int, chunk: int) -> tuple[int, bool]:
         """How much of q and k one program of a group has, of heads whose v takes `inner`; and whether it loads ahead."""
+        return self._fitting(PART, inner, size, chunk, self.group_needs)
+
+    def _fitting(
+        self, parts: tuple[int, ...], inner: int, size: int, chunk: int, needed: Callable[[int, int, bool, int], int]
+    ) -> tuple[int, bool]:
+        """The greatest part for which there is room, and whether there is room to load ahead."""
         assert self.shared is not None  # parts are GPUs'
         wide, shared = self.inner(size), self.shared
-        able = ((part, ahead) for part in PART if part <= wide for ahead in (True, False))
-        return next(found for found in able if self.group_needs(inner, *found, chunk) <= shared)
+        able = ((part, ahead) for part in parts if part <= wide for ahead in (True, False))
+        return next(found for found in able if needed(inner, *found, chunk) <= shared)
 
     def has_room(self, size: int, chunk: int) -> bool:
         """Whether programs for heads so large fit."""
         if self.shared is None:
             return True
         inner = self.inner(size)
-        walk, group = self.walk_needs(inner, OUTER[-1], chunk), self.group_needs(inner, PART[-1], False, chunk)
+        walk, group = self.walk_needs(inner, OUTER[-1], False, chunk), self.group_needs(inner, PART[-1], False, chunk)
         return max(walk, group) <= self.shared
 
-    def walk_needs(self, inner: int, outer: int, chunk: int) -> int:
-        """KiB of shared memory that a walk takes: tiles of q, k, v twice, scores, weights and y, and the state where products
-        multiply it. What comes before and after lies over them.
+    def walk_needs(self, inner: int, outer: int, ahead: bool, chunk: int) -> int:
+        """KiB of shared memory that a walk takes: tiles of q, k, v, scores and lines, once or twice; v again, weights, y, and the
+        state where products multiply it. What comes before and after lies over them.
         """
-        numbers = chunk * (2 * inner + 3 * outer + 2 * chunk + 6 * LINES) + inner * (outer + 8)
-        return -(-self.data.itemsize * numbers // KIB) + OWN
+        held = chunk * (2 * (inner + 8) + outer + 8 + chunk) * self.data.itemsize + self._lines(chunk)
+        numbers = chunk * (2 * (outer + 8) + chunk + 8) + inner * (outer + 8)
+        return -(-((1 + ahead) * held + self.data.itemsize * numbers) // KIB) + OWN
 
     def group_needs(self, inner: int, outer: int, ahead: bool, chunk: int) -> int:
         """KiB of shared memory that a group's program takes: tiles of v, dY, both states and lines, once or twice; tiles of q
         and k, scores twice and weights; in the dtype of sums pairs, and what is summed up of them and of dot products.
         """
         exact = self.data == torch.float32
-        held = 2 * (chunk + outer) * (inner + 8) * self.data.itemsize + chunk * LINES * (8 if exact else 4)
+        held = 2 * (chunk + outer) * (inner + 8) * self.data.itemsize + self._lines(chunk)
         numbers = 2 * chunk * (outer + 8) + chunk * (3 * chunk + 16)
         sums = chunk * (chunk + 1 + 2 * PAIR_LANES + 2 + 2 * outer // (4 if exact else LANES)) + LANES**2
         return -(-((1 + ahead) * held + self.data.itemsize * numbers + 4 * sums) // KIB) + OWN
+
+    def _lines(self, chunk: int) -> int:
+        """Bytes of what there is per token."""
+        return chunk * LINES * (8 if self.data == torch.float32 else 4)
 
 
 def round_up(size: int) -> int:

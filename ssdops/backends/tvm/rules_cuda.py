@@ -32,12 +32,13 @@ TURNED = {
 OPAQUE = ("program", "coming", "chunk")
 """Blocks that hold others."""
 PADDED = (
-    "load_q", "load_k", "load_v", "get_dy", "get_v", "get_before", "get_after", "scale_v", "put", "clear_low", "clear_out",
+    "load_q", "load_k", "get_q", "get_k", "get_dy", "get_v", "get_before", "get_after", "scale_v", "put",
+    "clear_low", "clear_out",
     "clear_other", "show_state", "enter", "give_state",
 )  # fmt: skip
 """Blocks that first write tiles of which tensor cores read or write columns: longer rows put them in different banks."""
 FILLED = (
-    "load_q", "load_k", "load_v", "scale_v", "store", "enter", "keep", "leave",
+    "load_q", "load_k", "scale_v", "store", "enter", "keep", "leave",
 )  # fmt: skip
 """Blocks that touch tensors whose heads may be smaller than tiles: then they take one number at a time."""
 FETCHED = "get_"
@@ -59,7 +60,7 @@ SKEWED = {"pairs": 1, "crossed": 1, "load_logs": 9, "row_totals": 4, "col_totals
 """Blocks that write tiles of which threads side by side read columns, and how much longer than a multiple of 32 rows are."""
 DOTS = ("dots_q", "dots_k")
 """Blocks that sum up stretches of rows of what was summed up, times a tile."""
-SCALARS = ("place", "owner", "here")
+SCALARS = ("place", "owner", "here", "there")
 """What every thread has, beside single numbers."""
 TILES = (
     "qt", "kt", "vt", "vs", "low", "gt", "weights", "out", "full", "passage", "left", "tokens_t", "dyt", "st", "dst", "other",

@@ -46,7 +46,7 @@ class Tile:
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
         mode: of a walk, outputs, or a group's program, what they do beside.
-        ahead: whether a group's program loads the next head's tiles while it multiplies one's.
+        ahead: whether a walk loads the next chunk's tiles while it multiplies one's, or a group's program the next head's.
     """
 
     target: str

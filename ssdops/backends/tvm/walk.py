@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from .blocks import Rows, arrive, fetch
 from .parts import (
     barrier,
     bound,
@@ -40,6 +41,7 @@ def walk(tile: Tile) -> Any:
     FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
     keeping, line = acc if tile.mode == EVERY else data, tile.line
     GIVES, KEEPS = tile.mode not in (STATES, STARTS), tile.mode in (KEPT, STARTS)
+    HELD = 1 + tile.ahead
     STRAIGHT = whole  # states from memory to where they are summed, and back
 
     @T.prim_func(s_tir=True)
@@ -72,8 +74,12 @@ def walk(tile: Tile) -> Any:
                 place = T.sblock_alloc_buffer((3,), "int64")
                 owner = T.sblock_alloc_buffer((4,), "int64")
                 here = T.sblock_alloc_buffer((2,), "int64")
-                tokens_t = T.sblock_alloc_buffer((LINES, C), line)
-                gt = T.sblock_alloc_buffer((C, C), data)
+                there = T.sblock_alloc_buffer((2,), "int64")
+                tokens_t = T.sblock_alloc_buffer((HELD * LINES, C), line)
+                gt = T.sblock_alloc_buffer((HELD * C, C), data)
+                qt = T.sblock_alloc_buffer((HELD * C, D1), data)
+                kt = T.sblock_alloc_buffer((HELD * C, D1), data)
+                vt = T.sblock_alloc_buffer((HELD * C, D2), data)
                 low = T.sblock_alloc_buffer((D1, D2), data)
                 out = T.sblock_alloc_buffer((C, D2), data)
                 passage = T.sblock_alloc_buffer((D1, D2), acc)
@@ -94,7 +100,7 @@ def walk(tile: Tile) -> Any:
                         owner[vi + 1] = shared(head0 + h, nheads, k_heads)
                         owner[vi + 2] = shared(head0 + h, nheads, v_heads)
                         owner[vi + 3] = T.truncdiv(head0 + h - g0, g_share)
-                if GIVES:
+                if GIVES and not tile.ahead:
                     for which, i in T.grid(LINES, C):
                         with T.sblock("clear"):  # what is written before the first chunk keeps its place in shared memory
                             vw, vi = T.axis.remap("SS", [which, i])
@@ -138,13 +144,56 @@ def walk(tile: Tile) -> Any:
                             vm, vp = T.axis.remap("SS", [m, p])
                             state[vm, vp] = passage[vm, vp]
                 barrier(tile)
+                get_lines = T.meta_var(fetch("get_lines", tile, LINES, C, line, True))
+                get_q = T.meta_var(fetch("get_q", tile, C, D1, data, whole))
+                get_k = T.meta_var(fetch("get_k", tile, C, D1, data, whole))
+                get_v = T.meta_var(fetch("get_v", tile, C, D2, data, whole))
+                get_g = T.meta_var(fetch("get_g", tile, C, C, data, True))
+                token = T.meta_var(lambda i: near(there[0] + i, end))
+                of_lines = T.meta_var(lambda which, i: lines[there[1], head0 + h, which, i])
+                of_q = T.meta_var(lambda i, m: within(whole, under(m, inner), q[token(i), owner[0], m], data))
+                of_k = T.meta_var(lambda i, m: within(whole, under(m, inner), k[token(i), owner[1], m], data))
+                of_v = T.meta_var(
+                    lambda i, p: within(whole, under(part * D2 + p, outer), v[token(i), owner[2], part * D2 + p], data)
+                )
+                of_g = T.meta_var(lambda i, j: g[there[1], owner[3], i, j])
+                in_order = T.meta_var(lambda step: T.max(T.Select(causal == 1, step, chunk_count - 1 - step), 0))
+                if tile.ahead:
+                    for i in range(1):
+                        with T.sblock("there_first"):
+                            vi = T.axis.spatial(1, i)
+                            there[vi] = start + in_order(T.int64(0)) * C
+                            there[vi + 1] = place[2] + in_order(T.int64(0))
+                    get_lines(tokens_t, 0, of_lines)
+                    get_k(kt, 0, of_k)
+                    get_v(vt, 0, of_v)
+                    if GIVES:
+                        get_q(qt, 0, of_q)
+                        get_g(gt, 0, of_g)
+                    arrive(tile)
+                    barrier(tile)
                 for step in range(chunk_count):
+                    with T.sblock("coming"):  # this chunk's tiles, or the next one's, while this one's are multiplied
+                        now = T.axis.spatial(1 << 40, step)
+                        then = T.meta_var(T.min(now + 1, chunk_count - 1) if tile.ahead else now)
+                        to = T.meta_var(T.Cast("int32", (now + 1) % 2) if tile.ahead else 0)
+                        for i in range(1):
+                            with T.sblock("there"):
+                                vi = T.axis.spatial(1, i)
+                                there[vi] = start + in_order(then) * C
+                                there[vi + 1] = place[2] + in_order(then)
+                        get_lines(tokens_t, to * LINES, of_lines)
+                        get_k(kt, to * C, of_k)
+                        get_v(vt, to * C, of_v)
+                        if GIVES:
+                            get_q(qt, to * C, of_q)
+                            get_g(gt, to * C, of_g)
+                        if not tile.ahead:
+                            arrive(tile)
+                            barrier(tile)
                     with T.sblock("chunk"):
                         at = T.axis.spatial(1 << 40, step)
                         passed = T.sblock_alloc_buffer((1,), acc)  # exp(E)
-                        qt = T.sblock_alloc_buffer((C, D1), data)
-                        kt = T.sblock_alloc_buffer((C, D1), data)
-                        vt = T.sblock_alloc_buffer((C, D2), data)
                         vs = T.sblock_alloc_buffer((C, D2), data)
                         weight = T.sblock_alloc_buffer((C, C), data)
                         weights = T.sblock_alloc_buffer((C, C), data)
@@ -152,60 +201,34 @@ def walk(tile: Tile) -> Any:
                         inside = T.sblock_alloc_buffer((C, D2), acc)
                         full = T.sblock_alloc_buffer((D1, D2), acc)
                         added = T.sblock_alloc_buffer((D1, D2), acc)
+                        lot = T.meta_var(T.Cast("int32", at % HELD))
+                        mine = T.meta_var(Rows(tokens_t, lot * LINES))
                         first = T.meta_var(here[0])
                         slot = T.meta_var(here[1])
                         for i in range(1):
                             with T.sblock("here"):
                                 vi = T.axis.spatial(1, i)
-                                here[vi] = start + T.Select(causal == 1, at, (end - start + C - 1) // C - 1 - at) * C
-                                here[vi + 1] = place[2] + T.Select(causal == 1, at, (end - start + C - 1) // C - 1 - at)
+                                here[vi] = start + in_order(at) * C
+                                here[vi + 1] = place[2] + in_order(at)
                         for i in range(1):
                             with T.sblock("pass"):
                                 vi = T.axis.spatial(1, i)
                                 passed[vi] = exp(total[slot, head0 + h], acc, exact)
-                        for which, i in T.grid(LINES, C):
-                            with T.sblock("load_lines"):
-                                vw, vi = T.axis.remap("SS", [which, i])
-                                tokens_t[vw, vi] = lines[slot, head0 + h, vw, vi]
-                        if GIVES:
-                            for i, m in T.grid(C, D1):
-                                with T.sblock("load_q"):
-                                    vi, vm = T.axis.remap("SS", [i, m])
-                                    qt[vi, vm] = within(whole, under(vm, inner), q[near(first + vi, end), owner[0], vm], data)
-                        for i, m in T.grid(C, D1):
-                            with T.sblock("load_k"):
-                                vi, vm = T.axis.remap("SS", [i, m])
-                                kt[vi, vm] = within(whole, under(vm, inner), k[near(first + vi, end), owner[1], vm], data)
-                        for i, p in T.grid(C, D2):
-                            with T.sblock("load_v"):
-                                vi, vp = T.axis.remap("SS", [i, p])
-                                vt[vi, vp] = within(
-                                    whole,
-                                    under(part * D2 + vp, outer),
-                                    v[near(first + vi, end), owner[2], part * D2 + vp],
-                                    data,
-                                )
-                        if GIVES:
-                            for i, j in T.grid(C, C):
-                                with T.sblock("load_g"):
-                                    vi, vj = T.axis.remap("SS", [i, j])
-                                    gt[vi, vj] = g[slot, owner[3], vi, vj]
-                        barrier(tile)
                         if GIVES:
                             for i, j in T.grid(C, C):
                                 with T.sblock("weigh"):
                                     vi, vj = T.axis.remap("SS", [i, j])
                                     weight[vi, vj] = T.Cast(
                                         data,
-                                        T.Cast(acc, tokens_t[W, vj])
-                                        * T.Cast(acc, gt[vj if FLIPPED else vi, vi if FLIPPED else vj])
-                                        * decay(tile, tokens_t, vi, vj, meets(vi, vj, causal, strict)),
+                                        T.Cast(acc, mine[W, vj])
+                                        * T.Cast(acc, gt[lot * C + (vj if FLIPPED else vi), vi if FLIPPED else vj])
+                                        * decay(tile, mine, vi, vj, meets(vi, vj, causal, strict)),
                                     )
                         for i, p in T.grid(C, D2):
                             with T.sblock("scale_v"):
                                 vi, vp = T.axis.remap("SS", [i, p])
                                 vs[vi, vp] = T.Cast(
-                                    data, T.Cast(acc, tokens_t[INTO, vi] * tokens_t[W, vi]) * T.Cast(acc, vt[vi, vp])
+                                    data, T.Cast(acc, mine[INTO, vi] * mine[W, vi]) * T.Cast(acc, vt[lot * C + vi, vp])
                                 )
                         if GIVES:
                             for i, j in T.grid(C, C):
@@ -230,40 +253,41 @@ def walk(tile: Tile) -> Any:
                                     vi, vp, vm = T.axis.remap("SSR", [i, p, m])
                                     with T.init():
                                         read[vi, vp] = number(0, acc)
-                                    read[vi, vp] = read[vi, vp] + T.Cast(acc, qt[vi, vm]) * T.Cast(acc, low[vm, vp])
+                                    read[vi, vp] = read[vi, vp] + T.Cast(acc, qt[lot * C + vi, vm]) * T.Cast(acc, low[vm, vp])
                             for i, p, j in T.grid(C, D2, C):
                                 with T.sblock("values"):
                                     vi, vp, vj = T.axis.remap("SSR", [i, p, j])
                                     with T.init():
                                         inside[vi, vp] = number(0, acc)
-                                    inside[vi, vp] = inside[vi, vp] + T.Cast(acc, weights[vi, vj]) * T.Cast(acc, vt[vj, vp])
+                                    inside[vi, vp] = inside[vi, vp] + T.Cast(acc, weights[vi, vj]) * T.Cast(
+                                        acc, vt[lot * C + vj, vp]
+                                    )
                         for m, p, j in T.grid(D1, D2, C):
                             with T.sblock("update"):
                                 vm, vp, vj = T.axis.remap("SSR", [m, p, j])
                                 with T.init():
                                     added[vm, vp] = number(0, acc)
-                                added[vm, vp] = added[vm, vp] + T.Cast(acc, kt[vj, vm]) * T.Cast(acc, vs[vj, vp])
+                                added[vm, vp] = added[vm, vp] + T.Cast(acc, kt[lot * C + vj, vm]) * T.Cast(acc, vs[vj, vp])
                         for m, p in T.grid(D1, D2):
                             with T.sblock("carry"):
                                 vm, vp = T.axis.remap("SS", [m, p])
                                 after[vm, vp] = state[vm, vp] * passed[0] + added[vm, vp]
-                        barrier(tile)
                         if GIVES:
+                            barrier(tile)
                             for i, p in T.grid(C, D2):
                                 with T.sblock("join"):
                                     vi, vp = T.axis.remap("SS", [i, p])
                                     out[vi, vp] = T.Cast(
                                         data,
-                                        as_sum(tokens_t[U, vi])
-                                        * (as_sum(tokens_t[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
+                                        as_sum(mine[U, vi]) * (as_sum(mine[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
                                     )
                         if tile.mode == EVERY:
                             for m, p in T.grid(D1, D2):
                                 with T.sblock("show_state"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     full[vm, vp] = state[vm, vp]
-                        barrier(tile)
                         if GIVES:
+                            barrier(tile)
                             for i, p in T.grid(C, D2):
                                 with T.sblock("store"):
                                     vi, vp = T.axis.remap("SS", [i, p])
@@ -275,7 +299,9 @@ def walk(tile: Tile) -> Any:
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
                                     kept[slot, h, vm, part * D2 + vp] = full[vm, vp]
-                    if tile.mode == EVERY:
+                    if tile.ahead:
+                        arrive(tile)
+                    if tile.ahead or tile.mode == EVERY or not GIVES:
                         barrier(tile)
                     for m, p in T.grid(D1, D2):
                         with T.sblock("turn"):
