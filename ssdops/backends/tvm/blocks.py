@@ -64,7 +64,8 @@ __forceinline__ __device__ void ssdops_arrive() { asm volatile("cp.async.wait_al
 def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: bool) -> Any:
     """`fetch(name, machine, I, J, dtype, whole)(tile, first, value)`: tile[first + i, j] = value(i, j), as of `arrive`.
 
-    What may have to be filled up is there at once.
+    What is not loaded ahead, or may have to be filled up, is there at once. TVM does not see that a copy writes to its tile:
+    only one that has a place for as long as the whole walk can be written so, which tiles have that are loaded ahead.
     """
     vector = 16 // getattr(torch, dtype).itemsize
 
@@ -91,13 +92,13 @@ def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: boo
                     )
                 )
 
-    return later if whole and machine.target != "cpu" else at_once
+    return later if whole and machine.ahead and machine.target != "cpu" else at_once
 
 
 @T.macro
 def arrive(tile):
     """What was fetched is there, for the thread that fetched it; for others behind a barrier."""
-    if tile.target != "cpu":
+    if tile.ahead and tile.target != "cpu":
         with T.sblock("barrier_arrive"):
             T.evaluate(T.cuda.func_call("ssdops_arrive", source_code=FETCH))
 

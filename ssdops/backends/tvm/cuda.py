@@ -186,10 +186,10 @@ class OnGpu(Scan):
         mode: str = "", kept: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Write y to its place, and keep what the mode says; the states that leave rows, or with `STATES` segments of them."""
-        (q, k, v), segments = roles, len(starts) // self.rows
-        inner, outer, ahead, parts = self.parts(roles)
         if not self.tokens:
             return starts
+        (q, k, v), segments = roles, len(starts) // self.rows
+        inner, outer, ahead, parts = self.parts(roles)
         leaving = self.new(*starts.shape)
         kept = self.new(1, *starts.shape[1:], dtype=self.data) if kept is None else kept  # which nobody writes then
         flipped = mode not in (STATES, STARTS) and sides.term is not self.term

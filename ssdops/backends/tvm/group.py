@@ -158,7 +158,6 @@ def group(tile: Tile) -> Any:
                         get_before(st, to * N, head_states(before, then))
                         get_after(dst, to * N, head_states(after, then))
                         if not tile.ahead:
-                            arrive(tile)
                             barrier(tile)
                     with T.sblock("chunk"):
                         at = T.axis.spatial(1 << 40, step)
@@ -202,10 +201,17 @@ def group(tile: Tile) -> Any:
                                         st[lot * N + vn * LANES + vl, vp * LANES + vo]
                                     ) * as_sum(dst[lot * N + vn * LANES + vl, vp * LANES + vo])
                         barrier(tile)
-                        decays = T.meta_var(lambda i, j: decay(tile, here, i, j, meets(i, j, causal, strict)))
-                        fill("weigh", C, C)(weight, lambda i, j: T.Cast(data, u(i) * w(j) * as_sum(other[i, j]) * decays(i, j)))
+                        decayed = T.meta_var(
+                            lambda i, j: as_sum(other[i, j]) * decay(tile, here, i, j, meets(i, j, causal, strict))
+                        )
                         if EXCHANGED:
-                            fill("pairs", C, C)(pairs, lambda i, j: as_sum(gt[i, j]) * as_sum(other[i, j]) * decays(i, j))
+                            for i, j in T.grid(C, C):
+                                with T.sblock("weigh"):  # both at once, of one decay
+                                    vi, vj = T.axis.remap("SS", [i, j])
+                                    weight[vi, vj] = T.Cast(data, u(vi) * w(vj) * decayed(vi, vj))
+                                    pairs[vi, vj] = as_sum(gt[vi, vj]) * decayed(vi, vj)
+                        else:
+                            fill("weigh", C, C)(weight, lambda i, j: T.Cast(data, u(i) * w(j) * decayed(i, j)))
                         fill("put", C, C)(weights, lambda i, j: weight[i, j])
                         barrier(tile)
                         if EXCHANGED:
@@ -279,8 +285,7 @@ def group(tile: Tile) -> Any:
                                 with T.sblock("give_through"):
                                     vo = T.axis.spatial(LANES, one)
                                     through[slot, h, part, vo] = passed[0] * summed(LANES, lambda lane: crossing[lane, vo])
-                        if tile.ahead:
-                            arrive(tile)
+                        arrive(tile)
                         barrier(tile)
                     fill("turn_q", C, N)(sum_q, lambda i, n: next_q[i, n])
                     fill("turn_k", C, N)(sum_k, lambda i, n: next_k[i, n])

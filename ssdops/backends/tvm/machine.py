@@ -67,8 +67,8 @@ class Machine:
         return max(walk, group) <= self.shared
 
     def walk_needs(self, inner: int, outer: int, ahead: bool, chunk: int) -> int:
-        """KiB of shared memory that a walk takes: tiles of q, k, v, scores and lines, once or twice; v again, weights, y, and the
-        state where products multiply it. What comes before and after lies over them.
+        """KiB of shared memory that a walk takes: tiles of q, k, v, scores and lines, once or twice; v again, weights, y, and
+        the state where products multiply it. What comes before and after lies over them.
         """
         held = chunk * (2 * (inner + 8) + outer + 8 + chunk) * self.data.itemsize + self._lines(chunk)
         numbers = chunk * (2 * (outer + 8) + chunk + 8) + inner * (outer + 8)

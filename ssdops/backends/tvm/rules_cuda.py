@@ -42,7 +42,7 @@ FILLED = (
 )  # fmt: skip
 """Blocks that touch tensors whose heads may be smaller than tiles: then they take one number at a time."""
 FETCHED = "get_"
-"""How names of blocks begin that copy vectors themselves, or one number at a time."""
+"""How names of blocks begin that copy tiles, ahead of their use by vectors of their own."""
 OWN: dict[str, Callable[[str], str]] = {
     "take": tc.take, "round": tc.rounded, "carry": tc.carry, "join": tc.join, "turn": tc.turn,
     "show_state": tc.store, "give_state": tc.store, "give": partial(tc.rounded, to="global"),
@@ -56,8 +56,11 @@ SUMS = (
     "sum_q", "sum_k", "next_q", "next_k",
 )  # fmt: skip
 """Sums that stay where they are made."""
-SKEWED = {"pairs": 1, "crossed": 1, "load_logs": 9, "row_totals": 4, "col_totals": 4, "beside": 4, "apart": 4}
-"""Blocks that write tiles of which threads side by side read columns, and how much longer than a multiple of 32 rows are."""
+SKEWED = {
+    "weigh": (1, 1), "crossed": (0, 1), "load_logs": (0, 9), "row_totals": (0, 4), "col_totals": (0, 4), "beside": (0, 4),
+    "apart": (0, 4),
+}  # fmt: skip
+"""Blocks that write tiles of which threads side by side read columns: which, and how much longer than 32s its rows are."""
 DOTS = ("dots_q", "dots_k")
 """Blocks that sum up stretches of rows of what was summed up, times a tile."""
 SCALARS = ("place", "owner", "here", "there")
@@ -91,8 +94,9 @@ def schedule(program: Any, tile: Tile) -> Any:
     lie(sch, names)
     if "load_logs" in names:  # stretches of tokens side by side, which threads read at once
         sch.transform_layout("load_logs", ("write", 0), lambda i, h: (h, i // STRETCH, i % STRETCH))
-    for name, offset in ((name, SKEWED[name]) for name in names if name in SKEWED):
-        sch.storage_align(name, 0, -2, WARP, offset)
+    for name, (which, offset) in ((name, SKEWED[name]) for name in names if name in SKEWED):
+        if which < len(sch.get(sch.get_sblock(name)).writes):
+            sch.storage_align(name, which, -2, WARP, offset)
     if tensor_cores:
         for name in (name for name in PADDED if name in names):
             sch.storage_align(name, 0, -2, tc.SIDE, PADDING)  # whichever block writes a tile first
@@ -103,12 +107,12 @@ def schedule(program: Any, tile: Tile) -> Any:
             multiply_by_threads(sch, name, warps)
         elif name in OWN:
             own(sch, sch.get_sblock(name), warps, OWN[name](tile.data) if tensor_cores else None)
-        elif name in ("weigh", "put", "pairs"):
+        elif name in ("weigh", "put"):
             by_strips(sch, name, warps)
         elif name in DOTS:
             dot(sch, sch.get_sblock(name), warps, tc.dots(tile.data) if tensor_cores else None)
         elif name not in OPAQUE and not name.startswith("barrier"):
-            spread(sch, name, warps, tile.whole)
+            spread(sch, name, warps, tile)
     return sch.mod
 
 
@@ -150,7 +154,7 @@ def lie(sch: Schedule, names: list[str]) -> None:
                 sch.set_scope(name, index, scope(buffer))
 
 
-def spread(sch: Schedule, name: str, warps: int, whole: bool) -> None:
+def spread(sch: Schedule, name: str, warps: int, tile: Tile) -> None:
     """A block's elements over threads, vectors at a time; what is summed is summed by a thread, in a register."""
     block = sch.get_sblock(name)
     iters = sch.get(block).iter_vars
@@ -158,13 +162,16 @@ def spread(sch: Schedule, name: str, warps: int, whole: bool) -> None:
     out = sch.cache_write(block, 0, "local") if summed else None
     loops = sch.get_loops(block)[-len(iters) :]
     spatial = loops[: len(iters) - summed]
-    alone = summed or len(spatial) == 1 or name.startswith(FETCHED) or (name in FILLED and not whole)
+    fetched = name.startswith(FETCHED)
+    alone = summed or len(spatial) == 1 or (fetched and tile.ahead) or ((fetched or name in FILLED) and not tile.whole)
     vector = 1 if alone else vector_of(sch, name)
+    if prod(int(sch.get(loop).extent) for loop in spatial) % (vector * warps * WARP):
+        vector = 1  # rather than have a few threads do it, and others again
     last, lanes = sch.split(spatial[-1], [None, vector])
     fused = sch.fuse(*spatial[:-1], last)
     extent = int(sch.get(fused).extent)
     inside = fused
-    if name.startswith(FETCHED):
+    if fetched and tile.ahead:
         _, y, inside = sch.split(fused, [None, warps, WARP])  # with a question where there are fewer
         sch.bind(inside, "threadIdx.x")
         sch.bind(y, "threadIdx.y")

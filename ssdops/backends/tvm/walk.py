@@ -189,7 +189,6 @@ def walk(tile: Tile) -> Any:
                             get_q(qt, to * C, of_q)
                             get_g(gt, to * C, of_g)
                         if not tile.ahead:
-                            arrive(tile)
                             barrier(tile)
                     with T.sblock("chunk"):
                         at = T.axis.spatial(1 << 40, step)
@@ -299,8 +298,7 @@ def walk(tile: Tile) -> Any:
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
                                     kept[slot, h, vm, part * D2 + vp] = full[vm, vp]
-                    if tile.ahead:
-                        arrive(tile)
+                    arrive(tile)
                     if tile.ahead or tile.mode == EVERY or not GIVES:
                         barrier(tile)
                     for m, p in T.grid(D1, D2):
