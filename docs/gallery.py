@@ -19,7 +19,8 @@ from ssdops.backends import registry
 from ssdops.ir.problem import fenwick_levels
 from ssdops.masks import Mask
 from ssdops.plan import growth_of, terms_of
-from ssdops.plot import Example, figure_of, save
+from ssdops.plot import figure_of, save
+from ssdops.plot_example import Example
 
 HERE = Path(__file__).parent
 PAGE, PICTURES = HERE / "gallery.md", HERE / "gallery"

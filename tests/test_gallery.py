@@ -10,7 +10,8 @@ import torch
 from ssdops import masks
 from ssdops.errors import ShapeError, UnsupportedError, ValueRangeError
 from ssdops.plan import terms_of
-from ssdops.plot import Example, blocks
+from ssdops.plot import blocks
+from ssdops.plot_example import Example, own_operands
 
 DOCS = Path(__file__).parents[1] / "docs"
 GALLERY = runpy.run_path(str(DOCS / "gallery.py"))
@@ -38,6 +39,22 @@ def test_plot_draws_the_row_and_head_that_it_is_asked_for(tmp_path: Path) -> Non
     sums = log_a[1, :, 2].double().cumsum(0)
     expected = (sums[:, None] - sums).exp().tril().triu(-5)
     torch.testing.assert_close(torch.from_numpy(shown), expected)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.channel_decay(-torch.rand(2, 9, 3, 4)),
+        masks.channel_decay(dt=torch.rand(1, 9, 2), A=-torch.rand(2, 5)),
+        masks.toeplitz(torch.rand(2, 17)),
+        masks.dense(torch.rand(9, 9)),
+        masks.decay(-torch.rand(3)) * masks.documents(torch.tensor([0, 4, 9])),
+    ],
+    ids=str,
+)
+def test_sizes_are_those_of_the_operands(mask: masks.Mask) -> None:
+    found = own_operands(mask, None, 0, 0)
+    assert found.seqlen == 9 and found.matrix(mask.tree).shape == (9, 9)
 
 
 def test_blocks_of_a_fenwick_mask_have_rank_one_off_the_diagonal() -> None:
