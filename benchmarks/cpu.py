@@ -17,6 +17,7 @@ import torch
 from measure import Call, Paired, environment, in_fresh_process, paired, peak_growth
 from report import Figure, Section, print_section, write_json
 from rich.console import Console
+from structures import structures
 from workload import (
     SIDES,
     Inputs,
@@ -232,7 +233,7 @@ def extreme_inputs() -> Inputs:
 
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
-    run.__name__: run for run in (speed, compiled, channels, memory, linearity, overhead, accuracy, extremes)
+    run.__name__: run for run in (speed, compiled, channels, structures, memory, linearity, overhead, accuracy, extremes)
 }
 
 

@@ -166,6 +166,7 @@ def _plan(plan: Plan) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("term", overflow="fold")
     table.add_column("backend", no_wrap=True)
+    table.add_column("cost", no_wrap=True)
     table.add_column("predicted", justify="right", no_wrap=True)
     measured = any(step.measured is not None for step in plan.steps)
     if measured:
@@ -178,8 +179,8 @@ def _plan(plan: Plan) -> Table:
         if measured:
             times.append("" if step.measured is None else f"{step.measured * 1e3:.3g} ms")
         taken = Text(f"taken{size}: {ORIGINS[step.origin]}")
-        table.add_row(Text(str(step.term.node())), Text(step.backend, style="bold"), *times, taken)
+        table.add_row(Text(str(step.term.node())), Text(step.backend, style="bold"), f"O({step.growth})", *times, taken)
         for r in step.rejected:
-            table.add_row("", Text(r.backend, style="dim"), *("" for _ in times), Text(r.reason, style="dim"))
+            table.add_row("", Text(r.backend, style="dim"), *("" for _ in ("cost", *times)), Text(r.reason, style="dim"))
         table.add_section()
     return table

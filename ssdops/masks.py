@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +29,10 @@ __all__ = [
 
 NAMED = ("alibi", "lightning", "linear_attention", "mamba2", "mlstm", "quasiseparable", "retnet", "sliding_window")
 """Masks of papers, made of these structures in `ssdops.named`; imported from there when they are asked for here."""
+
+
+DRAWING = "ssdops.plot"
+"""The module that draws masks: it stands above this one, and is known by its name alone."""
 
 
 def __getattr__(name: str) -> Callable[..., Mask]:
@@ -112,6 +119,25 @@ class Mask:
         operands, table = _merged(self.operands, _tensors(given))
         tree = n.Scale(self.tree, **{slot: table.get(slot, slot) for slot in given})
         return Mask(tree, operands, self._size + 1, self._depth + 1)
+
+    def plot(self, path: str | Path | None = None, *, seqlen: int | None = None, row: int = 0, head: int = 0) -> Any:
+        """Draw L[i, j] of one batch row and head, and the blocks in which each term of the normal form runs, with their ranks.
+
+        Args:
+            path: of a PNG to write, if one is wanted.
+            seqlen: where no operand has tokens; 64 if that is not said either. At most 2048 are drawn.
+            row, head: which matrix.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            UnsupportedError: matplotlib is not installed: `pip install ssdops[plot]`.
+            ShapeError: operands disagree, or there is no such row or head.
+            ValueRangeError: there are too many tokens, or the path is not a PNG's, or cannot be written.
+        """
+        drawing: Callable[..., Any] = import_module(DRAWING).plot
+        return drawing(self, path, seqlen, row, head)
 
     def _around(self, tree: n.Node) -> Mask:
         return Mask(tree, self.operands, self._size + 1, self._depth + 1)

@@ -23,11 +23,12 @@ from .autotune.tuner import tune_once
 from .autotune.worker import Worker
 from .autotune.workload import Workload
 from .backends import registry
-from .backends.base import Backend, Config, Stepper, Support
+from .backends.base import Backend, Config, Stepper, Structured, Support
 from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
+from .ir.passes.structure import structure_of
 from .ir.problem import Problem, Target
 from .ir.terms import Linear, Quadratic, Term
 from .steps import Plan, Rejection, Step
@@ -179,7 +180,18 @@ def _step(term: Term, question: Question) -> Step:
     reasons = [Rejection(name, reason) for name, reason in why_not(choice, candidates)]
     rejected = (*reasons, *(x for x in found if isinstance(x, Rejection)))
     taken = choice.candidate
-    return Step(term, taken.backend, taken.config, taken.seconds, rejected, choice.origin, choice.measured)
+    growth = growth_of(term, registry.get(taken.backend))
+    return Step(term, taken.backend, taken.config, taken.seconds, rejected, choice.origin, choice.measured, growth)
+
+
+def growth_of(term: Term, backend: Backend) -> str:
+    """How a term's cost grows with seqlen T on a backend: what it says, or linearly for scans and inside a band."""
+    if isinstance(backend, Structured) and (said := backend.growth(term)) is not None:
+        return said
+    if not isinstance(term, Quadratic):
+        return "T"
+    found = structure_of(term.mask)
+    return "T · band" if found is not None and found.banded else "T²"
 
 
 def _choice(term: Term, candidates: list[Candidate], question: Question) -> Choice:
@@ -223,7 +235,8 @@ def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) 
     if (rejection := _rejection(term, name, contraction, problem)) is not None:
         yield rejection
         return
-    configs = registry.get(name).configs(term, problem, _chunk_size(term, contraction))
+    backend = registry.get(name)
+    configs = backend.configs(term, problem, _chunk_size(term, backend, contraction))
     assert not isinstance(configs, Support)  # that would have been a rejection
     yield from configs
 
@@ -235,7 +248,7 @@ def _rejection(term: Term, name: str, contraction: Contraction, problem: Problem
     support = backend.supports(term, problem)
     if not support.ok:
         return Rejection(name, support.reason)
-    size = _chunk_size(term, contraction)
+    size = _chunk_size(term, backend, contraction)
     configs = backend.configs(term, problem, size) if size is not None else ()
     return Rejection(name, configs.reason) if isinstance(configs, Support) else None
 
@@ -248,6 +261,7 @@ def _backend(name: str) -> Backend | Rejection:
         return Rejection(name, str(error))
 
 
-def _chunk_size(term: Term, contraction: Contraction) -> int | None:
-    """The chunk size that the user fixed, for a term that has chunks."""
-    return contraction.chunk_size if isinstance(term, Linear) else None
+def _chunk_size(term: Term, backend: Backend, contraction: Contraction) -> int | None:
+    """The chunk size that the user fixed, for a term that has chunks: every scan, and others where the backend says so."""
+    chunked = isinstance(term, Linear) or (isinstance(backend, Structured) and backend.has_chunks(term))
+    return contraction.chunk_size if chunked else None

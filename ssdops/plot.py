@@ -20,20 +20,31 @@ from torch import Tensor
 
 from .errors import UnsupportedError, ValueRangeError
 from .ir import nodes as n
-from .ir import operands as ops
-from .ir.evaluate import evaluate
-from .ir.problem import fenwick_levels
+from .ir.passes.structure import structure_of
 from .ir.resolve import Span, document_spans
 from .ir.terms import Diagonal, Linear, Quadratic, Term
+from .masks import Mask
 from .plan import terms_of
+from .plot_example import TOKENS, Example, example_of, own_operands
 
-TOKENS, CHUNKS, MOST_TERMS = 64, 8, 9
+CHUNKS, MOST_TERMS = 8, 9
 GREY = "#f2f2f2"
-COLORS = {"quadratic": "#d1495b", "low rank": "#2e86ab", "by entries": "#edae49", "diagonal": "#3d7a57"}
+COLORS = {
+    "quadratic": "#d1495b",
+    "low rank": "#2e86ab",
+    "by entries": "#edae49",
+    "banded": "#e8871e",
+    "levels": "#2e86ab",
+    "lags": "#8d6a9f",
+    "diagonal": "#3d7a57",
+}
 MEANINGS = {
     "quadratic": "inside a chunk: masked attention",
     "low rank": "between chunks: through the state",
     "by entries": "not a scan: entry by entry",
+    "banded": "in the band: masked attention",
+    "levels": "levels: from the states of halves",
+    "lags": "lags: by convolution, or entry by entry",
     "diagonal": "diagonal: token by token",
 }
 
@@ -48,21 +59,8 @@ class Block:
     rank: int
 
 
-@dataclass(frozen=True)
-class Example:
-    """A small instance of a mask: its operands, one batch row and one head."""
-
-    operands: dict[str, Tensor]
-    seqlen: int
-
-    def matrix(self, tree: n.Node) -> Tensor:
-        """L[i, j] in float64; of a per-channel decay, its first channel."""
-        dense = evaluate(tree, self.operands, 1, self.seqlen, 1)[0, 0]
-        return dense if dense.ndim == 2 else dense[..., 0]
-
-
 def draw(tree: n.Node, seqlen: int, path: Path) -> None:
-    """Draw the mask into a PNG.
+    """Draw an example of a mask into a PNG.
 
     Args:
         tree: the mask.
@@ -73,74 +71,53 @@ def draw(tree: n.Node, seqlen: int, path: Path) -> None:
         UnsupportedError: matplotlib is not installed.
         ValueRangeError: the path is not a PNG's, or cannot be written.
     """
+    save(figure_of(tree, example_of(tree, min(seqlen, TOKENS))), path)
+
+
+def figure_of(tree: n.Node, example: Example, small: bool = False) -> Any:
+    """The picture, a matplotlib figure; `small` leaves out what is written around it.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UnsupportedError("drawing needs matplotlib, which is not installed: pip install ssdops[plot]") from None
-    if path.suffix.lower() != ".png":
-        raise ValueRangeError(f"--plot writes a PNG, so its name must end in .png, got {path}")
-    example = example_of(tree, min(seqlen, TOKENS))
     terms = terms_of(tree)
-    figure = Figure(figsize=(12.5, 6.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.0) if small else (12.5, 6.4), dpi=84 if small else 120, layout="constrained")
     sides: Any = figure.subfigures(1, 2, width_ratios=(1, 1.08))
-    _draw_matrix(sides[0], example, tree)
-    _draw_terms(sides[1], example, terms)
+    _draw_matrix(sides[0], example, tree, small)
+    _draw_terms(sides[1], example, terms, small)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure into a PNG.
+
+    Raises:
+        ValueRangeError: the path is not a PNG's, or cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueRangeError(f"pictures are PNGs, so the file's name must end in .png, got {path}")
     try:
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Software": None})  # the same bytes whatever wrote them
     except OSError as error:
         raise ValueRangeError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-# --- the example ----------------------------------------------------------------------------------------------------
-
-
-def example_of(tree: n.Node, seqlen: int) -> Example:
-    """Seeded operands for every name in the tree, for one batch row, one head and one state channel."""
-    generator = torch.Generator().manual_seed(0)
-    operands = {}
-    for node in n.walk(tree):
-        rank = n.rank_of(node)
-        for slot, axes in n.SLOTS[type(node)]:
-            x = getattr(node, slot)
-            for name in ops.names(x) if x is not None else ():
-                operands[name] = _operand(slot, axes, seqlen, rank, generator)
-    return Example(operands, seqlen)
-
-
-def _operand(slot: str, axes: str, seqlen: int, rank: int, generator: torch.Generator) -> Tensor:
-    """Values that make a readable picture: decays that fade over a few chunks, and scales around 1."""
-    sizes = {"seqlen": seqlen, "rank": rank, "n_levels": fenwick_levels(seqlen), "2*seqlen-1": 2 * seqlen - 1}
-    shape = [sizes.get(axis, 1) for axis in axes.split()]
-    cuts = torch.tensor([0, round(seqlen * 0.36), round(seqlen * 0.62), seqlen])
-    noise = torch.rand(shape, generator=generator) if axes not in n.INTEGER_AXES else cuts
-    match slot if axes not in n.INTEGER_AXES else axes:
-        case "log_a" | "log_gamma":
-            return -0.18 * noise
-        case n.BOUNDARIES:
-            return cuts
-        case n.IDS:
-            return (torch.arange(seqlen)[None, :, None] >= cuts[1:-1]).sum(2)
-        case "coeffs":
-            lag = torch.arange(2 * seqlen - 1) - (seqlen - 1)
-            return ((lag / 3).cos() * (-lag.abs() / 12).exp())[None]
-        case "levels":
-            return noise * 0.75 ** torch.arange(shape[-1])
-        case "dt":
-            return 0.1 + 0.2 * noise
-        case "A":
-            return -noise
-        case "log_cols":
-            return noise - 0.5
-        case "L":
-            return torch.randn([*shape[:2], seqlen, seqlen], generator=generator)
-        case _:
-            return 0.5 + noise
+def plot(mask: Mask, path: str | Path | None, seqlen: int | None, row: int, head: int) -> Any:
+    """`Mask.plot`: the mask with its own operands."""
+    figure = figure_of(mask.tree, own_operands(mask, seqlen, row, head))
+    if path is not None:
+        save(figure, Path(path))
+    return figure
 
 
 # --- left: the matrix -----------------------------------------------------------------------------------------------
 
 
-def _draw_matrix(figure: Any, example: Example, tree: n.Node) -> None:
+def _draw_matrix(figure: Any, example: Example, tree: n.Node, small: bool) -> None:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, SymLogNorm
 
@@ -158,19 +135,22 @@ def _draw_matrix(figure: Any, example: Example, tree: n.Node) -> None:
         ticks = [low ** (1 - part / 4) * size ** (part / 4) for part in range(5)]
     shown = torch.where(dense == 0, torch.nan, dense)
     image = axes.imshow(shown.numpy(), norm=norm, cmap=colormaps[colors].with_extremes(bad=GREY), interpolation="nearest")
+    if small:
+        axes.set(xticks=[], yticks=[])
+        return
     bar = figure.colorbar(image, ax=axes, shrink=0.75, label="L[i, j]; grey is 0", location="bottom", pad=0.02)
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.minorticks_off()
     axes.set_xlabel("column j (reads k, v)")
     axes.set_ylabel("row i (reads q, writes y)")
-    axes.set_title(f"an example of {example.seqlen} tokens, one head", fontsize=10)
+    axes.set_title(example.caption, fontsize=10)
     figure.suptitle(_wrapped(f"L = {tree}", 58), fontsize=11, family="monospace")
 
 
 # --- right: the blocks ----------------------------------------------------------------------------------------------
 
 
-def _draw_terms(figure: Any, example: Example, terms: tuple[Term, ...]) -> None:
+def _draw_terms(figure: Any, example: Example, terms: tuple[Term, ...], small: bool) -> None:
     from matplotlib.patches import Patch
 
     shown = terms[:MOST_TERMS]
@@ -182,9 +162,13 @@ def _draw_terms(figure: Any, example: Example, terms: tuple[Term, ...]) -> None:
         axes.set_axis_off()
     for axes, term in zip(grid.flat, shown, strict=False):
         axes.set_axis_on()
-        kinds |= dict.fromkeys(_draw_term(axes, example, term, 10 if columns == 1 else 7))
+        kinds |= dict.fromkeys(_draw_term(axes, example, term, (10 if columns == 1 else 7) - 3 * small))
+        if small:
+            continue
         width, fontsize = {1: (64, 10), 2: (38, 9)}.get(columns, (32, 7))
         axes.set_title(_wrapped(str(term.node()), width), fontsize=fontsize, family="monospace")
+    if small:
+        return
     left_out = f"; {len(terms) - len(shown)} more terms are not drawn" if len(terms) > len(shown) else ""
     chunk = chunk_size(example.seqlen)
     noun = f"{len(terms)} terms" if len(terms) != 1 else "one term"
@@ -204,7 +188,7 @@ def _draw_term(axes: Any, example: Example, term: Term, fontsize: int) -> list[s
     for block in found:
         (i0, i1), (j0, j1) = block.rows, block.cols
         color = COLORS[block.kind]
-        if block.kind == "low rank":
+        if block.kind in ("low rank", "levels"):
             axes.add_patch(Rectangle((j0, i0), j1 - j0, i1 - i0, facecolor=color, alpha=0.55, edgecolor="white"))
         else:
             if block.kind != "diagonal":
@@ -225,8 +209,8 @@ def _fill_entries(axes: Any, support: Tensor, block: Block, color: str) -> None:
 
 
 def chunk_size(seqlen: int) -> int:
-    """The example's chunk length."""
-    return max(ceil(seqlen / CHUNKS), 1)
+    """The example's chunk length: a power of two, as the halves of a Fenwick mask are."""
+    return 1 << max(ceil(seqlen / CHUNKS) - 1, 0).bit_length()
 
 
 def blocks(example: Example, term: Term) -> Iterator[Block]:
@@ -249,8 +233,13 @@ def _kind(term: Term, on_diagonal: bool) -> str:
             return "quadratic" if on_diagonal else "low rank"
         case Diagonal():
             return "diagonal"
-        case Quadratic():
-            return "by entries"
+        case Quadratic(mask):
+            found = structure_of(mask)
+            if found is None:
+                return "by entries"
+            if found.levels is not None:
+                return "quadratic" if on_diagonal else "levels"
+            return "lags" if found.coeffs is not None else "banded"
 
 
 def _chunks(example: Example, term: Term) -> Iterator[tuple[int, int]]:
@@ -258,7 +247,8 @@ def _chunks(example: Example, term: Term) -> Iterator[tuple[int, int]]:
     documents = term.documents if isinstance(term, Linear) else None
     spans = [Span(0, 0, example.seqlen, 0)]
     if documents is not None:
-        spans = document_spans(documents, example.operands, 1, example.seqlen)
+        spans = document_spans(documents, example.operands, example.batch, example.seqlen)
+        spans = [span for span in spans if span.row == example.row]
     for span in spans:
         if isinstance(term, Linear) and not term.causal:
             edges = [span.start, *reversed(range(span.stop, span.start, -size))]

@@ -26,6 +26,7 @@ class Step:
         rejected: the other backends, each with its reason.
         origin: where the choice comes from (`autotune.choose.ORIGINS`).
         measured: the seconds that were measured, if any were.
+        growth: how the cost grows with seqlen T: "T", "T · band", "T log T", "T log² T" or "T²".
     """
 
     term: Term
@@ -35,6 +36,7 @@ class Step:
     rejected: tuple[Rejection, ...] = ()
     origin: str = "only"
     measured: float | None = None
+    growth: str = ""
 
     @property
     def times(self) -> str:
@@ -54,6 +56,7 @@ class Plan:
         for step in self.steps:
             size = f", chunk_size={step.config.chunk_size}" if step.config.chunk_size else ""
             size += f", segments={step.config.segments}" if step.config.segments > 1 else ""
-            lines.append(f"{step.term.node()}: {step.backend}{size}, {step.times} ({ORIGINS[step.origin]})")
+            grows = f", O({step.growth})" if step.growth else ""
+            lines.append(f"{step.term.node()}: {step.backend}{size}{grows}, {step.times} ({ORIGINS[step.origin]})")
             lines += [f"    not {r.backend}: {r.reason}" for r in step.rejected]
         return "\n".join(lines) or "nothing to run: the mask is zero"

@@ -141,8 +141,8 @@ KINDS: dict[str, tuple[Call, type[SsdopsError], list[str]]] = {
     "an unknown backend": (lambda x: run(x, backend="tritn"), UnknownBackendError, ["'tritn'", "chunked", "recurrent", "naive", "'auto'"]),
     "a module as backend": (lambda x: run(x, backend=torch), UnknownBackendError, ["backend must be a name", "got module"]),
     "a backend without bands": (
-        lambda x: run(x, masks.window(3), backend="chunked"),
-        UnsupportedError, ["'chunked' cannot run window(left=3, right=0)", "semiseparable", "able: ", "naive)"],
+        lambda x: run(x, masks.window(3), backend="recurrent"),
+        UnsupportedError, ["'recurrent' cannot run window(left=3, right=0)", "semiseparable", "able: ", "naive)"],
     ),
     "a backend without channels": (
         lambda x: run(x, masks.channel_decay(x["c"]), backend="tvm"),

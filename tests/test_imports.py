@@ -25,6 +25,7 @@ ROOMS = (
         "cli_export",
         "cli_tune",
         "plot",
+        "plot_example",
     ),
     ("trial", "trial_inputs"),
     ("pytest_plugin",),

@@ -211,6 +211,19 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class Structured(Protocol):
+    """A backend that says more of how it runs terms than that it does."""
+
+    def has_chunks(self, term: Term) -> bool:
+        """Whether a term that is no scan runs in chunks, so that a chunk size means something to it."""
+        ...
+
+    def growth(self, term: Term) -> str | None:
+        """How a term's cost grows with seqlen, "T log T" or the like; None where it is the usual way."""
+        ...
+
+
 @dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs two microseconds
 class StepInputs:
     """The tensors of a decode step: what a mask's terms read, and room for what they give.

@@ -40,6 +40,14 @@ class Naive:
         """Nothing to choose."""
         return without_chunks(self.name, chunk_size) or (Config(),)
 
+    def has_chunks(self, term: Term) -> bool:
+        """Nothing has."""
+        return False
+
+    def growth(self, term: Term) -> str | None:
+        """Every pair of tokens, whatever the mask."""
+        return None if isinstance(term, Diagonal) else "T²"
+
     def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """T² of everything, in blocks of rows, document by document; a decay per channel has T² entries for each channel."""
         p = problem

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from math import ceil
 
 from ...ir.problem import Problem, common_heads
-from ...ir.terms import Diagonal, Linear, Term
+from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..scan import Every, diagonal_backward, diagonal_forward, diagonal_work
+from . import structured
 from .backward import Backward
 from .channel import CHANNEL_SIZES, ChannelScan, channel_work
 from .channel_backward import ChannelBackward
@@ -22,12 +23,24 @@ class Chunked:
     factored = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Any scan, and diagonals."""
+        """Any scan, diagonals, and what `structured.py` knows."""
+        if isinstance(term, Quadratic) and structured.kind_of(term) is not None:
+            return Support.yes()
         return reject_scan(term, self.name) or Support.yes()
+
+    def has_chunks(self, term: Term) -> bool:
+        """Whether a chunk size means something to a term that is no scan."""
+        return structured.has_chunks(term)
+
+    def growth(self, term: Term) -> str | None:
+        """How the cost of a term that is no scan grows with seqlen."""
+        return structured.growth(term)
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Chunk sizes, of those that hold the whole sequence the least; on a GPU longer ones first, as each chunk is a round
         of launches."""
+        if isinstance(term, Quadratic):
+            return structured.configs(term, problem, chunk_size)
         if isinstance(term, Diagonal) or chunk_size is not None:
             return (Config(chunk_size),)
         sizes: tuple[int, ...] = SIZES if isinstance(term, Linear) and term.channel is None else CHANNEL_SIZES
@@ -43,6 +56,8 @@ class Chunked:
         p = problem
         if isinstance(term, Diagonal):
             return diagonal_work(p, direction)
+        if isinstance(term, Quadratic):
+            return structured.work(term, p, config, direction)
         assert isinstance(term, Linear)  # supports() refuses the rest
         if term.channel is not None:
             return channel_work(p, config.chunk_size or SIZES[0]).times(BOTH if direction == "backward" else 1.0)
@@ -65,6 +80,8 @@ class Chunked:
         """One span of chunks after another; saves the states at chunk starts, and what was read of them."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
+        if isinstance(term, Quadratic):
+            return Output(structured.forward(term, x, config))
         assert isinstance(term, Linear)  # supports() refuses the rest
         scan = Scan(term, x, config) if term.channel is None else ChannelScan(term, x, config)
         y, every = x.empty_output(), Every(x)
@@ -84,6 +101,8 @@ class Chunked:
         """Forward again for the states at chunk starts, then back over the chunks with the state's cotangent in hand."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
+        if isinstance(term, Quadratic):
+            return structured.backward(term, x, config, cotangents.y)
         assert isinstance(term, Linear)  # supports() refuses the rest
         if term.channel is None:
             return Backward(Scan(term, x, config), cotangents).run()
