@@ -195,6 +195,14 @@ def test_the_budget_is_honoured(monkeypatch: pytest.MonkeyPatch, checks: float) 
     assert any(t.status == "measured" for t in trials.values()) == (checks < 1)
 
 
+def test_what_the_budget_cuts_short_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made({1: 0.05, 2: 0.05, 3: 1.8})
+    monkeypatch.setattr(search.time, "monotonic", lambda: made.clock)
+    trials = searched(made, budget=2.0, predicted=float)
+    assert trials[1].status == "measured"
+    assert trials[3].status == "skipped" and "no answer within" in trials[3].note
+
+
 # --- what is chosen ---------------------------------------------------------------------------------------------------
 
 

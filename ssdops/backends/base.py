@@ -185,10 +185,12 @@ class Backend(Protocol):
     Attributes:
         factored: whether a per-channel decay dt · A comes as its factors, in slots `dt` and `A`, instead of multiplied out;
             absent is False.
+        compiles: whether its first calls compile programs, which are kept for other processes; absent is False.
     """
 
     name: str
     factored: bool
+    compiles: bool
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Whether this backend runs the term, forward and backward."""

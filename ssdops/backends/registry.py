@@ -120,6 +120,12 @@ def is_factored(name: str) -> bool:
     return getattr(get(name), "factored", False)
 
 
+@cache
+def compiles(name: str) -> bool:
+    """`Backend.compiles`, which a backend need not have."""
+    return getattr(get(name), "compiles", False)
+
+
 def _found(name: str) -> type:
     """The class of a backend from outside."""
     if name in _added:

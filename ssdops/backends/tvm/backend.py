@@ -30,6 +30,7 @@ class Tvm:
 
     name = "tvm"
     factored = False
+    compiles = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Scans with scalar decay, and diagonals."""
