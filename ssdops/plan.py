@@ -23,7 +23,7 @@ from .autotune.tuner import tune_once
 from .autotune.worker import Worker
 from .autotune.workload import Workload
 from .backends import registry
-from .backends.base import Backend, Config, Stepper, Support
+from .backends.base import Backend, Compiler, Config, Stepper, Support
 from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
@@ -204,18 +204,23 @@ def _device(target: Target) -> str:
 
 def _candidates(term: Term, name: str, question: Question) -> Iterator[Candidate | Rejection]:
     """Every configuration of one backend with its predicted cost, the default first; or a rejection."""
-    problem, contraction = question.problem, question.contraction
-    reluctant = registry.BY_NAME.get(name, "") if contraction.backend == "auto" else ""
-    for config in _configs(term, name, contraction, problem):
+    problem, direction = question.problem, question.direction
+    for config in _configs(term, name, question.contraction, problem):
         if isinstance(config, Rejection):
             yield config
         else:
-            yield Candidate(
-                name,
-                config,
-                predict(registry.get(name).work(term, problem, config, question.direction), problem.target),
-                reluctant,
-            )
+            seconds = predict(registry.get(name).work(term, problem, config, direction), problem.target)
+            yield Candidate(name, config, seconds, _reluctance(term, name, config, question))
+
+
+def _reluctance(term: Term, name: str, config: Config, question: Question) -> str:
+    """Why "auto" does not take a candidate on a prediction; empty if it does."""
+    if question.contraction.backend != "auto" or name not in registry.BY_NAME:
+        return ""
+    backend = registry.get(name)
+    if isinstance(backend, Compiler):
+        return backend.ready(term, question.problem, config, question.direction).reason
+    return registry.BY_NAME[name]
 
 
 def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:

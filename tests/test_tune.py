@@ -249,6 +249,17 @@ def test_the_model_takes_nothing_that_has_failed() -> None:
     assert second.origin == "model" and (second.backend, second.config) != (first.backend, first.config)
 
 
+def test_what_ships_does_not_make_a_call_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tvm")
+    monkeypatch.setattr(exchange, "DATA", tmp_path)
+    store.keep(known(*considered(recurrent=2e-3, tvm=1e-3)))
+    exchange.export(tmp_path / f"{exchange.file_name(place_of(Target('cpu')).device)}.json")
+    store.clear()
+    assert (step().backend, step().origin) == ("recurrent", "shipped")
+    monkeypatch.setattr("ssdops.backends.tvm.kept._is_kept", lambda name, tile: True)
+    assert (step().backend, step().origin) == ("tvm", "shipped")
+
+
 def test_what_ships_comes_after_what_is_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "DATA", tmp_path)
     store.keep(known(*considered(naive=1e-3)))

@@ -213,6 +213,15 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class Compiler(Protocol):
+    """A backend that compiles for seconds where it finds no programs of earlier calls."""
+
+    def ready(self, term: Term, problem: Problem, config: Config, direction: str) -> Support:
+        """Whether a first call would find them, told at once; if not, what compiles them."""
+        ...
+
+
 @dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs two microseconds
 class StepInputs:
     """The tensors of a decode step: what a mask's terms read, and room for what they give.
