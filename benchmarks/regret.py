@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(table)
     console.print(found := summary(rows, options.tune))
     if options.export:
-        console.print(f"{exchange.export(options.export, place_of(target).device)} results written into {options.export}")
+        console.print("{} results written into {}".format(*exchange.export(options.export, place_of(target).device)))
     met = all(found[k]["median"] <= m and found[k]["p95"] <= p for k, (m, p) in TARGETS.items() if k in found)
     return 0 if met and len(rows) == len(works) else 1
 

@@ -164,7 +164,7 @@ def clear() -> None:
 
 @cache.command("export")
 def export_(file: Path, device: Annotated[str | None, typer.Option(help="Only results of this device.")] = None) -> None:
-    """Write the tuned results into one file."""
+    """Write the tuned results into one file, or those of a device into a folder, named after it."""
     from .cli_cache import export_results
 
     export_results(file, device, Console())

@@ -147,6 +147,7 @@ def test_a_workload_of_a_log_is_what_was_planned() -> None:
         (["cache", "show", "zzz"], "no result has a key that begins with 'zzz'"),
         (["cache", "import", "no/such/file"], "cannot read no/such/file"),
         (["cache", "export", "/dev/null/file"], "cannot write /dev/null/file"),
+        (["cache", "export", "."], "--device says which"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(args: list[str], message: str) -> None:
