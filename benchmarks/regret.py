@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssdops.autotune import exchange, policy
-from ssdops.autotune.ahead import Job, compile_ahead
+from ssdops.autotune.ahead import Job, compile_ahead, worth_compiling
 from ssdops.autotune.choose import Candidate, choose
 from ssdops.autotune.cost import rates_of
 from ssdops.autotune.place import place_of
@@ -125,12 +125,8 @@ def exhaustive(
 
 def ahead(works: Sequence[Workload], target: Target, options: argparse.Namespace) -> None:
     """Have everything compiled by processes side by side, in half of the time that there is."""
-    jobs = []
-    for work in works:
-        tried = candidates(work, target)
-        least = min(c.seconds for c in tried)
-        slow = tuple(c for c in tried if registry.compiles(c.backend) and c.seconds <= ABSURD * least)
-        jobs += [Job(work, slow)] if slow else []
+    found = [Job(work, worth_compiling(candidates(work, target), target.device == "cuda")) for work in works]
+    jobs = [job for job in found if job.candidates]
     workers = [Worker(TRIALS, options.device) for _ in range(min(options.ahead, len(jobs)))]
     compile_ahead(jobs, workers, min(options.limit / 2, 600.0), lambda: None)
 

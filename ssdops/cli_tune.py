@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from .autotune import policy, store
+from .autotune.ahead import Job, compile_ahead, processes, worth_compiling
 from .autotune.choose import Candidate
 from .autotune.place import place_of
 from .autotune.record import Key, Record
 from .autotune.shape_log import read_log
-from .autotune.tuner import measure
+from .autotune.tuner import COMPILING, measure
 from .autotune.worker import Died, Worker
 from .autotune.workload import DIRECTIONS, Workload
 from .cli_cache import describe, fastest, milliseconds
@@ -99,7 +101,7 @@ def tune(works: list[Workload], target: Target, settings: Settings, console: Con
     budget = policy.budget(target.device) if settings.budget is None else settings.budget
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, Worker(TRIALS, settings.device) as worker:
-        overall = progress.add_task("workloads", total=len(works))
+        todo: list[tuple[Workload, list[Candidate]]] = []
         for work in works:
             key = Key(place_of(target), work.bucket())
             known = None if settings.force else store.read(key)
@@ -107,13 +109,33 @@ def tune(works: list[Workload], target: Target, settings: Settings, console: Con
                 tried = candidates(work, target)
             except TuningError as error:
                 progress.console.print(Text(f"{work}: {error}", style="yellow"), soft_wrap=True)
-                progress.advance(overall)
                 continue
             if known is not None and known.covers(c.backend for c in tried):
                 report(work, store.adopt(known), tried, "known", progress.console)
             else:
-                report(work, _measured(worker, key, work, tried, budget, progress), tried, "measured", progress.console)
+                todo.append((work, tried))
+        budget -= _compiled(worker, todo, target, budget, progress)
+        overall = progress.add_task("workloads", total=len(todo))
+        for work, tried in todo:
+            key = Key(place_of(target), work.bucket())
+            report(work, _measured(worker, key, work, tried, budget, progress), tried, "measured", progress.console)
             progress.advance(overall)
+
+
+def _compiled(
+    worker: Worker, todo: list[tuple[Workload, list[Candidate]]], target: Target, budget: float, progress: Progress
+) -> float:
+    """Compile for several workloads side by side, one of which alone is left to its search; seconds of each budget spent."""
+    found = [Job(work, worth_compiling(tried, target.device == "cuda")) for work, tried in todo]
+    jobs = [job for job in found if job.candidates]
+    count = processes(len(jobs))
+    if count == 0:
+        return 0.0
+    began, task = time.monotonic(), progress.add_task("compiling", total=len(jobs))
+    workers = [worker.twin() for _ in range(count)]
+    compile_ahead(jobs, workers, COMPILING * budget * len(todo), lambda: progress.advance(task))
+    progress.remove_task(task)
+    return (time.monotonic() - began) / len(todo)
 
 
 def _measured(worker: Worker, key: Key, work: Workload, tried: list[Candidate], budget: float, progress: Progress) -> Record:

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from faulty_backends import CLASSES
 
-from ssdops.autotune.ahead import Job, compile_ahead, processes
+from ssdops.autotune import ahead, tuner
+from ssdops.autotune.ahead import Job, compile_ahead, processes, worth_compiling
 from ssdops.autotune.choose import Candidate
+from ssdops.autotune.place import Place
+from ssdops.autotune.record import Key
 from ssdops.autotune.worker import Died, Worker
 from ssdops.autotune.workload import Workload
 from ssdops.backends import registry
@@ -37,7 +40,7 @@ class Made:
     def __exit__(self, *_: object) -> None:
         self.ended.append(True)
 
-    def start(self, timeout: float) -> None:
+    def start(self, timeout: float = 0.0) -> None:
         pass
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -98,8 +101,48 @@ def test_nothing_is_begun_when_the_time_is_up() -> None:
     assert 2 <= len(asked) <= 6 and done == len(asked)
 
 
-def test_one_job_is_worth_no_process() -> None:
-    assert processes(0) == processes(1) == 0 and 1 <= processes(2) <= 2 and processes(1000) <= 12
+def test_processes_are_for_half_of_the_cores_and_not_for_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {(2, 9): 0, (4, 1): 0, (4, 2): 2, (4, 9): 2, (16, 3): 3, (16, 9): 8, (99, 99): 12, (16, 0): 0}
+    for (cores, count), found in expected.items():
+        monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        assert processes(count) == found
+
+
+def test_what_is_compiled_is_what_will_be_tried_and_needs_it() -> None:
+    there, slow, far = (
+        Candidate("tvm", Config(16), 1.0),
+        Candidate("tvm", Config(32), 2.0, "!"),
+        Candidate("tvm", Config(64), 99, "!"),
+    )
+    quick = Candidate("chunked", Config(32), 3.0)
+    assert worth_compiling((there, slow, far, quick), on_gpu=False) == (slow,)
+    assert worth_compiling((there, slow, far, quick), on_gpu=True) == (there, slow)
+
+
+def test_compiling_is_over_before_anything_is_timed_and_is_part_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clock = [], 0.0
+
+    class Timed(Made):
+        device = "cpu"
+
+        def twin(self) -> Timed:
+            return Timed(self.does, self.asked)
+
+        def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+            nonlocal clock
+            with LOCK:
+                asked.append(request["do"])
+                clock += 3.0 if request["do"] == "compile" else 0.5
+            return {"seconds": 1e-3}
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    monkeypatch.setattr(tuner, "processes", lambda jobs: 2 if jobs > 1 else 0)
+    monkeypatch.setattr(tuner.store, "keep", lambda record: record)
+    slow = tuple(Candidate("tvm", Config(size), 1.0, "it compiles") for size in (16, 32, 64))
+    key = Key(Place("a device", (), ""), WORK)
+    record = tuner.measure(Timed(lambda _: None, []), key, WORK, slow, 20.0)  # type: ignore[arg-type]
+    assert asked.index("check") == asked.count("compile") == 3
+    assert all(trial.status == "measured" for trial in record.trials) and clock <= 1.2 * 20.0
 
 
 def test_a_process_runs_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..backends import registry
 from .choose import Candidate
+from .search import PRUNE
 from .worker import Died, Worker
 from .workload import Workload
 
@@ -29,10 +31,18 @@ class Job:
     candidates: tuple[Candidate, ...]
 
 
+def worth_compiling(candidates: Sequence[Candidate], on_gpu: bool) -> tuple[Candidate, ...]:
+    """Those that the search will try and that are known to need it; on a GPU, all of backends that compile."""
+    least = max(min(c.seconds for c in candidates), 1e-9)
+    near = [c for c in candidates if c.seconds <= PRUNE * least]
+    return tuple(c for c in near if c.reluctant or (on_gpu and registry.compiles(c.backend)))
+
+
 def processes(jobs: int) -> int:
-    """How many are worth their start: none for fewer than two jobs, as the process that measures compiles as well."""
+    """How many are worth their start: compiling keeps two cores busy, and the process that measures could do it as well."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(jobs, cores, MOST_PROCESSES) if jobs > 1 else 0
+    count = min(jobs, cores // 2, MOST_PROCESSES)
+    return count if count > 1 else 0
 
 
 def compile_ahead(jobs: Sequence[Job], workers: Sequence[Worker], seconds: float, on_done: Callable[[], None]) -> None:
