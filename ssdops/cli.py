@@ -122,7 +122,7 @@ def tune(
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the device's rates, for the cost model.")] = False,
     batch: Annotated[int, typer.Option(help="With --model.")] = 1,
     seqlen: Annotated[int, typer.Option(help="With --model.")] = 2048,
-    direction: Annotated[str, typer.Option(help="forward, backward (both passes together), or both.")] = "both",
+    direction: Annotated[str, typer.Option(help="forward, backward (both passes together), both, or step.")] = "both",
     budget: Annotated[float | None, typer.Option(help="Seconds for each term and direction.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what was measured.")] = False,
     device: Device = "cpu",

@@ -67,7 +67,7 @@ def plan(contraction: Contraction, problem: Problem, direction: str = "forward",
     """Choose a backend and a configuration for every term.
 
     Args:
-        direction: "forward", or "backward" for both passes of a call that is learnt from.
+        direction: one of `autotune.workload.DIRECTIONS`.
         dry: whether to measure nothing, whatever the mode.
 
     Raises:
@@ -85,6 +85,8 @@ def stepper(contraction: Contraction, problem: Problem) -> Stepper | None:
     """The backend whose decode kernel takes the whole mask, or None: a step is a short sequence then, and planned as one.
 
     With "auto" that is the first that can, on GPUs: elsewhere a kernel is only interpreted, for those who name its backend.
+    Nothing is tuned here: a kernel reads and writes each state once in one launch, and has no configurations. A sequence
+    gathers states, and takes several launches.
     """
     auto = contraction.backend == "auto"
     if auto and problem.target.device == "cpu":
@@ -157,6 +159,11 @@ class Question:
     direction: str
     dry: bool
 
+    @property
+    def passes(self) -> str:
+        """Which passes of a backend run: a step is a forward pass."""
+        return "backward" if self.direction == "backward" else "forward"
+
 
 def candidates(work: Workload, target: Target) -> list[Candidate]:
     """Everything that could run a workload, whatever it takes to compile."""
@@ -204,7 +211,7 @@ def _device(target: Target) -> str:
 
 def _candidates(term: Term, name: str, question: Question) -> Iterator[Candidate | Rejection]:
     """Every configuration of one backend with its predicted cost, the default first; or a rejection."""
-    problem, direction = question.problem, question.direction
+    problem, direction = question.problem, question.passes
     for config in _configs(term, name, question.contraction, problem):
         if isinstance(config, Rejection):
             yield config
@@ -219,7 +226,7 @@ def _reluctance(term: Term, name: str, config: Config, question: Question) -> st
         return ""
     backend = registry.get(name)
     if isinstance(backend, Compiler):
-        return backend.ready(term, question.problem, config, question.direction).reason
+        return backend.ready(term, question.problem, config, question.passes).reason
     return registry.BY_NAME[name]
 
 

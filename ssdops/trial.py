@@ -61,7 +61,8 @@ class Session:
     def _expected(self, work: Workload, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What the oracle says of a workload, and how far from it a result may be."""
         case, dy = self.case(work, seed)
-        values, bounds = oracle.outputs(case, False), oracle.output_bounds(case, False)
+        states = bool(case.initial)
+        values, bounds = oracle.outputs(case, states), oracle.output_bounds(case, states)
         if work.direction == "backward":
             values |= {f"gradient of {name}": x for name, x in oracle.gradients(case, [dy]).items()}
             bounds |= {f"gradient of {name}": x for name, x in oracle.gradient_bounds(case, [dy]).items()}
@@ -122,14 +123,15 @@ def reduced(work: Workload) -> Workload:
 def candidate(
     case: Case, dy: Tensor, work: Workload, backend: str, config: Config
 ) -> Callable[[], Iterator[tuple[str, Tensor]]]:
-    """A call that runs a candidate as `ssd` would: Y by name, then the states between, then gradients of every float."""
+    """A call that runs a candidate as `ssd` would: Y by name, then the state of a step, or those between, then gradients."""
     (term,) = terms_of(case.mask.tree)
     every = work.state_every or None
-    contraction, names = Contraction(case.mask.tree, state_every=every), n.operand_names(case.mask.tree)
+    states, names = list(case.initial), n.operand_names(case.mask.tree)
+    contraction = Contraction(case.mask.tree, state_every=every, return_state=bool(states))
     problem = replace(case.problem, state_every=every)
     prepared = Prepared(contraction, problem, Plan((Step(term, backend, config, 0.0),)), names, False)
     operands = [case.mask.operands[name] for name in names]
-    given = Call(case.q, case.k, case.v, operands, [], str(contraction), case.scale)
+    given = Call(case.q, case.k, case.v, operands, states, str(contraction), case.scale)
     learnt = work.direction == "backward"
     save = learnt and ops.worth_saving(case.q)
 
@@ -137,6 +139,8 @@ def candidate(
         with torch.no_grad():
             y, *rest = run.forward_as(prepared, given, save)
             yield "y", y
+            if states:
+                yield "state[0]", rest.pop(0)
             if every is not None:
                 yield "every", rest.pop(0)
             if learnt:

@@ -9,6 +9,7 @@ from .autotune.workload import Workload
 from .ir import nodes as n
 from .ir import operands as ops
 from .ir.problem import fenwick_levels
+from .ir.terms import Linear
 from .ir.text import parse
 from .masks import Mask
 from .testing.case import Case
@@ -36,7 +37,11 @@ def case_of(work: Workload, device: torch.device, seed: int) -> Case:
                 operands[name] = _operand(node, slot, axes, work, generator).to(device)
                 if operands[name].is_floating_point():
                     operands[name] = operands[name].to(wide)
-    return Case(q, k, v, Mask(tree, operands), 1.0, operands=dtype)
+    states: tuple[Tensor, ...] = ()
+    if work.direction == "step" and isinstance(work.term_of, Linear):
+        shape = (work.batch, work.nheads, work.headdim, work.dstate)
+        states = (torch.randn(shape, generator=generator, device=device).to(wide),)
+    return Case(q, k, v, Mask(tree, operands), 1.0, states, operands=dtype)
 
 
 def _operand(node: n.Node, slot: str, axes: str, work: Workload, generator: torch.Generator) -> Tensor:
