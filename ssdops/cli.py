@@ -1,4 +1,4 @@
-"""The command line: `ssdops demo | explain | export | tune | cache | doctor`.
+"""The command line: `ssdops demo | explain | export | tune | cache | bench | doctor`.
 
 This module holds the commands' options; what they do lives in `cli_demo`, `cli_explain` and so on, imported when one runs.
 Every error that ssdops raises on purpose ends as one line on stderr and exit status 2.
@@ -111,6 +111,23 @@ def doctor() -> None:
     from .cli_doctor import run
 
     run(Console())
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="B,T,H,P,G,N: batch, the longest seqlen, nheads, headdim, ngroups, dstate.")],
+    mask: Annotated[str, typer.Option(help="A mask as text.")] = "decay(log_a)",
+    seqlens: Annotated[str | None, typer.Option(help="Lengths, as 512,1024,…; halves of the longest if not given.")] = None,
+    backends: Annotated[str | None, typer.Option(help="Backends, as chunked,tvm,…; all if not given.")] = None,
+    direction: Annotated[str, typer.Option(help="forward, or backward (both passes together).")] = "forward",
+    plot: Annotated[Path | None, typer.Option(help="Also draw time against seqlen into this PNG.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Time a call on each backend against its length, and show which of them is taken. Nothing is kept."""
+    from .cli_bench import Settings, run
+
+    run(Settings(shape, mask, seqlens, backends, direction, device, dtype), plot, Console())
 
 
 @app.command()
