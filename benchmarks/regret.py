@@ -49,8 +49,8 @@ from ssdops.plan import TRIALS, candidates
 ROUNDS, NEAR = 5, 2.0
 """Rounds of samples, and how many times the fastest a candidate may be to be in more than the first."""
 SAMPLE_SECONDS = {"cpu": 0.2, "cuda": 0.1}
-ABSURD = 30.0
-"""How many times the least predicted time a prediction may be, for its candidate to be timed at all."""
+ABSURD, BRIEF = 30.0, 0.1
+"""How many times the least predicted time a prediction may be, or else how many seconds, for its candidate to be timed."""
 TARGETS = {"model": (1.15, 1.6), "tuned": (1.02, 1.10)}
 """Median and 95th percentile of the regret that is asked for."""
 
@@ -107,7 +107,7 @@ def exhaustive(
     """Seconds of every candidate that runs, by one sample, and of the near ones by several; and why the others do not."""
     seconds: dict[str, float] = {}
     least = min(c.seconds for c in tried)
-    failed = {name_of(c): "not tried: predicted to be far slower" for c in tried if c.seconds > ABSURD * least}
+    failed = {name_of(c): "not tried: predicted to be far slower" for c in tried if c.seconds > max(ABSURD * least, BRIEF)}
     sample = SAMPLE_SECONDS[torch.device(options.device).type]
     for turn in range(ROUNDS):
         for c in sorted(tried, key=lambda c: c.seconds):
