@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import pytest
@@ -85,6 +85,28 @@ def test_they_run_side_by_side() -> None:
 
     ran(slow, jobs(6), 3)
     assert most == 3
+
+
+def test_an_interrupt_waits_for_no_compiler() -> None:
+    killed, going = [], Event()
+
+    class Slow(Made):
+        def kill(self) -> None:
+            killed.append(1)
+            going.set()
+
+    def compiles(_: int) -> None:
+        assert going.wait(60)
+        raise Died("it was killed")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    asked: list[int] = []
+    workers = [Slow(lambda _: None, asked), Slow(compiles, asked)]
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead(jobs(50), workers, 60.0, interrupt)  # type: ignore[arg-type]
+    assert len(killed) == 2 and len(asked) <= 2
 
 
 def test_one_that_dies_stops_no_other() -> None:

@@ -62,8 +62,14 @@ def compile_ahead(jobs: Sequence[Job], workers: Sequence[Worker], seconds: float
                 on_done()
 
     with ThreadPoolExecutor(max(len(workers), 1)) as pool:
-        for future in [pool.submit(work_off, worker) for worker in workers]:
-            future.result()
+        try:
+            for future in [pool.submit(work_off, worker) for worker in workers]:
+                future.result()
+        except BaseException:  # an interrupt, which is not to wait for compilers
+            waiting.clear()
+            for worker in workers:
+                worker.kill()
+            raise
 
 
 def _run(job: Job, worker: Worker, deadline: float) -> None:
