@@ -2,42 +2,55 @@
 
 Random workloads are drawn from the seed. Each candidate of each is timed, in turns in one process, and the regret of a choice
 is its time over that of the fastest. The cost model chooses among what "auto" takes unmeasured; its regret is given against
-those, and against all, `tvm` included. With `--tune` the tuner searches first, within its budget, and is held to all.
+those, and against all, with what would have to be compiled first; and that of what it would choose had all been compiled. With
+`--tune` the tuner measures each workload first, within its budget, keeps the result, and what is chosen by it is held to all.
+
+On a GPU, with 40 workloads in about six minutes (what is left when they are over is not studied, and the file says so):
+
+    python benchmarks/regret.py --device cuda --calibrate --tune --budget 8 --backends triton,chunked,recurrent,naive \\
+        --ahead 12 --limit 360 --cache CACHE --json regret_h100.json --export tuned_h100.json --commit COMMIT
+
+`--cache` is where rates, programs and results are kept; without it, where calls look (SSDOPS_CACHE_DIR).
 """
 
 import argparse
 import json
 import math
-import random
+import os
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from device import Machine
 from measure import environment
+from regret_draw import draw
 from rich.console import Console
 from rich.table import Table
 
-from ssdops.autotune import policy
+from ssdops.autotune import exchange, policy
+from ssdops.autotune.ahead import Job, compile_ahead, worth_compiling
 from ssdops.autotune.choose import Candidate, choose
+from ssdops.autotune.cost import rates_of
 from ssdops.autotune.place import place_of
-from ssdops.autotune.search import Search
+from ssdops.autotune.record import Key
+from ssdops.autotune.tuner import measure
 from ssdops.autotune.worker import Died, Worker
-from ssdops.autotune.workload import DIRECTIONS, Workload
+from ssdops.autotune.workload import Workload
+from ssdops.backends import registry
+from ssdops.cli_calibrate import calibrate
 from ssdops.ir.problem import Target
 from ssdops.plan import TRIALS, candidates
 
-TERMS = ("decay(log_a)",) * 5 + (
-    "causal()", "decay(log_a).T", "decay(log_a).scale(rows=rows, cols=cols)", "channel_decay(channel)",
-    "decay(log_a) * documents(documents)", "window(left=64, right=0)", "diagonal(value)",
-)  # fmt: skip
-ROUNDS, SAMPLE_SECONDS, NEAR = 5, 0.2, 2.0
-"""Rounds of samples, seconds of each, and how many times the fastest a candidate may be to be in more than the first."""
-ABSURD = 30.0
-"""How many times the least predicted time a prediction may be, for its candidate to be timed at all."""
+ROUNDS, NEAR = 5, 2.0
+"""Rounds of samples, and how many times the fastest a candidate may be to be in more than the first."""
+SAMPLE_SECONDS = {"cpu": 0.2, "cuda": 0.1}
+ABSURD, BRIEF = 30.0, 0.1
+"""How many times the least predicted time a prediction may be, or else how many seconds, for its candidate to be timed."""
 TARGETS = {"model": (1.15, 1.6), "tuned": (1.02, 1.10)}
 """Median and 95th percentile of the regret that is asked for."""
 
@@ -52,34 +65,19 @@ class Row:
     failed: dict[str, str]
     model: str
     tuned: str | None
+    tuned_in: float | None
     unmeasured: tuple[str, ...]
+
+    @property
+    def compiled(self) -> str:
+        """What the model would choose, had everything been compiled before."""
+        return min(self.seconds, key=lambda name: self.predicted[name])
 
     def regret(self, name: str | None, among: Sequence[str] = ()) -> float:
         """Of one choice, among those or all."""
         if name not in self.seconds:
             return math.inf
         return self.seconds[name] / min(self.seconds[x] for x in self.seconds if not among or x in among)
-
-
-def draw(seed: int, count: int, device: str) -> list[Workload]:
-    """Workloads of like chances; the sizes are what the device does in seconds at most."""
-    random_ = random.Random(seed)
-    most = 2e8 if device == "cpu" else 2e10  # elements of states, over all tokens
-    out: list[Workload] = []
-    while len(out) < count:
-        ngroups, per_group = random_.choice((1, 1, 1, 2, 4)), random_.choice((1, 2, 4, 8, 16, 24))
-        heads = ngroups * per_group
-        term = random_.choice(TERMS)
-        work = Workload(
-            term, random_.choice(DIRECTIONS), "float32" if device == "cpu" else random_.choice(("bfloat16", "float32")),
-            "float32", 1 if "documents" in term else random_.choice((1, 1, 2, 4, 8)), round(2 ** random_.uniform(3, 14)), heads,
-            random_.choice((16, 32, 64, 64, 128)), random_.choice((16, 32, 64, 128, 128)), ngroups, ngroups, heads,
-            random_.choice((2, 5, 16)) if "documents" in term else 0,
-        )  # fmt: skip
-        size = work.batch * work.seqlen * heads * work.headdim * work.dstate
-        if size <= most * (1 if "channel" in term else 16) and not ("window" in term and work.seqlen > 4096):
-            out.append(work)
-    return out
 
 
 def name_of(c: Candidate) -> str:
@@ -90,35 +88,36 @@ def name_of(c: Candidate) -> str:
 def study(work: Workload, worker: Worker, target: Target, options: argparse.Namespace) -> Row:
     """Time every candidate of a workload, and let the model and the tuner choose."""
     tried = candidates(work, target)
-    model = choose(None, tried, "off", None).candidate
-    tuned = None
-    if options.tune:
-        trials = Search(worker, work, options.budget or policy.budget(target.device), options.seed).run(tried)
-        timed = [(t.seconds, t.backend, t.config) for t in trials if t.seconds is not None]
-        found = min(timed, key=lambda x: x[0]) if timed else None
-        tuned = None if found is None else name_of(Candidate(found[1], found[2], 0.0))
-    seconds, failed = exhaustive(work, worker, tried, options.patience)
-    predicted = {name_of(c): c.seconds for c in tried}
+    model = choose(None, tried, "off", None).candidate  # before the tuner has compiled anything
     eager = tuple(name_of(c) for c in tried if not c.reluctant)
-    return Row(work.to_json(), seconds, predicted, failed, name_of(model), tuned, eager)
+    tuned = took = None
+    if options.tune:
+        key, begin = Key(place_of(target), work.bucket()), time.monotonic()
+        measure(worker, key, work, tried, options.budget or policy.budget(target.device))
+        took = time.monotonic() - begin
+        choice = choose(key, tried, "cached", None)
+        tuned = name_of(choice.candidate) if choice.measured is not None else None
+    seconds, failed = exhaustive(work, worker, tried, options)
+    return Row(work.to_json(), seconds, {name_of(c): c.seconds for c in tried}, failed, name_of(model), tuned, took, eager)
 
 
 def exhaustive(
-    work: Workload, worker: Worker, tried: list[Candidate], patience: float
+    work: Workload, worker: Worker, tried: list[Candidate], options: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of every candidate that runs, the near ones in several rounds; and why the others do not."""
+    """Seconds of every candidate that runs, by one sample, and of the near ones by several; and why the others do not."""
     seconds: dict[str, float] = {}
     least = min(c.seconds for c in tried)
-    failed = {name_of(c): "not tried: predicted to be far slower" for c in tried if c.seconds > ABSURD * least}
+    failed = {name_of(c): "not tried: predicted to be far slower" for c in tried if c.seconds > max(ABSURD * least, BRIEF)}
+    sample = SAMPLE_SECONDS[torch.device(options.device).type]
     for turn in range(ROUNDS):
-        for c in tried:
+        for c in sorted(tried, key=lambda c: c.seconds):
             name = name_of(c)
             if name in failed or (turn and seconds[name] > NEAR * min(seconds.values())):
                 continue
             config = {"chunk_size": c.config.chunk_size, "segments": c.config.segments}
             request = {"do": "time", "workload": work.to_json(), "backend": c.backend, "config": config, "seed": 0}
             try:
-                answer = worker.ask({**request, "seconds": SAMPLE_SECONDS if turn else 0.0}, patience)
+                answer = worker.ask({**request, "seconds": sample if turn else 0.0}, options.patience)
             except Died as death:
                 answer = {"error": str(death)}
             if "error" in answer:
@@ -129,11 +128,24 @@ def exhaustive(
     return seconds, failed
 
 
+def ahead(works: Sequence[Workload], target: Target, options: argparse.Namespace) -> None:
+    """Have everything compiled by processes side by side, in half of the time that there is."""
+    found = [Job(work, worth_compiling(candidates(work, target), target.device == "cuda")) for work in works]
+    jobs = [job for job in found if job.candidates]
+    workers = [Worker(TRIALS, options.device) for _ in range(min(options.ahead, len(jobs)))]
+    compile_ahead(jobs, workers, min(options.limit / 2, 600.0), lambda: None)
+
+
 def summary(rows: Sequence[Row], tuned: bool) -> dict[str, dict[str, float]]:
     """Median, 95th percentile and maximum of each regret."""
-    kinds = {"model": [r.regret(r.model, r.unmeasured) for r in rows], "model, against all": [r.regret(r.model) for r in rows]}
+    kinds = {
+        "model": [r.regret(r.model, r.unmeasured) for r in rows],
+        "model, against all": [r.regret(r.model) for r in rows],
+        "model, all compiled": [r.regret(r.compiled) for r in rows],
+    }
     if tuned:
         kinds["tuned"] = [r.regret(r.tuned) for r in rows]
+        kinds["seconds of the tuner"] = [r.tuned_in or 0.0 for r in rows]
     return {kind: {"median": statistics.median(x), "p95": percentile(x, 0.95), "max": max(x)} for kind, x in kinds.items()}
 
 
@@ -142,43 +154,84 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Study the workloads one by one, print the table, and say by the exit status whether the targets are met."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tune", action="store_true", help="also let the tuner search")
+    parser.add_argument("--backends", help="only these, as A,B,…")
+    parser.add_argument("--calibrate", action="store_true", help="measure the device's rates first")
+    parser.add_argument("--tune", action="store_true", help="also let the tuner measure, and keep what it finds")
     parser.add_argument("--budget", type=float, help="seconds of the tuner for each workload")
+    parser.add_argument("--ahead", type=int, default=0, metavar="N", help="compile everything first, by N processes")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further workload is begun")
     parser.add_argument(
         "--patience", type=float, default=120.0, help="seconds to wait for one candidate, its compilation included"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where rates, programs and results are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, after every workload")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the tuner's results to FILE, to be shipped")
+    parser.add_argument("--commit", help="the commit to name in FILE, where the source has no git")
     options = parser.parse_args(argv)
     policy.check_budget(options.budget)
+    if options.backends:
+        wanted = options.backends.split(",")
+        if unknown := set(wanted) - set(registry.BACKENDS):
+            parser.error(f"no backend is called {', '.join(sorted(unknown))}")
+        for name in set(registry.BACKENDS) - set(wanted):
+            del registry.BACKENDS[name]
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Study the workloads one by one, print the table, and say by the exit status whether the targets are met."""
+    options, begin = parse(argv), time.monotonic()
+    if options.cache:
+        os.environ["SSDOPS_CACHE_DIR"] = str(options.cache)  # before anything looks; processes of the tuner inherit it
     console, target, rows = Console(), Target.of(torch.device(options.device)), []
-    table = Table("workload", "fastest", "model", "regret", "tuned", "regret")
+    if options.calibrate:
+        calibrate(torch.device(options.device), console)
+    works = draw(options.seed, options.count, target.device)
+    if options.ahead:
+        ahead(works, target, options)
+        console.print(f"compiled ahead in {time.monotonic() - begin:.0f} s")
+    place = {
+        **environment(options.commit), **Machine(torch.device(options.device)).facts(), "place": asdict(place_of(target)),
+        "rates": asdict(rates_of(target)), "backends": list(registry.BACKENDS), "seed": options.seed, "count": options.count,
+    }  # fmt: skip
     with Worker(TRIALS, options.device) as worker:
-        for work in draw(options.seed, options.count, target.device):
+        for number, work in enumerate(works):
+            if time.monotonic() - begin > options.limit:
+                console.print(f"{options.limit:.0f} s are over: {number} of {len(works)} workloads were studied")
+                break
             row = study(work, worker, target, options)
             if not row.seconds:
                 console.print(f"{work}: nothing runs: {row.failed}")
                 continue
             rows.append(row)
-            best = min(row.seconds, key=lambda name: row.seconds[name])
-            cells = (str(work), best, row.model, f"{row.regret(row.model, row.unmeasured):.3f}", row.tuned or "",
-                     f"{row.regret(row.tuned):.3f}" if row.tuned else "")  # fmt: skip
-            table.add_row(*cells)
-            console.print(" | ".join(cells), highlight=False, soft_wrap=True)
+            console.print(" | ".join(cells(row, work)), highlight=False, soft_wrap=True)
+            if options.json:
+                result = {"environment": place, "summary": summary(rows, options.tune), "rows": [asdict(r) for r in rows]}
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if not rows:
+        return 1
+    table = Table("workload", "fastest", "model", "regret", "tuned", "regret")
+    for row in rows:
+        table.add_row(*cells(row, Workload.from_json(row.workload)))
     console.print(table)
-    found = summary(rows, options.tune)
-    console.print(found)
-    if options.json:
-        place = {**environment(), "place": asdict(place_of(target)), "seed": options.seed, "count": options.count}
-        result = {"environment": place, "summary": found, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(found := summary(rows, options.tune))
+    if options.export:
+        console.print("{} results written into {}".format(*exchange.export(options.export, place_of(target).device)))
     met = all(found[k]["median"] <= m and found[k]["p95"] <= p for k, (m, p) in TARGETS.items() if k in found)
-    return 0 if met else 1
+    return 0 if met and len(rows) == len(works) else 1
+
+
+def cells(row: Row, work: Workload) -> tuple[str, ...]:
+    """A row of the table."""
+    best = min(row.seconds, key=lambda name: row.seconds[name])
+    model = f"{row.regret(row.model, row.unmeasured):.3f}"
+    return str(work), best, row.model, model, row.tuned or "", f"{row.regret(row.tuned):.3f}" if row.tuned else ""
 
 
 if __name__ == "__main__":

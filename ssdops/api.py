@@ -332,7 +332,7 @@ def explain(
     >>> import torch
     >>> from ssdops import explain, masks
     >>> x = torch.empty(1, 4096, 8, 64, device="meta")
-    >>> m = masks.decay(torch.empty(1, 4096, 8, device="meta"))
+    >>> m = masks.channel_decay(torch.empty(1, 4096, 8, 64, device="meta"))
     >>> [step.backend for step in explain(x, x, x, m, target=Target("cpu")).plan.steps]
     ['chunked']
     """

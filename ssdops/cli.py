@@ -1,4 +1,4 @@
-"""The command line: `ssdops demo | explain | export | tune | cache | doctor`.
+"""The command line: `ssdops demo | explain | export | tune | cache | bench | doctor`.
 
 This module holds the commands' options; what they do lives in `cli_demo`, `cli_explain` and so on, imported when one runs.
 Every error that ssdops raises on purpose ends as one line on stderr and exit status 2.
@@ -114,6 +114,23 @@ def doctor() -> None:
 
 
 @app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="B,T,H,P,G,N: batch, the longest seqlen, nheads, headdim, ngroups, dstate.")],
+    mask: Annotated[str, typer.Option(help="A mask as text.")] = "decay(log_a)",
+    seqlens: Annotated[str | None, typer.Option(help="Lengths, as 512,1024,…; halves of the longest if not given.")] = None,
+    backends: Annotated[str | None, typer.Option(help="Backends, as chunked,tvm,…; all if not given.")] = None,
+    direction: Annotated[str, typer.Option(help="forward, or backward (both passes together).")] = "forward",
+    plot: Annotated[Path | None, typer.Option(help="Also draw time against seqlen into this PNG.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Time a call on each backend against its length, and show which of them is taken. Nothing is kept."""
+    from .cli_bench import Settings, run
+
+    run(Settings(shape, mask, seqlens, backends, direction, device, dtype), plot, Console())
+
+
+@app.command()
 def tune(
     shape: Annotated[str | None, typer.Option(help="B,T,H,P,G,N: batch, seqlen, nheads, headdim, ngroups, dstate.")] = None,
     mask: Annotated[str, typer.Option(help="A mask as text, with --shape.")] = "decay(log_a)",
@@ -122,7 +139,7 @@ def tune(
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the device's rates, for the cost model.")] = False,
     batch: Annotated[int, typer.Option(help="With --model.")] = 1,
     seqlen: Annotated[int, typer.Option(help="With --model.")] = 2048,
-    direction: Annotated[str, typer.Option(help="forward, backward (both passes together), or both.")] = "both",
+    direction: Annotated[str, typer.Option(help="forward, backward (both passes together), both, or step.")] = "both",
     budget: Annotated[float | None, typer.Option(help="Seconds for each term and direction.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Measure again what was measured.")] = False,
     device: Device = "cpu",
@@ -164,7 +181,7 @@ def clear() -> None:
 
 @cache.command("export")
 def export_(file: Path, device: Annotated[str | None, typer.Option(help="Only results of this device.")] = None) -> None:
-    """Write the tuned results into one file."""
+    """Write the tuned results into one file, or those of a device into a folder, named after it."""
     from .cli_cache import export_results
 
     export_results(file, device, Console())

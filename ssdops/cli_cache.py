@@ -64,7 +64,8 @@ def clear_results(console: Console) -> None:
 
 def export_results(path: Path, device: str | None, console: Console) -> None:
     """Write them into one file."""
-    console.print(Text(f"{exchange.export(path, device)} results written into {path}"), soft_wrap=True)
+    count, written = exchange.export(path, device)
+    console.print(Text(f"{count} results written into {written}"), soft_wrap=True)
 
 
 def import_results(path: Path, any_device: bool, console: Console) -> None:

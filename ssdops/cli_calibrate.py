@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
 from .autotune.cost import DEFAULT_RATES, Rates, keep_rates
+from .autotune.workload import Workload
 from .ir.problem import Target
-from .trial import fastest
+from .plan import candidates
+from .trial import Session, fastest
 
 SECONDS = 0.5
 """That each rate is measured for."""
+SCAN = Workload("decay(log_a)", "forward", "bfloat16", "float32", 1, 8192, 8, 64, 128, 1, 1, 8)
+"""A scan that leaves a GPU nearly idle: its time is that of its chain of chunks, beyond what launching takes."""
 
 
 def calibrate(device: torch.device, console: Console) -> None:
@@ -53,5 +57,18 @@ def measured(device: torch.device) -> Rates:
     bandwidth = 2 * big.numel() * 4 / seconds(lambda: copy.copy_(big))
     small = normal(16)
     launch = seconds(lambda: small.mul_(1.0))
-    default = DEFAULT_RATES.get(device.type, DEFAULT_RATES["cuda"])
-    return Rates(matmul, elementwise, bandwidth, launch, default.step)
+    step = chain(device) if on_gpu else DEFAULT_RATES["cpu"].step
+    return Rates(matmul, elementwise, bandwidth, launch, step)
+
+
+def chain(device: torch.device) -> float:
+    """Seconds of a chunk in a chain of them: what a scan takes longer for longer sequences, by the backend that has chains."""
+    session, taken, steps = Session(str(device)), [], []
+    for work in (SCAN, replace(SCAN, seqlen=4 * SCAN.seqlen)):
+        able = [c for c in candidates(work, Target.of(device)) if c.backend == "triton" and c.config.segments == 1]
+        if not able:  # no Triton here, so that nothing is predicted by it
+            return DEFAULT_RATES["cuda"].step
+        (c,) = able
+        taken.append(session.seconds(work, c.backend, c.config, 0, SECONDS))
+        steps.append(-(-work.seqlen // (c.config.chunk_size or 64)))
+    return max(taken[1] - taken[0], 0.0) / (steps[1] - steps[0])

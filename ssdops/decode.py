@@ -93,7 +93,7 @@ def step(call: Call, slots: Tensor | None, every: bool, rooms: list[Tensor] | No
     prepared = prepare(call, slots is not None)
     p, backend = prepared.problem, prepared.backend
     if backend is None:
-        out = as_sequence(prepared.contraction.mask, call, slots, every, run.forward)
+        out = as_sequence(prepared.contraction.mask, call, slots, every, run.step)
         for room, x in zip(rooms or (), out.every, strict=rooms is not None):
             room.copy_(x)
         return out

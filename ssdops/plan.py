@@ -23,7 +23,7 @@ from .autotune.tuner import tune_once
 from .autotune.worker import Worker
 from .autotune.workload import Workload
 from .backends import registry
-from .backends.base import Backend, Config, Stepper, Structured, Support
+from .backends.base import Backend, Compiler, Config, Stepper, Structured, Support
 from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
@@ -68,7 +68,7 @@ def plan(contraction: Contraction, problem: Problem, direction: str = "forward",
     """Choose a backend and a configuration for every term.
 
     Args:
-        direction: "forward", or "backward" for both passes of a call that is learnt from.
+        direction: one of `autotune.workload.DIRECTIONS`.
         dry: whether to measure nothing, whatever the mode.
 
     Raises:
@@ -86,6 +86,8 @@ def stepper(contraction: Contraction, problem: Problem) -> Stepper | None:
     """The backend whose decode kernel takes the whole mask, or None: a step is a short sequence then, and planned as one.
 
     With "auto" that is the first that can, on GPUs: elsewhere a kernel is only interpreted, for those who name its backend.
+    Nothing is tuned here: a kernel reads and writes each state once in one launch, and has no configurations. A sequence
+    gathers states, and takes several launches.
     """
     auto = contraction.backend == "auto"
     if auto and problem.target.device == "cpu":
@@ -158,6 +160,11 @@ class Question:
     direction: str
     dry: bool
 
+    @property
+    def passes(self) -> str:
+        """Which passes of a backend run: a step is a forward pass."""
+        return "backward" if self.direction == "backward" else "forward"
+
 
 def candidates(work: Workload, target: Target) -> list[Candidate]:
     """Everything that could run a workload, whatever it takes to compile."""
@@ -216,18 +223,23 @@ def _device(target: Target) -> str:
 
 def _candidates(term: Term, name: str, question: Question) -> Iterator[Candidate | Rejection]:
     """Every configuration of one backend with its predicted cost, the default first; or a rejection."""
-    problem, contraction = question.problem, question.contraction
-    reluctant = registry.BY_NAME.get(name, "") if contraction.backend == "auto" else ""
-    for config in _configs(term, name, contraction, problem):
+    problem, direction = question.problem, question.passes
+    for config in _configs(term, name, question.contraction, problem):
         if isinstance(config, Rejection):
             yield config
         else:
-            yield Candidate(
-                name,
-                config,
-                predict(registry.get(name).work(term, problem, config, question.direction), problem.target),
-                reluctant,
-            )
+            seconds = predict(registry.get(name).work(term, problem, config, direction), problem.target)
+            yield Candidate(name, config, seconds, _reluctance(term, name, config, question))
+
+
+def _reluctance(term: Term, name: str, config: Config, question: Question) -> str:
+    """Why "auto" does not take a candidate on a prediction; empty if it does."""
+    if question.contraction.backend != "auto" or name not in registry.BY_NAME:
+        return ""
+    backend = registry.get(name)
+    if isinstance(backend, Compiler):
+        return backend.ready(term, question.problem, config, question.passes).reason
+    return registry.BY_NAME[name]
 
 
 def _configs(term: Term, name: str, contraction: Contraction, problem: Problem) -> Iterator[Config | Rejection]:

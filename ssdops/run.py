@@ -86,23 +86,23 @@ _prepared: dict[tuple[Any, ...], Prepared] = {}
 MAX_PREPARED = 65536
 
 
-def prepare(call: Call, learnt: bool = False) -> Prepared:
+def prepare(call: Call, direction: str = "forward") -> Prepared:
     """Check and plan a call, or recall it: everything but the values of the tensors is decided here.
 
     A plan holds as long as the tuner's mode does, and until a result of the tuner is new.
 
     Args:
-        learnt: whether to plan for a forward and a backward pass together.
+        direction: what to plan for (`autotune.workload.DIRECTIONS`).
 
     Raises:
         ShapeError, DtypeError, DeviceError, ValueRangeError, UnsupportedError, UnknownBackendError, MaskError, TuningError.
     """
     signature = call.signature()
-    key = (learnt, policy.current(), store.version(), signature)
+    key = (direction, policy.current(), store.version(), signature)
     found = _prepared.get(key)
     if found is None:
-        found = _prepare(call, learnt)
-        key = (learnt, policy.current(), store.version(), signature)  # this call itself may have been tuned
+        found = _prepare(call, direction)
+        key = (direction, policy.current(), store.version(), signature)  # this call itself may have been tuned
         if len(_prepared) >= MAX_PREPARED:
             _prepared.clear()
         _prepared[key] = found
@@ -113,12 +113,12 @@ def prepare(call: Call, learnt: bool = False) -> Prepared:
     return found
 
 
-def _prepare(call: Call, learnt: bool) -> Prepared:
+def _prepare(call: Call, direction: str) -> Prepared:
     contraction, problem = call.contraction, call.problem()
     if call.states or contraction.return_state:
         check_states(call.states, len(state_terms(contraction.mask)), problem, given=bool(call.states))
     checked = mask_needs_values_checked(contraction.mask) and (call.q.device.type == "cpu" or config.check_values())
-    found = plan(contraction, problem, "backward" if learnt else "forward")
+    found = plan(contraction, problem, direction)
     return Prepared(contraction, problem, found, n.operand_names(contraction.mask), checked)
 
 
@@ -128,7 +128,12 @@ def forward(call: Call, save: bool = False, learnt: bool = False) -> list[Tensor
     Args:
         learnt: whether a backward pass will follow; `save` says so as well.
     """
-    return forward_as(prepare(call, save or learnt), call, save)
+    return forward_as(prepare(call, "backward" if save or learnt else "forward"), call, save)
+
+
+def step(call: Call) -> list[Tensor]:
+    """`forward` of the few tokens of a step, which are planned apart."""
+    return forward_as(prepare(call, "step"), call, False)
 
 
 def forward_as(prepared: Prepared, call: Call, save: bool) -> list[Tensor]:
@@ -198,7 +203,7 @@ def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
 
 def backward(call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
     """Gradients of q, k, v, the operands (empty for integers) and the states."""
-    return backward_as(prepare(call, learnt=True), call, cotangents, saved)
+    return backward_as(prepare(call, "backward"), call, cotangents, saved)
 
 
 def backward_as(prepared: Prepared, call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[Tensor]:

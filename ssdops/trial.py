@@ -1,7 +1,8 @@
 """The process in which the tuner tries candidates: inputs for a workload, one candidate run as a call runs it, checked, timed.
 
 It reads requests as lines of JSON from its standard input and answers each with a line: `{"do": "check"}` compares outputs and
-gradients with the float64 oracle, `{"do": "time"}` gives the seconds of the fastest sample.
+gradients with the float64 oracle, `{"do": "time"}` gives the seconds of the fastest sample, and `{"do": "compile"}` only runs
+once, so that what is compiled is kept for other processes.
 """
 
 from __future__ import annotations
@@ -52,15 +53,16 @@ class Session:
 
     def _case(self, work: Workload, seed: int) -> tuple[Case, Tensor]:
         case = case_of(work, self.device, seed)
-        generator = torch.Generator().manual_seed(seed + 1)
+        generator = torch.Generator(self.device).manual_seed(seed + 1)
         shape = (work.batch, work.seqlen, work.nheads, work.headdim)
-        dy = torch.randn(shape, generator=generator).to(self.device, case.problem.dtype)
+        dy = torch.randn(shape, generator=generator, device=self.device).to(case.problem.dtype)
         return case, dy
 
     def _expected(self, work: Workload, seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What the oracle says of a workload, and how far from it a result may be."""
         case, dy = self.case(work, seed)
-        values, bounds = oracle.outputs(case, False), oracle.output_bounds(case, False)
+        states = bool(case.initial)
+        values, bounds = oracle.outputs(case, states), oracle.output_bounds(case, states)
         if work.direction == "backward":
             values |= {f"gradient of {name}": x for name, x in oracle.gradients(case, [dy]).items()}
             bounds |= {f"gradient of {name}": x for name, x in oracle.gradient_bounds(case, [dy]).items()}
@@ -80,6 +82,16 @@ class Session:
             assert_close(got[name], value, bounds[name], name)
         if work.state_every:
             assert torch.isfinite(got["every"]).all(), "the states between are not finite"
+
+    def compile(self, work: Workload, backend: str, config: Config, seed: int) -> None:
+        """Run a candidate once at its own sizes, which compilers may specialise for, and hold no memory after it."""
+        case, dy = self.case(work, seed)
+        list(candidate(case, dy, work, backend, config)())
+        self._wait()
+        self.case.cache_clear()
+        del case, dy
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # others compile on the same GPU, and all its memory is wanted when times are taken
 
     def seconds(self, work: Workload, backend: str, config: Config, seed: int, at_least: float) -> float:
         """The fastest of as many samples as take that long; a first call, whose results must be finite, is not counted."""
@@ -111,14 +123,15 @@ def reduced(work: Workload) -> Workload:
 def candidate(
     case: Case, dy: Tensor, work: Workload, backend: str, config: Config
 ) -> Callable[[], Iterator[tuple[str, Tensor]]]:
-    """A call that runs a candidate as `ssd` would: Y by name, then the states between, then gradients of every float."""
+    """A call that runs a candidate as `ssd` would: Y by name, then the state of a step, or those between, then gradients."""
     (term,) = terms_of(case.mask.tree)
     every = work.state_every or None
-    contraction, names = Contraction(case.mask.tree, state_every=every), n.operand_names(case.mask.tree)
+    states, names = list(case.initial), n.operand_names(case.mask.tree)
+    contraction = Contraction(case.mask.tree, state_every=every, return_state=bool(states))
     problem = replace(case.problem, state_every=every)
     prepared = Prepared(contraction, problem, Plan((Step(term, backend, config, 0.0),)), names, False)
     operands = [case.mask.operands[name] for name in names]
-    given = Call(case.q, case.k, case.v, operands, [], str(contraction), case.scale)
+    given = Call(case.q, case.k, case.v, operands, states, str(contraction), case.scale)
     learnt = work.direction == "backward"
     save = learnt and ops.worth_saving(case.q)
 
@@ -126,6 +139,8 @@ def candidate(
         with torch.no_grad():
             y, *rest = run.forward_as(prepared, given, save)
             yield "y", y
+            if states:
+                yield "state[0]", rest.pop(0)
             if every is not None:
                 yield "every", rest.pop(0)
             if learnt:
@@ -160,6 +175,9 @@ def answer(session: Session, request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["do"] == "check":
             session.check(work, request["backend"], config, request["seed"])
+            return {}
+        if request["do"] == "compile":
+            session.compile(work, request["backend"], config, request["seed"])
             return {}
         return {"seconds": session.seconds(work, request["backend"], config, request["seed"], request["seconds"])}
     except AssertionError as error:

@@ -9,6 +9,7 @@ from .autotune.workload import Workload
 from .ir import nodes as n
 from .ir import operands as ops
 from .ir.problem import fenwick_levels
+from .ir.terms import Linear
 from .ir.text import parse
 from .masks import Mask
 from .testing.case import Case
@@ -19,13 +20,13 @@ UNCOUNTED_DOCUMENTS = 4
 
 
 def case_of(work: Workload, device: torch.device, seed: int) -> Case:
-    """A call of the workload on random inputs."""
-    generator = torch.Generator().manual_seed(seed)
+    """A call of the workload on random inputs, drawn where they are to be: large ones take a processor seconds."""
+    generator = torch.Generator(device).manual_seed(seed)
     tree = parse(work.term)
     dtype, wide = getattr(torch, work.dtype), getattr(torch, work.accumulate)
 
     def normal(heads: int, dim: int) -> Tensor:
-        return torch.randn(work.batch, work.seqlen, heads, dim, generator=generator).to(device, dtype)
+        return torch.randn(work.batch, work.seqlen, heads, dim, generator=generator, device=device).to(dtype)
 
     q, k, v = normal(work.q_heads, work.dstate), normal(work.k_heads, work.dstate), normal(work.v_heads, work.headdim)
     operands = {}
@@ -36,7 +37,11 @@ def case_of(work: Workload, device: torch.device, seed: int) -> Case:
                 operands[name] = _operand(node, slot, axes, work, generator).to(device)
                 if operands[name].is_floating_point():
                     operands[name] = operands[name].to(wide)
-    return Case(q, k, v, Mask(tree, operands), 1.0, operands=dtype)
+    states: tuple[Tensor, ...] = ()
+    if work.direction == "step" and isinstance(work.term_of, Linear):
+        shape = (work.batch, work.nheads, work.headdim, work.dstate)
+        states = (torch.randn(shape, generator=generator, device=device).to(wide),)
+    return Case(q, k, v, Mask(tree, operands), 1.0, states, operands=dtype)
 
 
 def _operand(node: n.Node, slot: str, axes: str, work: Workload, generator: torch.Generator) -> Tensor:
@@ -54,7 +59,8 @@ def _operand(node: n.Node, slot: str, axes: str, work: Workload, generator: torc
     }  # fmt: skip
     shape = [1 if axes == n.MATRIX and axis == "batch" else sizes[axis] for axis in axes.split()]
     if slot in LOGS or slot == "A" or (slot == "log_a" and isinstance(node, n.ChannelDecay)):
-        rate = 10.0 ** (3 * torch.rand(work.nheads, generator=generator) - 3)  # from e^-0.001 to e^-1 a token
+        draws = torch.rand(work.nheads, generator=generator, device=generator.device)
+        rate = 10.0 ** (3 * draws - 3)  # from e^-0.001 to e^-1 a token
         rate = rate.view(-1, *(1,) * (len(shape) - 1 - axes.split().index("nheads")))
-        return -rate * torch.rand(shape, generator=generator)
-    return torch.randn(shape, generator=generator)
+        return -rate * torch.rand(shape, generator=generator, device=generator.device)
+    return torch.randn(shape, generator=generator, device=generator.device)

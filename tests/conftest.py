@@ -1,8 +1,10 @@
-"""Hypothesis profiles, `default` (fast, always the same) and `thorough`; and Triton's interpreter where there is no GPU."""
+"""Hypothesis profiles, `default` (fast, always the same) and `thorough`; Triton's interpreter where there is no GPU."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 
@@ -20,3 +22,11 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=600, derandomize=False, deadline=None, print_blob=True)
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    """What other tests have compiled does not change what "auto" takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssdops.backends.tvm.kept._is_kept", lambda name, tile: False)
+        yield

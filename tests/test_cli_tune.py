@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from ssdops import config, masks, ssd
+from ssdops import config, masks, ssd, ssd_step
 from ssdops.autotune import shape_log, store
 from ssdops.autotune.record import Key, Record, Trial
 from ssdops.autotune.workload import Workload
@@ -78,6 +78,32 @@ def test_tune_a_model_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> Non
     }
 
 
+def test_a_step_is_tuned_apart_and_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ssdops("tune", *SHAPE, "--direction", "step", "--budget", 600)
+    assert result.exit_code == 0, result.output
+    ((_, record),) = store.every()
+    assert isinstance(record, Record) and all(trial.status != "failed" for trial in record.trials)
+    work = record.key.workload
+    assert (work.direction, work.seqlen) == ("step", 1)
+    trials = (Trial(t.backend, t.config, "measured", 1.0 if t.backend == "naive" else 2.0) for t in record.trials)
+    store.keep(Record(record.key, tuple(trials), record.measured_at + 1))
+    x, log_a = torch.randn(1, 2, 4), -torch.rand(1, 2)
+    one, state = torch.randn(1, 1, 4), torch.randn(1, 2, 4, 4)
+    calls: list[str] = []
+    for name in ("naive", "chunked"):
+        kind = type(registry.get(name))
+
+        def spy(self: Any, *args: Any, _f: Any = kind.forward, _n: str = name) -> Any:
+            calls.append(_n)
+            return _f(self, *args)
+
+        monkeypatch.setattr(kind, "forward", spy)
+    ssd_step(one, one, x, masks.decay(log_a), state)
+    assert calls == ["naive"]
+    ssd(one[:, None], one[:, None], x[:, None], masks.decay(log_a[:, None]), initial_state=state, return_state=True)
+    assert calls == ["naive", "chunked"]  # one token that is no step
+
+
 def test_what_a_run_meets_is_logged_and_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "shapes.jsonl"
     monkeypatch.setattr(config, "shape_log", lambda: log)
@@ -139,7 +165,9 @@ def test_a_workload_of_a_log_is_what_was_planned() -> None:
         (["tune"], "give one of --shape, --model and --from-log, or --calibrate"),
         (["tune", *SHAPE, "--model", "mamba2-130m"], "give one of --shape, --model and --from-log"),
         (["tune", *SHAPE, "--budget", "-1"], "budget must be a positive number of seconds, or None, got -1.0"),
-        (["tune", *SHAPE, "--direction", "sideways"], "--direction must be forward, backward or both, got 'sideways'"),
+        (["tune", *SHAPE, "--direction", "sideways"], "--direction must be forward, backward, both or step, got 'sideways'"),
+        (["tune", *SHAPE, "--direction", "step", "--mask", "decay(a).T"], "there is no step of it to tune"),
+        (["tune", *SHAPE, "--direction", "step", "--mask", "window(left=3)"], "carries no state between calls"),
         (["tune", *SHAPE, "--mask", "decay("], "is not an expression"),
         (["tune", "--model", "gpt"], "--model must be one of mamba2-130m"),
         (["tune", "--from-log", "no/such/file"], "cannot read no/such/file: No such file"),
@@ -147,6 +175,7 @@ def test_a_workload_of_a_log_is_what_was_planned() -> None:
         (["cache", "show", "zzz"], "no result has a key that begins with 'zzz'"),
         (["cache", "import", "no/such/file"], "cannot read no/such/file"),
         (["cache", "export", "/dev/null/file"], "cannot write /dev/null/file"),
+        (["cache", "export", "."], "--device says which"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(args: list[str], message: str) -> None:

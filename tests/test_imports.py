@@ -16,6 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (
     (
         "cli",
+        "cli_bench",
         "cli_cache",
         "cli_calibrate",
         "cli_common",
@@ -26,6 +27,7 @@ ROOMS = (
         "cli_tune",
         "plot",
         "plot_example",
+        "plot_bench",
     ),
     ("trial", "trial_inputs"),
     ("pytest_plugin",),

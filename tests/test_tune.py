@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -195,6 +195,14 @@ def test_the_budget_is_honoured(monkeypatch: pytest.MonkeyPatch, checks: float) 
     assert any(t.status == "measured" for t in trials.values()) == (checks < 1)
 
 
+def test_what_the_budget_cuts_short_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made({1: 0.05, 2: 0.05, 3: 1.8})
+    monkeypatch.setattr(search.time, "monotonic", lambda: made.clock)
+    trials = searched(made, budget=2.0, predicted=float)
+    assert trials[1].status == "measured"
+    assert trials[3].status == "skipped" and "no answer within" in trials[3].note
+
+
 # --- what is chosen ---------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +247,45 @@ def test_the_model_takes_nothing_that_has_failed() -> None:
     store.keep(known(Trial(first.backend, first.config, "failed", note="wrong: y is off")))
     second = step()
     assert second.origin == "model" and (second.backend, second.config) != (first.backend, first.config)
+
+
+def test_a_device_of_the_name_of_a_shipped_file_has_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever versions and sources they were measured with; and another device has none of them."""
+    monkeypatch.setattr(exchange, "DATA", tmp_path)
+    abacus, other = (Target("cuda", name, (9, 0)) for name in ("Abacus 9000 (1 TB)", "Abacus 9000 1 TB"))
+    place = replace(place_of(abacus), versions=("0.0.1", "2.6"), sources="old")
+    work = Workload("decay(log_a)", "forward", "float32", "float32", 1, 70, 2, 4, 4, 1, 1, 2)
+    names = {r.backend for r in step(target=abacus).rejected} | {step(target=abacus).backend}
+    trials = tuple(Trial(name, Config(), "measured", 1.0 if name == "recurrent" else 2.0) for name in sorted(names))
+    store.keep(Record(Key(place, work.bucket()), trials, 1.0))
+    assert step(target=abacus).origin == "model"  # what was measured with other versions counts only once it ships
+    count, path = exchange.export(tmp_path, abacus.name)
+    assert (count, path.name) == (1, "abacus-9000-1-tb.json")
+    exchange._shipped.cache_clear()
+    found = step(target=abacus)
+    assert (found.backend, found.origin, found.measured) == ("recurrent", "shipped", 1.0)
+    assert "shipped with ssdops" in str(explain(*tensors(), target=abacus))
+    assert step(target=other).origin == "model"  # of the same file name
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema": 99, "results": []}', '{"schema": 1, "results": [{}]}'])
+def test_a_shipped_file_that_is_none_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(exchange, "DATA", tmp_path)
+    (tmp_path / f"{exchange.file_name(place_of(Target('cpu')).device)}.json").write_text(text)
+    with pytest.warns(UserWarning, match="results that ship with ssdops are not used") as caught:
+        assert step().origin == "model" == step().origin
+    assert len(caught) == 1
+
+
+def test_what_ships_does_not_make_a_call_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tvm")
+    monkeypatch.setattr(exchange, "DATA", tmp_path)
+    store.keep(known(*considered(recurrent=2e-3, tvm=1e-3)))
+    exchange.export(tmp_path / f"{exchange.file_name(place_of(Target('cpu')).device)}.json")
+    store.clear()
+    assert (step().backend, step().origin) == ("recurrent", "shipped")
+    monkeypatch.setattr("ssdops.backends.tvm.kept._is_kept", lambda name, tile: True)
+    assert (step().backend, step().origin) == ("tvm", "shipped")
 
 
 def test_what_ships_comes_after_what_is_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

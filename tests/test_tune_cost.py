@@ -15,7 +15,7 @@ from ssdops import cli_calibrate, config
 from ssdops.autotune import cost, store
 from ssdops.autotune.cost import DEFAULT_RATES, Rates, keep_rates, predict, rates_of, rates_path
 from ssdops.autotune.workload import Workload
-from ssdops.backends.base import Work
+from ssdops.backends.base import Config, Work
 from ssdops.cli import app
 from ssdops.ir.problem import Target
 from ssdops.plan import candidates
@@ -79,6 +79,19 @@ def test_calibrate_measures_and_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asdict(found) == json.loads(rates_path(CPU).read_text())["rates"]
     assert 1e8 < found.matmul < 1e14 and 1e7 < found.elementwise < 1e13
     assert 1e8 < found.bandwidth < 1e13 and 1e-8 < found.launch < 1e-2
+
+
+def test_a_step_is_what_a_chain_takes_longer_for_longer_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_calibrate.Target, "of", lambda device: Target("cuda", "a GPU", (9, 0)))
+
+    def seconds(self: object, work: Workload, backend: str, config: Config, *_: object) -> float:
+        assert backend == "triton" and config.segments == 1 and config.chunk_size is not None
+        return 3e-5 + 1.5e-6 * -(-work.seqlen // config.chunk_size)
+
+    monkeypatch.setattr(cli_calibrate.Session, "seconds", seconds)
+    assert cli_calibrate.chain(torch.device("cpu")) == pytest.approx(1.5e-6)
+    monkeypatch.setattr(cli_calibrate, "candidates", lambda *_: [])
+    assert cli_calibrate.chain(torch.device("cpu")) == DEFAULT_RATES["cuda"].step
 
 
 def test_long_sequences_are_predicted_to_run_by_chunks() -> None:

@@ -66,7 +66,8 @@ def choose(key: Key | None, candidates: Sequence[Candidate], mode: str, tuner: T
     if key is not None and mode != "off":
         record = store.lookup(key)
         for found, origin in _sources(key, record, candidates, mode, tuner):
-            if found is not None and (best := _fastest(found, candidates)) is not None:
+            able = candidates if origin == "tuned" else _eager(candidates)  # what ships is not worth compiling for seconds
+            if found is not None and (best := _fastest(found, able)) is not None:
                 candidate, seconds = best
                 return Choice(candidate, "only" if len(candidates) == 1 else origin, seconds, found)
             record = found or record
@@ -87,8 +88,8 @@ def _sources(
 
 
 def _fastest(record: Record, candidates: Sequence[Candidate]) -> tuple[Candidate, float] | None:
-    """The fastest candidate that was measured; None unless every backend among the candidates was considered then."""
-    if not record.covers(candidate.backend for candidate in candidates):
+    """The fastest candidate that was measured; None unless every backend that could be taken unmeasured was considered then."""
+    if not record.covers(candidate.backend for candidate in _eager(candidates)):
         return None
     trials = {trial.candidate: trial for trial in record.trials}
     timed = [
@@ -105,9 +106,14 @@ def _fastest(record: Record, candidates: Sequence[Candidate]) -> tuple[Candidate
 def _predicted(candidates: Sequence[Candidate], record: Record | None) -> Candidate:
     """The least predicted time among those that may be taken on a prediction, and have not failed when they were tried."""
     failed = {t.candidate for t in record.trials if t.status == "failed"} if record is not None else set()
-    eager = [c for c in candidates if not c.reluctant] or list(candidates)
+    eager = _eager(candidates)
     sound = [c for c in eager if (c.backend, c.config) not in failed] or eager
     return min(sound, key=lambda candidate: candidate.seconds)
+
+
+def _eager(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Those that are taken on a prediction alone; all, if none is."""
+    return [c for c in candidates if not c.reluctant] or candidates
 
 
 def why_not(choice: Choice, candidates: Sequence[Candidate]) -> Iterator[tuple[str, str]]:
@@ -133,9 +139,10 @@ def _reason(choice: Choice, candidates: list[Candidate], trials: dict[tuple[str,
     if choice.measured is not None:
         skipped = [t.note for t in known if t.status == "skipped"]
         return 1e9, f"not measured: {skipped[0] if skipped else 'unknown to the tuner'}"
-    if candidates[0].reluctant:
-        return float("inf"), candidates[0].reluctant
-    best = min(c.seconds for c in candidates)
+    eager = _eager(candidates)
+    if eager[0].reluctant:
+        return float("inf"), eager[0].reluctant
+    best = min(c.seconds for c in eager)
     return best, f"predicted slower: {_ms(best)} ms against {_ms(choice.candidate.seconds)}"
 
 

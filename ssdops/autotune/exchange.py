@@ -1,11 +1,19 @@
-"""Results as one file: exported, imported, and shipped with the library in `data/<device>.json`."""
+"""Results as one file: exported, imported, and shipped with the library in `data/<device>.json`.
+
+A file that ships is an export of what was measured on one device, and nothing else, written into its place by
+
+    ssdops tune --model mamba2-2.7b --device cuda --dtype bfloat16    # likewise other models, shapes and dtypes
+    ssdops cache export ssdops/autotune/data --device "NVIDIA H100 80GB HBM3"
+"""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +22,8 @@ from . import store
 from .record import SCHEMA, Key, Record, from_json, to_json
 from .workload import Workload
 
-DATA = Path(__file__).with_name("data")
-"""Where shipped results are."""
+DATA: Any = files(__package__).joinpath("data")
+"""Where shipped results are: a path, or what stands for one in an archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +35,25 @@ class Merged:
     kept: int
 
 
-def export(path: Path, device: str | None = None) -> int:
-    """Write every result that can be read, or those of one device, into one file; how many they are.
+def export(path: Path, device: str | None = None) -> tuple[int, Path]:
+    """Write every result that can be read, or those of one device, into one file; how many they are, and where.
+
+    Args:
+        path: the file; or a folder, in which a device's file is named after it.
 
     Raises:
-        TuningError: the file cannot be written.
+        TuningError: the file cannot be written, or has no name.
     """
+    if path.is_dir():
+        if device is None:
+            raise TuningError(f"{path} is a folder, in which files are named after devices: --device says which")
+        path = path / f"{file_name(device)}.json"
     found = [r for _, r in store.every() if isinstance(r, Record) and device in (None, r.key.place.device)]
     try:
         store.write_json(path, {"schema": SCHEMA, "results": [to_json(record) for record in found]})
     except OSError as error:
         raise TuningError(f"cannot write {path}: {error.strerror or error}") from None
-    return len(found)
+    return len(found), path
 
 
 def import_(path: Path, devices: Iterable[str], any_device: bool = False) -> Merged:
@@ -98,9 +113,15 @@ def shipped(key: Key) -> Record | None:
 
 
 @lru_cache(maxsize=8)
-def _shipped(folder: Path, device: str) -> dict[Workload, Record]:
+def _shipped(folder: Any, device: str) -> dict[Workload, Record]:
     path = folder / f"{file_name(device)}.json"
-    return {r.key.workload: r for r in read_export(path) if r.key.place.device == device} if path.exists() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return {r.key.workload: r for r in read_export(path) if r.key.place.device == device}
+    except TuningError as error:  # an installation that is broken can still plan
+        warnings.warn(f"results that ship with ssdops are not used: {error}", stacklevel=2)
+        return {}
 
 
 def file_name(device: str) -> str:

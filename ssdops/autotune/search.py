@@ -91,9 +91,9 @@ class Search:
             if "error" not in answer:
                 answer = self._ask(c, "time", 0.0, limit)
         except Died as death:
-            late = c.reluctant and "no answer" in str(death)
-            status, note = ("skipped", f"not compiled in {limit:.3g} s") if late else ("failed", str(death))
-            self._put(c.backend, c.config, status, note)
+            # one that had less time than a hang is given away by may only be slow, or the machine busy
+            late = "no answer" in str(death) and (c.reluctant or limit < self.patience or self.remaining < 0.1)
+            self._put(c.backend, c.config, "skipped" if late else "failed", str(death))
             return
         if "error" in answer:
             self._put(c.backend, c.config, "failed", str(answer["error"]))
@@ -141,6 +141,8 @@ class Search:
         try:
             answer = self._ask(trial, "time", min(seconds, self.remaining / 4), min(self.remaining, self.patience))
         except Died as death:
+            if "no answer" in str(death) and self.remaining < 0.1:
+                return  # the time is up, and what was measured stands
             answer = {"error": str(death)}
         if "error" in answer:
             self._put(trial.backend, trial.config, "failed", str(answer["error"]))

@@ -8,11 +8,15 @@ import warnings
 from collections.abc import Sequence
 
 from . import fleet, policy, store
+from .ahead import Job, compile_ahead, processes, worth_compiling
 from .choose import Candidate
 from .record import Key, Record
 from .search import OnTrial, Search
 from .worker import Died, Worker
 from .workload import Workload
+
+COMPILING = 0.5
+"""How much of a budget compiling ahead may take."""
 
 _done: set[tuple[Key, frozenset[str]]] = set()
 """What this process has measured, or tried to: no key twice among the same backends, as bad luck would cost its budget anew."""
@@ -58,10 +62,16 @@ def measure(
     budget: float,
     on_trial: OnTrial = lambda text: None,
 ) -> Record:
-    """Search among the candidates, and keep what was found.
+    """Search among the candidates, and keep what was found. What takes seconds to compile is compiled side by side before.
 
     Raises:
         Died: no process can be started.
     """
-    search = Search(worker, work, budget, random.SystemRandom().getrandbits(31), on_trial)
+    began, slow = time.monotonic(), worth_compiling(candidates, on_gpu=False)  # on GPUs only of many keys is it worth a start
+    if (count := processes(len(slow))) > 0:
+        on_trial("compiling")
+        workers = [worker.twin() for _ in range(count)]
+        compile_ahead([Job(work, (c,)) for c in slow], workers, COMPILING * budget, lambda: None)
+    left = budget - (time.monotonic() - began)
+    search = Search(worker, work, left, random.SystemRandom().getrandbits(31), on_trial)
     return store.keep(Record(key, search.run(candidates), time.time()))

@@ -50,6 +50,10 @@ class Worker:
     _answers: queue.Queue[str | None] = field(default_factory=queue.Queue)
     _complaints: deque[str | None] = field(default_factory=lambda: deque(maxlen=2))
 
+    def twin(self) -> Worker:
+        """Another process for the same, not started yet."""
+        return Worker(self.module, self.device)
+
     def __enter__(self) -> Worker:
         return self
 

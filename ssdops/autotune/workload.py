@@ -21,8 +21,9 @@ from ..ir.terms import Diagonal, Linear, Quadratic, Term
 from ..ir.text import parse
 from ..ir.verify import verify
 
-DIRECTIONS = ("forward", "backward")
-"""Of a pass without gradients; and of both passes of a call that is learnt from, measured together."""
+DIRECTIONS = ("forward", "backward", "step")
+"""A pass without gradients; both passes of a call that is learnt from, measured together; and a few tokens from a state to the
+next, where they run as a sequence and not by a decode kernel, of which there is one and nothing to choose."""
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 
 

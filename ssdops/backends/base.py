@@ -185,10 +185,12 @@ class Backend(Protocol):
     Attributes:
         factored: whether a per-channel decay dt · A comes as its factors, in slots `dt` and `A`, instead of multiplied out;
             absent is False.
+        compiles: whether its first calls compile programs, which are kept for other processes; absent is False.
     """
 
     name: str
     factored: bool
+    compiles: bool
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Whether this backend runs the term, forward and backward."""
@@ -221,6 +223,15 @@ class Structured(Protocol):
 
     def growth(self, term: Term) -> str | None:
         """How a term's cost grows with seqlen, "T log T" or the like; None where it is the usual way."""
+        ...
+
+
+@runtime_checkable
+class Compiler(Protocol):
+    """A backend that compiles for seconds where it finds no programs of earlier calls."""
+
+    def ready(self, term: Term, problem: Problem, config: Config, direction: str) -> Support:
+        """Whether a first call would find them, told at once; if not, what compiles them."""
         ...
 
 

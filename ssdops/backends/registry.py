@@ -17,8 +17,8 @@ BACKENDS: dict[str, str] = {
     "naive": "ssdops.backends.naive:Naive",
     "tvm": "ssdops.backends.tvm.backend:Tvm",
 }
-BY_NAME = {"tvm": "compiles for seconds at its first call, so it runs where it is named, or was measured to be the fastest"}
-"""Backends that "auto" does not take on a prediction, and why."""
+BY_NAME = {"tvm": "compiles for seconds at its first call, so it runs where it is named, measured, or was compiled before"}
+"""Backends that "auto" does not take on a prediction, but where they are a `Compiler` and ready; and why."""
 METHODS = ("supports", "configs", "work", "forward", "backward")
 
 
@@ -118,6 +118,12 @@ def get(name: str) -> Backend:
 def is_factored(name: str) -> bool:
     """`Backend.factored`, which a backend from outside need not have."""
     return getattr(get(name), "factored", False)
+
+
+@cache
+def compiles(name: str) -> bool:
+    """`Backend.compiles`, which a backend need not have."""
+    return getattr(get(name), "compiles", False)
 
 
 def _found(name: str) -> type:

@@ -27,6 +27,7 @@ class Triton:
 
     name = "triton"
     factored = False
+    compiles = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Scans with scalar decay, diagonals, and what has a tile form, on a GPU."""

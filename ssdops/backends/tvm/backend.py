@@ -30,6 +30,7 @@ class Tvm:
 
     name = "tvm"
     factored = False
+    compiles = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
         """Scans with scalar decay, and diagonals."""
@@ -85,6 +86,21 @@ class Tvm:
         if p.target.device == "cpu":
             return Work(flops, elementwise, touched, 20.0).times(passes)
         return Work(flops, elementwise, touched / 2, 4.0, steps=p.seqlen / size).times(passes)
+
+    def ready(self, term: Term, problem: Problem, config: Config, direction: str) -> Support:
+        """On CPUs, where every program of the call was compiled before; no program is loaded to tell."""
+        if isinstance(term, Diagonal):
+            return Support.yes()
+        if problem.target.device != "cpu":
+            return Support.no(
+                "compiles for seconds at its first call, so on GPUs it runs where it was measured to be the fastest"
+            )
+        from .kept import are_kept  # what it needs of this folder, planning does not
+
+        assert isinstance(term, Linear)  # supports() refuses the rest
+        if are_kept(term, problem, config, direction):
+            return Support.yes()
+        return Support.no("would compile for seconds at its first call; 'ssdops tune' compiles it, and then it is weighed")
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """Scores, then a walk."""

@@ -1,0 +1,60 @@
+"""Whether a call on a CPU would find all of its programs compiled: told without TVM, and without loading any of them.
+
+Which programs a pass calls follows from its term, dtype and sizes of heads; it is gone through once on a few tokens of
+nothing, while programs are only collected (`build.collecting`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from ...ir.problem import Problem
+from ...ir.terms import Linear
+from ..base import Config, Cotangents, Inputs
+from . import build, exported
+from .cpu import OnCpu
+from .tile import Tile
+
+
+def are_kept(term: Linear, problem: Problem, config: Config, direction: str) -> bool:
+    """Whether every program of a pass, or of both passes of a call that is learnt from, was compiled before."""
+    p = problem
+    slots = tuple(slot for slot in ("log_a", "rows", "cols", "log_cols") if getattr(term, slot) is not None)
+    tokens = 2 * (config.chunk_size or 1)
+    small = Problem(
+        1, tokens, 1, p.headdim, p.dstate, 1, 1, 1, p.dtype, p.accumulate, p.accumulate, 1, False, (), p.target,
+        None if p.state_every is None else config.chunk_size,
+    )  # fmt: skip
+    return all(_is_kept(*program) for program in programs(replace(term, documents=None), slots, small, config, direction))
+
+
+@lru_cache(maxsize=1024)
+def programs(
+    term: Linear, slots: tuple[str, ...], problem: Problem, config: Config, direction: str
+) -> tuple[tuple[str, Tile], ...]:
+    """What the passes of a small problem call."""
+    p = problem
+
+    def nothing(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
+        return torch.zeros(1, p.seqlen, 1, *shape, dtype=dtype)
+
+    values = {slot: nothing(dtype=torch.float64 if "log" in slot else p.accumulate) for slot in slots}
+    q, v = nothing(p.dstate), nothing(p.headdim)
+    x = Inputs(p, q, q, v, values, {}, None, None, 1.0, p.accumulate, False)
+    learnt, wide = direction == "backward", p.dtype in (torch.float32, torch.float64)  # as `ops.worth_saving` has it
+    with build.collecting():
+        scan = OnCpu(term, x, config)
+        saved = scan.forward(learnt and wide).saved
+        if learnt:
+            scan.backward(Cotangents(v, None, saved))
+    return tuple(dict.fromkeys(scan.wanted))
+
+
+def _is_kept(name: str, tile: Tile) -> bool:
+    if (name, tile) in build.MADE:
+        return True
+    path = exported.place(name, tile) or build.place(name, tile)
+    return path.exists() and build.ours(path.parent)
