@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ssdops import masks as m
 from ssdops import ssd
+from ssdops.backends.quadratic.form import read
 from ssdops.backends.triton import tiles
-from ssdops.backends.triton.tile_form import read
 from ssdops.errors import UnsupportedError
 from ssdops.ir.problem import Target
 from ssdops.ir.terms import Quadratic
@@ -261,7 +261,7 @@ def test_other_targets_and_dtypes_are_refused() -> None:
 def test_work_counts_the_pairs_of_the_band(seqlen: int, left: int, right: int, shift: int) -> None:
     form = read(m.window(left, right).shift(shift).tree, seqlen)
     lags = range(max(-right + shift, 1 - seqlen), min(left + shift, seqlen - 1) + 1)
-    assert tiles._pairs(form, seqlen) == sum(seqlen - abs(lag) for lag in lags)
+    assert form.pairs(seqlen) == sum(seqlen - abs(lag) for lag in lags)
 
 
 def test_kernels_compile_for_gpus_without_one() -> None:

@@ -13,8 +13,8 @@ from ... import config
 from ...ir.problem import Problem
 from ...ir.terms import Quadratic
 from ..base import Inputs
-from .tile_form import read
-from .tile_values import Values, spans, tile_count, tile_table
+from ..quadratic.form import read
+from ..quadratic.values import Values, spans, tile_count, tile_table
 
 LOG2E = 1.4426950408889634
 WIDEST = 256

@@ -1,7 +1,7 @@
 """Quadratic terms by tiles: what they run on, what they cost, and the launches of a forward and a backward pass.
 
 Y and the gradients of q, k and v are one kernel, `contract`, as each is a contraction of the same form (`kernels/tiles.py`).
-Gradients of the mask's operands are those of its factors, pulled back through `tile_values.py`.
+Gradients of the mask's operands are those of its factors, pulled back through `quadratic/values.py`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from torch import Tensor
 from ... import config
 from ...ir import nodes as n
 from ...ir.problem import Problem
-from ...ir.resolve import reduce_to
 from ...ir.terms import Quadratic
 from ..base import Cotangents, Gradients, Inputs, Output, Support, Work, share_heads
-from .tile_form import Form, Refused, read
+from ..quadratic.form import Refused, read
+from ..quadratic.values import Values, pull_back, values
 from .tile_mask import WIDEST, Mask, Tile, strides
-from .tile_values import Values, values
 
 ENOUGH = 264
 """Programs that keep a GPU busy: heads that share a gradient share a program only where as many are left."""
 
 
 def supports(term: Quadratic, problem: Problem) -> Support:
-    """Masks of one `tile_form`, in 16 and 32 bits, on a GPU or in Triton's interpreter."""
+    """Masks of one `Form`, in 16 and 32 bits, on a GPU or in Triton's interpreter."""
     p = problem
     if p.target.device != "cuda" and not (p.target.device == "cpu" and config.triton_interpreted()):
         return Support.no(f"Triton's kernels run on a GPU, not on {p.target.device}; 'naive' runs everywhere")
@@ -48,7 +47,7 @@ def supports(term: Quadratic, problem: Problem) -> Support:
 def work(term: Quadratic, problem: Problem) -> Work:
     """Two matrix products per pair of tokens in the band."""
     p, form = problem, read(term.mask, problem.seqlen)
-    pairs = float(_pairs(form, p.seqlen) * p.batch * p.nheads)
+    pairs = float(form.pairs(p.seqlen) * p.batch * p.nheads)
     tokens = float(p.batch * p.seqlen * p.nheads)
     size = 2.0 if p.dtype.itemsize == 2 else 4.0
     # every tile of 64 rows reads its keys, mostly from the L2 cache
@@ -56,18 +55,6 @@ def work(term: Quadratic, problem: Problem) -> Work:
     interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
     launches = 2.0 + interpreted + 14 * len(form.decays) + 4 * (len(form.logs) + len(form.scales)) + 24 * len(form.documents)
     return Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, touched, launches)
-
-
-def _pairs(form: Form, seqlen: int) -> int:
-    """How many pairs of tokens are in the band: Σ over its lags of seqlen − |lag|."""
-
-    def up_to(lag: int) -> int:  # lags 0 to that
-        return (lag + 1) * seqlen - lag * (lag + 1) // 2 if lag >= 0 else 0
-
-    if form.low > form.high:
-        return 0
-    both = up_to(form.high) + up_to(-form.low)
-    return both - up_to(form.low - 1) - up_to(-form.high - 1) - (seqlen if form.low <= 0 <= form.high else 0)
 
 
 def forward(term: Quadratic, x: Inputs) -> Output:
@@ -96,19 +83,9 @@ def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
         _contract(turned, x.out, x.k, x.q, dy, p.v_heads),
     )
     if floats:
-        found = _pull_back(factors, _factor_gradients(mask, turned, factors, x, dy), list(floats.values()))
+        found = pull_back(factors, _factor_gradients(mask, turned, factors, x, dy), list(floats.values()))
         grads.operands = dict(zip(floats, found, strict=True))
     return grads
-
-
-def _pull_back(factors: Values, grads: Values, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of the factors → gradients of the operands."""
-    slots = [(getattr(factors, f.name), getattr(grads, f.name)) for f in fields(Values)]
-    kept = [(value, grad) for value, grad in slots if grad is not None and value.requires_grad]
-    if not kept:
-        return tuple(torch.zeros_like(t) for t in inputs)
-    outputs, given = [value for value, _ in kept], [reduce_to(grad, value.shape, 1).to(value.dtype) for value, grad in kept]
-    return torch.autograd.grad(outputs, inputs, given, allow_unused=True, materialize_grads=True)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------

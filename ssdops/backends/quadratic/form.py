@@ -1,10 +1,10 @@
-"""A mask in the one form that the tile kernels read: bounds on lags and tokens, and factors per token, lag and entry.
+"""A mask in the one form that backends with tiles read: bounds on lags and tokens, and factors per token, lag and entry.
 
     L[i, j] = sign · rows[i] · exp(u[i] + w[j]) · lags[i − j] · entries[i, j] · cols[j]
 
 for low ≤ i − j ≤ high other than one hole, rows and columns in a range, and both tokens in one document; else 0. A leaf
 under transposes, reversals and shifts is read at other coordinates, each of them ± a token's index plus an offset: `View`.
-`read` decides all that from the tree; `tile_values.py` evaluates the factors.
+`read` decides all that from the tree; `values.py` evaluates the factors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ...ir import nodes as n
 from ...ir.operands import Operand, Scaled
 from ...ir.trace import Call, Untraceable
-from .tile_trace import factors
+from .factors import factors
 from .traced import Traced
 
 
@@ -91,6 +91,17 @@ class Form:
         """The lag at which no decay has anything between its tokens; None without decays, or where they differ in it."""
         zeros = {view.zero() for _, view in self.decays}
         return zeros.pop() if len(zeros) == 1 else None
+
+    def pairs(self, seqlen: int) -> int:
+        """How many pairs of tokens are in the band: Σ over its lags of seqlen − |lag|."""
+
+        def up_to(lag: int) -> int:  # lags 0 to that
+            return (lag + 1) * seqlen - lag * (lag + 1) // 2 if lag >= 0 else 0
+
+        if self.low > self.high:
+            return 0
+        both = up_to(self.high) + up_to(-self.low)
+        return both - up_to(self.low - 1) - up_to(-self.high - 1) - (seqlen if self.low <= 0 <= self.high else 0)
 
 
 class Refused(Exception):

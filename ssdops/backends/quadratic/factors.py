@@ -1,4 +1,4 @@
-"""A traced formula as factors of a `tile_form.Form`: what depends on a row, on a column, on their lag, or is a matrix's entry.
+"""A traced formula as factors of a `form.Form`: what depends on a row, on a column, on their lag, or is a matrix's entry.
 
     exp(a[i] − b[j]) · f(i − j) · c[j]   where 0 ≤ i − j
 
