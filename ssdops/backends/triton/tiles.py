@@ -6,7 +6,6 @@ Gradients of the mask's operands are those of its factors, pulled back through `
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from ...ir.problem import Problem
 from ...ir.terms import Quadratic
 from ..base import Cotangents, Gradients, Inputs, Output, Support, Work, share_heads
 from ..quadratic.form import Refused, read
-from ..quadratic.values import Values, pull_back, values
-from .tile_mask import WIDEST, Mask, Tile, strides
+from ..quadratic.mask import Mask, factor_gradients, strides
+from ..quadratic.values import pull_back, values
+from .tile_mask import WIDEST, Tile, arguments, packed
 
 ENOUGH = 264
 """Programs that keep a GPU busy: heads that share a gradient share a program only where as many are left."""
@@ -61,7 +61,7 @@ def forward(term: Quadratic, x: Inputs) -> Output:
     """Y."""
     if not (x.problem.batch and x.problem.seqlen):
         return Output(x.empty_output())
-    mask = Mask.of(term, x, values(read(term.mask, x.problem.seqlen), x.operands, x.problem))
+    mask = Mask.of(term, x, values(read(term.mask, x.problem.seqlen), x.operands, x.problem), packed)
     return Output(_contract(mask, x.out, x.q, x.k, x.v, x.problem.nheads))
 
 
@@ -75,7 +75,7 @@ def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
         return Gradients(q, k, v, operands={name: torch.zeros_like(t) for name, t in floats.items()})
     with torch.enable_grad():
         factors = values(read(term.mask, p.seqlen), {**own, **floats}, p)
-    mask = Mask.of(term, x, factors)
+    mask = Mask.of(term, x, factors, packed)
     turned = mask.transposed()
     grads = Gradients(
         _contract(mask, x.out, dy, x.v, x.k, p.q_heads),
@@ -83,7 +83,7 @@ def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
         _contract(turned, x.out, x.k, x.q, dy, p.v_heads),
     )
     if floats:
-        found = pull_back(factors, _factor_gradients(mask, turned, factors, x, dy), list(floats.values()))
+        found = pull_back(factors, factor_gradients(mask, factors, x, dy, _Sums()), list(floats.values()))
         grads.operands = dict(zip(floats, found, strict=True))
     return grads
 
@@ -113,10 +113,10 @@ def _contract(mask: Mask, dtype: torch.dtype, x: Tensor, y: Tensor, z: Tensor, h
     share = _shared(p.nheads // heads, tiles * p.nheads)
     groups = p.nheads // share
     out = mask.room(p.batch, p.seqlen, groups, e, dtype=dtype if groups == heads else torch.float32)
-    arguments = (*(_argument(t, p.nheads) for t in (x, y, z)), *mask.arguments(), table, stride)
+    given = (*(_argument(t, p.nheads) for t in (x, y, z)), *arguments(mask), table, stride)
     sizes = (p.seqlen, tiles, groups, share, mask.scale, d, e)
     grid = tile.e[1] * tiles * groups * p.batch
-    _launch("contract", grid, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
+    _launch("contract", grid, out, *given, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
     return share_heads(out, heads)
 
 
@@ -125,35 +125,15 @@ def _shared(sharing: int, programs: int) -> int:
     return max(s for s in range(1, sharing + 1) if sharing % s == 0 and (s == 1 or programs // s >= ENOUGH))
 
 
-def _factor_gradients(mask: Mask, turned: Mask, factors: Values, x: Inputs, dy: Tensor) -> Values:
-    """Gradients of the factors that need one, each from dL = dY Vᵀ ∘ QKᵀ without forming it (entries apart)."""
-    wanted = {f.name for f in fields(Values) if getattr(getattr(factors, f.name), "requires_grad", False)}
-    out = Values()
-    sides = (("rows", mask, (x.q, x.k, dy, x.v)), ("cols", turned, (x.k, x.q, x.v, dy)))
-    for side, m, tensors in sides:
-        if not wanted & {f"decay_{side}", f"log_{side}", side}:
-            continue
-        apart, at_zero = _row_sums(replace(m, rows=None), *tensors).unbind(2)  # [B, H, T]
-        own = 1.0 if m.rows is None else m.rows
-        setattr(out, side, apart + at_zero)
-        setattr(out, f"decay_{side}", apart * own)
-        setattr(out, f"log_{side}", (apart + at_zero) * own)
-    if "lags" in wanted:
-        out.lags = _lag_sums(replace(mask, lags=None), x.q, x.k, dy, x.v)
-    if "entries" in wanted and factors.entries is not None:
-        out.entries = _entry_sums(replace(mask, entries=None), factors.entries, x.q, x.k, dy, x.v)
-    return Values(**{name: getattr(out, name) for name in wanted})
-
-
 def _row_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ_j G_ij per row, without and at the lag where nothing decays: [B, H, 2, T]."""
     p, d, e = mask.problem, tensors[0].shape[3], tensors[2].shape[3]
     tile = Tile.fitting(p, d, e, False)
     table, stride, tiles = mask.table(tile.rows)
     out = mask.room(p.batch, p.nheads, 2, p.seqlen)
-    arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), table, stride, mask.zero)
+    given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), table, stride, mask.zero)
     sizes = (p.seqlen, tiles, p.nheads, mask.scale, d, e)
-    _launch("row_sums", tiles * p.nheads * p.batch, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
+    _launch("row_sums", tiles * p.nheads * p.batch, out, *given, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
     return out
 
 
@@ -169,9 +149,9 @@ def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     found = torch.zeros(p.nheads, (count + 1) * size, dtype=torch.float32, device=tensors[0].device)
     if count:
         out = found.new_empty(p.batch, p.nheads, count, 2, size)
-        arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), *_spans(mask))
+        given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), *_spans(mask))
         sizes = (p.seqlen, first, count, p.nheads, mask.scale, p.dstate, p.headdim)
-        _launch("lag_sums", count * p.nheads * p.batch, out, *arguments, *sizes, SIZE=size, **tile.constants)
+        _launch("lag_sums", count * p.nheads * p.batch, out, *given, *sizes, SIZE=size, **tile.constants)
         below, above = out.sum(0).unbind(2)  # two block diagonals share each lag
         found[:, : count * size] += below.flatten(1)
         found[:, size:] += above.flatten(1)
@@ -191,12 +171,16 @@ def _entry_sums(mask: Mask, entries: Tensor, *tensors: Tensor) -> Tensor:
     rows, heads = entries.shape[:2]
     out = torch.empty(rows, heads, p.seqlen, p.seqlen, dtype=torch.float32, device=tensors[0].device)
     tiles = -(-p.seqlen // size)
-    arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), *_spans(mask))
+    given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), *_spans(mask))
     sizes = (p.seqlen, tiles, heads, p.batch // rows, p.nheads // heads, mask.scale, p.dstate, p.headdim)
-    _launch("entry_sums", tiles * tiles * heads * rows, out, *arguments, *sizes, SIZE=size, **tile.constants)
+    _launch("entry_sums", tiles * tiles * heads * rows, out, *given, *sizes, SIZE=size, **tile.constants)
     return out
 
 
 def _spans(mask: Mask) -> tuple[Tensor | None, int]:
     """The documents of rows, and their stride over batch."""
     return (None, 0) if mask.documents is None else (mask.documents[0], strides(mask.documents[0])[0])
+
+
+class _Sums:
+    rows, lags, entries = staticmethod(_row_sums), staticmethod(_lag_sums), staticmethod(_entry_sums)

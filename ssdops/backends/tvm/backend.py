@@ -10,8 +10,9 @@ import torch
 
 from ...config import tvm_programs
 from ...ir.problem import Problem, common_heads
-from ...ir.terms import Diagonal, Linear, Term
+from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
+from ..quadratic.form import Refused, read
 from ..scan import diagonal_backward, diagonal_forward, diagonal_work
 from .machine import machine
 
@@ -32,7 +33,7 @@ class Tvm:
     factored = False
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Scans with scalar decay, and diagonals."""
+        """Scans with scalar decay, and diagonals; on CPUs, masks by tiles too."""
         p = problem
         if isinstance(term, Linear) and term.channel is not None:
             return Support.no(
@@ -54,9 +55,9 @@ class Tvm:
                 f"'tvm' has no tiles of headdim {p.headdim} and dstate {p.dstate} in {p.dtype} that fit a GPU of capability "
                 f"{p.target.capability}; 'triton' and 'chunked' run them"
             )
-        if p.state_every is not None and p.state_every % min(chunks(p)):
+        if p.state_every is not None and not isinstance(term, Quadratic) and p.state_every % min(chunks(p)):
             return _between_chunks(p)
-        return reject_scan(term, self.name) or installed()
+        return _reject_tiles(term, p) or installed()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Chunk sizes at whose ends states are wanted, or the one asked for."""
@@ -78,6 +79,8 @@ class Tvm:
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
             return diagonal_work(p, direction)
+        if isinstance(term, Quadratic):
+            return _pairs_work(term, p, size, direction)
         scores, per_head = 2 * size * p.dstate * common_heads(p), 2 * size * p.headdim + 4 * p.dstate * p.headdim
         touched = 4 * tokens * ((p.q_heads + p.k_heads) * p.dstate + 2 * p.nheads * p.headdim)
         flops, elementwise = tokens * (scores + p.nheads * per_head), tokens * p.nheads * 4 * size
@@ -87,23 +90,24 @@ class Tvm:
         return Work(flops, elementwise, touched / 2, 4.0, steps=p.seqlen / size).times(passes)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
-        """Scores, then a walk."""
+        """Scores, then a walk; or tiles of pairs."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
-        assert isinstance(term, Linear)  # supports() refuses the rest
+        assert isinstance(term, Linear | Quadratic)
         return _passes()[0](term, x, config, save)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """One walk on a CPU, one for each of dQ, dK and dV on a GPU, and what tokens exchange."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
-        assert isinstance(term, Linear)  # supports() refuses the rest
+        assert isinstance(term, Linear | Quadratic)
         return _passes()[1](term, x, config, cotangents)
 
 
 @cache
 def _passes() -> tuple[
-    Callable[[Linear, Inputs, Config, bool], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]
+    Callable[[Linear | Quadratic, Inputs, Config, bool], Output],
+    Callable[[Linear | Quadratic, Inputs, Config, Cotangents], Gradients],
 ]:
     """Forward and backward, imported once they are needed: importing TVM takes seconds, and planning does not need it."""
     from .passes import backward, forward
@@ -119,6 +123,28 @@ def chunks(problem: Problem) -> tuple[int, ...]:
     sizes = [size for size in (p.headdim, p.dstate) if isinstance(size, int)]  # while tracing they may be symbolic
     known = CHUNKS["cuda"][1:] if p.dtype == torch.float32 else CHUNKS["cuda"]
     return tuple(size for size in known if machine(p).has_room(max(sizes, default=1), size))
+
+
+def _reject_tiles(term: Term, problem: Problem) -> Support | None:
+    """Why a term that is no scan has no tiles of pairs here; None if it has, or is a scan or a diagonal."""
+    if not isinstance(term, Quadratic):
+        return None
+    if problem.target.device != "cpu":
+        return reject_scan(term, "tvm")
+    try:
+        read(term.mask, problem.seqlen if isinstance(problem.seqlen, int) else 4096)
+    except Refused as reason:
+        return Support.no(f"'tvm' has no tiles for this mask: {reason}; 'naive' runs any mask")
+    return None
+
+
+def _pairs_work(term: Quadratic, problem: Problem, size: int, direction: str) -> Work:
+    """Two products for each pair of the tiles that meet the band, and what weighs them; backward, twelve."""
+    p, form = problem, read(term.mask, problem.seqlen)
+    tokens = float(p.batch * p.seqlen * p.nheads)
+    pairs = min(form.pairs(p.seqlen) * p.batch * p.nheads + 2 * size * tokens, tokens * p.seqlen)
+    forward = Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, 4 * tokens * (p.dstate + 3 * p.headdim), 20.0)
+    return forward.times(6.0) if direction == "backward" else forward
 
 
 def _between_chunks(problem: Problem) -> Support:

@@ -36,6 +36,7 @@ SOURCES = (
     "exchange.py",
     "gradients.py",
     "outputs.py",
+    "pairs.py",
     "blocks.py",
     "parts.py",
     "rules.py",

@@ -8,7 +8,7 @@ import tvm
 from tvm.target import Target, codegen
 
 from ...errors import UnsupportedError
-from . import exchange, gradients, lower, outputs, rules, toolkit, walk
+from . import exchange, gradients, lower, outputs, pairs, rules, toolkit, walk
 from .tile import Tile
 
 PROGRAMS = {
@@ -18,6 +18,7 @@ PROGRAMS = {
     "outputs": outputs.outputs,
     "gradients": gradients.gradients,
     "walk": walk.walk,
+    "pairs": pairs.pairs,
 }
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
 """Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""

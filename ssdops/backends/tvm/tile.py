@@ -15,6 +15,10 @@ kept; or it only works out the state that leaves. On CPUs: keep the states that 
 
 RHO, RHO_LOW, KAPPA, KAPPA_LOW, OUT_OF, U, INTO, W = range(8)
 """What there is per token and head, as `lower.lines` writes it: ρ and κ, exp(ρ) and u, exp(E − κ) and w."""
+ROWS, LAGS, ENTRIES = "rows", "lags", "entries"
+"""What programs of pairs sum along instead of giving an output."""
+LOGS, SCALES = "logs", "scales"
+"""Factors of a mask by tiles, beside `LAGS` and `ENTRIES`: exponents and scales of rows and columns."""
 LINES = 8
 MOST = 8
 """Heads that are walked together on a CPU at most."""
@@ -36,7 +40,8 @@ class Tile:
         scaled: of lines, whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
-        mode: of a walk, or outputs, what they do beside y.
+        mode: of a walk, or outputs, what they do beside y; of pairs, what they sum along.
+        factors: of programs of pairs, what the mask is a product of.
         resident: programs that a multiprocessor is to hold at once: registers are kept for so many.
     """
 
@@ -50,6 +55,7 @@ class Tile:
     whole: bool = False
     flipped: bool = False
     mode: str = ""
+    factors: tuple[str, ...] = ()
     resident: int = 1
 
     @property
