@@ -11,11 +11,14 @@ from quadratic_masks import MASKS, toeplitz
 from traced_masks import MASKS as TRACED
 
 from ssdops import masks as m
+from ssdops.autotune.workload import Workload
+from ssdops.backends.base import Config
 from ssdops.backends.tvm import backend
 from ssdops.backends.tvm.backend import Tvm
 from ssdops.errors import UnsupportedError
 from ssdops.ir.problem import Target
 from ssdops.ir.terms import Quadratic
+from ssdops.plan import candidates, terms_of
 from ssdops.testing import Conformance, laws
 from ssdops.testing.laws import Runner
 from ssdops.testing.source import Source
@@ -130,6 +133,36 @@ def test_an_infinite_column_exponent_leaves_a_token_out() -> None:
     log = make.log()
     log[:, 4] = -torch.inf
     laws.equals_oracle(RUN, make.case((m.decay(make.log()) * m.window(30)).scale(cols=make.factor(), log_cols=log)))
+
+
+@pytest.mark.parametrize("mask", [m.window(5), m.causal()])
+def test_tile_sizes_are_for_the_tuner_to_choose(mask: m.Mask) -> None:
+    """Of scans and of what is none, the default first; what is not worth compiling is left out, but may be asked for."""
+    (term,) = terms_of(mask.tree)
+    problem = replace(Make(dtype=torch.float32, seqlen=512).case(mask).problem, headdim=64, dstate=128)
+
+    def sizes(**changes: object) -> list[int | None]:
+        return [config.chunk_size for config in Tvm().configs(term, replace(problem, **changes))]
+
+    assert sizes() == [32, 16, 64]
+    assert sizes(seqlen=20) == [32, 16]
+    assert sizes(headdim=256, dstate=256, accumulate=torch.float64) == [32, 16]
+    assert "20 tokens leave half of a chunk of 64 empty" in str(backend.pruned(replace(problem, seqlen=20), 64))
+    assert "KiB, and a core's own caches have 1024" in str(
+        backend.pruned(replace(problem, headdim=256, dstate=256, accumulate=torch.float64), 64)
+    )
+    assert list(Tvm().configs(term, replace(problem, seqlen=20), 64)) == [Config(64)]
+
+
+@needs_tvm
+def test_the_tuner_is_given_them() -> None:
+    """Each is a candidate for `ssdops tune`, with a prediction of its own; planning compiles nothing."""
+    mask = m.window(5)
+    (term,) = terms_of(mask.tree)
+    problem = Make(dtype=torch.float32, seqlen=512).case(mask).problem
+    found = [c for c in candidates(Workload.of(term, problem, "backward"), problem.target) if c.backend == "tvm"]
+    assert [c.config.chunk_size for c in found] == [32, 16, 64]
+    assert len({c.seconds for c in found}) == 3
 
 
 @pytest.mark.parametrize(

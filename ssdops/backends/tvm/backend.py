@@ -20,6 +20,8 @@ CHUNKS = {"cpu": (32, 16, 64), "cuda": (64, 32)}
 """Chunk sizes, the default first, by device."""
 MAX_DIM = 256
 """The greatest headdim and dstate that tiles are made for."""
+NEAR = 1 << 20
+"""Bytes of the caches that a core has to itself, about: tiles that do not fit meet memory in every product."""
 OLDEST = (8, 0)
 """Compute capability from which tensor cores multiply bfloat16."""
 PACKAGES = {"apache-tvm": "0.27.", "apache-tvm-ffi": "0.1.14."}
@@ -69,6 +71,8 @@ class Tvm:
         every = problem.state_every
         sizes = chunks(problem) if chunk_size is None else (chunk_size,)
         fitting = tuple(Config(size) for size in sizes if every is None or every % size == 0)
+        if chunk_size is None and problem.target.device == "cpu":
+            fitting = tuple(c for at, c in enumerate(fitting) if not at or pruned(problem, c.chunk_size or 0) is None)
         if problem.target.device == "cuda":
             fitting = fitting[:1]  # larger chunks are faster than their arithmetic says
         return fitting or _between_chunks(problem)
@@ -145,6 +149,19 @@ def _pairs_work(term: Quadratic, problem: Problem, size: int, direction: str) ->
     pairs = min(form.pairs(p.seqlen) * p.batch * p.nheads + 2 * size * tokens, tokens * p.seqlen)
     forward = Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, 4 * tokens * (p.dstate + 3 * p.headdim), 20.0)
     return forward.times(6.0) if direction == "backward" else forward
+
+
+def pruned(problem: Problem, size: int) -> str | None:
+    """Why a tuner is not to compile programs of a chunk size for a CPU, although they would run; None if it may."""
+    p, numbers = problem, (problem.seqlen, problem.headdim, problem.dstate)
+    if not all(isinstance(number, int) for number in numbers):  # while tracing they may be symbolic
+        return None
+    if size >= 2 * max(p.seqlen, 1):
+        return f"rows of {p.seqlen} tokens leave half of a chunk of {size} empty"
+    tiles = (3 * p.dstate + 5 * p.headdim + 4 * size) * size * p.accumulate.itemsize
+    if tiles > NEAR:
+        return f"tiles of {size} tokens take {tiles >> 10} KiB, and a core's own caches have {NEAR >> 10}"
+    return None
 
 
 def _between_chunks(problem: Problem) -> Support:
