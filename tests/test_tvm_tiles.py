@@ -9,15 +9,18 @@ import pytest
 import torch
 from quadratic_masks import MASKS, toeplitz
 from traced_masks import MASKS as TRACED
+from traced_masks import TOKEN, kind
 
 from ssdops import masks as m
 from ssdops.autotune.workload import Workload
 from ssdops.backends.base import Config
+from ssdops.backends.quadratic.formula import DERIVATIVES, Leaf, derivative
 from ssdops.backends.tvm import backend
 from ssdops.backends.tvm.backend import Tvm
 from ssdops.errors import UnsupportedError
 from ssdops.ir.problem import Target
 from ssdops.ir.terms import Quadratic
+from ssdops.ir.trace import Call
 from ssdops.plan import candidates, terms_of
 from ssdops.testing import Conformance, laws
 from ssdops.testing.laws import Runner
@@ -57,7 +60,7 @@ class TestTvmBands(Conformance):
 
 
 NAMES = {
-    torch.float32: ("window", "scale", "decay * toeplitz", "reverse", "two documents", "empty"),
+    torch.float32: ("window", "scale", "toeplitz * toeplitz.T", "reverse", "two documents", "empty"),
     torch.float64: ("dense over heads",),  # others take seconds more to compile
 }
 
@@ -75,13 +78,79 @@ def test_equals_oracle(dtype: torch.dtype, name: str) -> None:
 
 @needs_tvm
 @pytest.mark.tvm
-@pytest.mark.parametrize("name", ["decay", "growth", "gates"])
+@pytest.mark.parametrize("name", ["growth"])
 def test_formulas_of_users(name: str) -> None:
     """Masks by their entries alone, over several tiles."""
     make = Make(seqlen=40, dtype=torch.float32)
     case = make.case(TRACED[name](make))
     laws.equals_oracle(RUN, case)
     laws.gradients_equal_oracle(RUN, case)
+
+
+TANH = kind("tanh", lambda s, i, j: torch.where(i > j, torch.tanh(s.u[i] * s.w[j] / 2), 0.5), True, u=TOKEN, w=TOKEN)
+MANY = kind(
+    "many",
+    lambda s, i, j: (
+        (s.u[i] - s.w[j]).sigmoid() + torch.minimum(s.u[i], s.w[j]) - torch.maximum(s.u[i], s.w[j] * 2).sin()
+        + (s.u[i] + s.w[j]).clamp_min(0.2).log() * (s.u[i] * s.w[j]).abs().sqrt() + (s.u[i] - s.w[j]).sign().exp2()
+        + torch.where((s.u[i] > s.w[j]) & ~(s.u[i] < 0.3) | (i - j == 2), 1.5, (s.u[i] + s.w[j]).floor())
+        + (s.u[i] - s.w[j]) ** 2 / (1 + (i - j).abs() + s.u[i].abs() * s.w[j].abs()) + (s.u[i] - s.w[j]) % 0.7
+        + (s.u[i] + s.w[j]).cos().square().log1p() - (1 + (s.u[i] * s.w[j]).square()).rsqrt().ceil().reciprocal()
+    ),
+    u=TOKEN, w=TOKEN,
+)  # fmt: skip
+LACKING = kind("expm1", lambda s, i, j: torch.expm1(s.u[i] * s.u[j]), u=TOKEN)
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_a_formula_that_is_no_product() -> None:
+    """It is an expression of TIR, with the gradients of all that it reads, also under combinators."""
+    make = Make(seqlen=40, dtype=torch.float32)
+    case = make.case(TANH(make.factor(), make.factor()).T)
+    laws.equals_oracle(RUN, case)
+    laws.gradients_equal_oracle(RUN, case)
+
+
+@needs_tvm
+@pytest.mark.tvm
+def test_operations_that_tir_has() -> None:
+    make = Make(seqlen=40, dtype=torch.float64)
+    laws.equals_oracle(RUN, make.case(MANY(make.factor(), make.factor())))
+
+
+def test_an_operation_that_tir_lacks_is_named() -> None:
+    make = Make(dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match=r"TIR has no operation expm1; 'naive' runs any mask"):
+        RUN(make.case(LACKING(make.factor())))
+
+
+@pytest.mark.parametrize("name", [*DERIVATIVES, "where", "floor"])
+def test_derivatives_are_those_of_torch(name: str) -> None:
+    """Each rule against autograd, of the operation alone and inside another one."""
+    x, y = (torch.tensor([0.3, 0.7, 1.6], dtype=torch.float64).roll(by).requires_grad_() for by in (0, 1))
+    leaves, count = (
+        (Leaf("row", 0), Leaf("col", 0)),
+        1 if name in ("where", "floor") else DERIVATIVES[name].__code__.co_argcount,
+    )
+
+    def value(e: object) -> torch.Tensor:
+        match e:
+            case Leaf(which, _):
+                return x if which == "row" else y
+            case Call("where", (condition, a, b)):
+                return torch.where(value(condition).bool(), value(a), value(b))
+            case Call(op, args):
+                return getattr(torch, op)(*map(value, args))
+        return torch.as_tensor(e, dtype=torch.float64)
+
+    e: Call = Call(name, leaves[:count])
+    if name == "where":
+        e = Call("where", (Call("lt", leaves), Call("exp", leaves[:1]), Call("mul", leaves)))
+    e = Call("mul", (e, leaves[1]))
+    for leaf, tensor in zip(leaves, (x, y), strict=True):
+        (wanted,) = torch.autograd.grad(value(e).sum(), tensor, materialize_grads=True, allow_unused=True)
+        assert torch.allclose(value(derivative(e, leaf)).expand(3), wanted, rtol=1e-12, atol=1e-12)
 
 
 @needs_tvm

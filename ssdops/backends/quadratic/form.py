@@ -10,7 +10,8 @@ under transposes, reversals and shifts is read at other coordinates, each of the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from ...ir import nodes as n
 from ...ir.operands import Operand, Scaled
 from ...ir.trace import Call, Untraceable
-from .factors import factors
+from .factors import Factors, factors
+from .formula import Expr, Leaves, leaves_of, turned
 from .traced import Traced
 
 
@@ -71,6 +73,7 @@ class Form:
         logs, scales: exponents and factors per token; True where the token is the row.
         lags, entries: Toeplitz and dense factors.
         documents: what both tokens must share.
+        formula: a further factor, of what is at rows, columns and lags (`formula.py`), each with where it is read.
     """
 
     sign: int
@@ -85,6 +88,10 @@ class Form:
     lags: tuple[tuple[Operand | Traced, View], ...]
     entries: tuple[tuple[Operand, View], ...]
     documents: tuple[tuple[n.Documents, View], ...]
+    formula: Expr = None
+    at_rows: tuple[tuple[Traced, Axis], ...] = ()
+    at_cols: tuple[tuple[Traced, Axis], ...] = ()
+    at_lags: tuple[tuple[Traced, View], ...] = ()
 
     @property
     def zero(self) -> int | None:
@@ -109,13 +116,13 @@ class Refused(Exception):
 
 
 @lru_cache(maxsize=1024)
-def read(mask: n.Node, seqlen: int) -> Form:
-    """The form of a mask without sums.
+def read(mask: n.Node, seqlen: int, general: bool = False) -> Form:
+    """The form of a mask without sums; if it is to be `general`, what is no factor of a user's formula as one of pairs.
 
     Raises:
         Refused: it has none.
     """
-    reader = _Reader(seqlen)
+    reader = _Reader(seqlen, general)
     reader.visit(mask, View())
     return reader.form()
 
@@ -127,8 +134,9 @@ def _signed(x: Operand, by: float) -> Operand:
 class _Reader:
     """What has been gathered of a tree so far."""
 
-    def __init__(self, seqlen: int) -> None:
-        self.seqlen, self.sign = seqlen, 1
+    def __init__(self, seqlen: int, general: bool) -> None:
+        self.seqlen, self.general, self.sign = seqlen, general, 1
+        self.formula: dict[str, Any] = {}
         self.low, self.high = 1 - seqlen, seqlen - 1
         self.holes: set[int] = set()
         self.ranges = {True: (0, seqlen), False: (0, seqlen)}  # of rows, of columns
@@ -146,8 +154,8 @@ class _Reader:
         if len(holes) > 1:
             raise Refused(f"it leaves out {len(holes)} diagonals inside its band, and a tile kernel at most one")
         hole = holes[0] if holes else None
-        factors = {name: tuple(found) for name, found in self.found.items()}
-        return Form(self.sign, low, high, hole, self.ranges[True], self.ranges[False], **factors)  # type: ignore[arg-type]
+        factors = {name: tuple(found) for name, found in self.found.items()} | self.formula
+        return Form(self.sign, low, high, hole, self.ranges[True], self.ranges[False], **factors)
 
     def visit(self, m: n.Node, at: View) -> None:
         """Gather a mask that is read at a view."""
@@ -207,7 +215,9 @@ class _Reader:
     def _registered(self, m: n.Registered, at: View) -> None:
         """The factors that the traced formula of a user's mask is made of."""
         try:
-            f = factors(m, self.seqlen)
+            f = factors(m, self.seqlen, self.general)
+            if f.pairs:
+                self._pairs(m, f, at)
         except Untraceable as reason:
             raise Refused(f"{m.op} cannot be traced: {reason}") from None
         self.sign *= f.sign
@@ -227,6 +237,21 @@ class _Reader:
                     self.found[kind].append((Traced(m, expr, place), axis, (place == "i") != at.transposed))
         turned = View(at.col, at.row, not at.transposed)
         self.found["entries"] += [(getattr(m, name), turned if flipped else at) for name, flipped in f.entries]
+
+    def _pairs(self, m: n.Registered, f: Factors, at: View) -> None:
+        """A formula of pairs, of which there is at most one."""
+        if self.formula:
+            raise Refused(f"{m.op} is a second formula that is no product of factors")
+        found: Leaves = {}
+        formula = leaves_of(reduce(lambda x, y: Call("mul", (x, y)), f.pairs), found)
+        rows, cols = (
+            tuple((Traced(m, e, place), axis) for e in found.get(kind, ()))
+            for kind, place, axis in (("row", "i", at.row), ("col", "j", at.col))
+        )
+        lags = tuple((Traced(m, e, "lag", f.low, f.high, f.holes), at) for e in found.get("lag", ()))
+        if at.transposed:
+            formula, rows, cols = turned(formula), cols, rows
+        self.formula = {"formula": formula, "at_rows": rows, "at_cols": cols, "at_lags": lags}
 
     def _token(self, kind: str, x: Operand | None, axis: Axis, on_rows: bool) -> None:
         if x is not None:

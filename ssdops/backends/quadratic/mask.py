@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, TypeAlias
 
@@ -13,6 +13,7 @@ from ...ir.problem import Problem
 from ...ir.terms import Quadratic
 from ..base import Inputs
 from .form import read
+from .formula import Expr, Leaf, derivative, turned
 from .values import Values, spans, tile_count, tile_table
 
 Packed: TypeAlias = "Callable[[Tensor | None, Tensor | None, Tensor | None, Inputs], Tensor]"
@@ -28,6 +29,7 @@ class Mask:
         u, w: exponents of rows and of columns, as a backend packs them.
         documents: for rows and for columns, what they share a document with; the tiles follow them.
         count: of tiles, given their size.
+        formula: a further factor of leaves at rows, columns and lags.
         tables: of tiles, by their size, once they have been asked for.
     """
 
@@ -44,12 +46,16 @@ class Mask:
     entries: Tensor | None
     documents: tuple[Tensor, Tensor] | None
     count: Callable[[int], int]
+    formula: Expr = None
+    leaf_rows: Tensor | None = None
+    leaf_cols: Tensor | None = None
+    leaf_lags: Tensor | None = None
     tables: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(term: Quadratic, x: Inputs, factors: Values, packed: Packed) -> Mask:
+    def of(term: Quadratic, x: Inputs, factors: Values, packed: Packed, general: bool = False) -> Mask:
         """The mask of a term, from its factors."""
-        p, form = x.problem, read(term.mask, x.problem.seqlen)
+        p, form = x.problem, read(term.mask, x.problem.seqlen, general)
         f = Values(**{s.name: None if (t := getattr(factors, s.name)) is None else t.detach() for s in fields(Values)})
         exponents = [f.decay_rows, f.decay_cols, f.log_rows, f.log_cols]
         some = any(t is not None for t in exponents)
@@ -61,6 +67,7 @@ class Mask:
             packed(f.decay_cols, f.log_cols, f.odd_cols, x) if some else None,
             rows, cols, lags, f.entries,
             spans(form, x.operands, p.seqlen), lambda size: tile_count(form, x.operands, p.seqlen, size),
+            form.formula, f.leaf_rows, f.leaf_cols, f.leaf_lags,
         )  # fmt: skip
 
     def room(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -79,7 +86,9 @@ class Mask:
             u=self.w, w=self.u, rows=self.cols, cols=self.rows,
             lags=None if self.lags is None else self.lags.flip(1),
             entries=None if self.entries is None else self.entries.transpose(2, 3),
-            documents=None if self.documents is None else (self.documents[1], self.documents[0]), tables={},
+            documents=None if self.documents is None else (self.documents[1], self.documents[0]),
+            formula=turned(self.formula), leaf_rows=self.leaf_cols, leaf_cols=self.leaf_rows,
+            leaf_lags=None if self.leaf_lags is None else self.leaf_lags.flip(2), tables={},
         )  # fmt: skip
 
     def table(self, size: int) -> tuple[Tensor | None, int, int]:
@@ -126,8 +135,22 @@ def factor_gradients(mask: Mask, factors: Values, x: Inputs, dy: Tensor, sums: S
         setattr(out, side, apart + at_zero)
         setattr(out, f"decay_{side}", apart * own)
         setattr(out, f"log_{side}", (apart + at_zero) * own)
+    for side, m, tensors in sides:
+        if f"leaf_{side}" in wanted:
+            found = [sums.rows(of, *tensors).sum(2) for of in _derivatives(m, "row", getattr(factors, f"leaf_{side}"))]
+            setattr(out, f"leaf_{side}", torch.stack(found, 2))
+    if "leaf_lags" in wanted:
+        tensors = (x.q, x.k, dy, x.v)
+        out.leaf_lags = torch.stack([sums.lags(of, *tensors) for of in _derivatives(mask, "lag", factors.leaf_lags)], 1)
     if "lags" in wanted:
         out.lags = sums.lags(replace(mask, lags=None), x.q, x.k, dy, x.v)
     if "entries" in wanted and factors.entries is not None:
         out.entries = sums.entries(replace(mask, entries=None), factors.entries, x.q, x.k, dy, x.v)
     return Values(**{name: getattr(out, name) for name in wanted})
+
+
+def _derivatives(mask: Mask, kind: str, leaves: Tensor | None) -> Iterator[Mask]:
+    """The mask with the derivative of its formula in the place of it, for each leaf of a kind."""
+    assert leaves is not None  # else it would not want a gradient
+    for index in range(leaves.shape[-2]):
+        yield replace(mask, formula=derivative(mask.formula, Leaf(kind, index)))

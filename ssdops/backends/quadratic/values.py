@@ -37,6 +37,8 @@ class Values:
         odd_rows, odd_cols: their sum is how many logs between i and j are not finite.
         log_rows, log_cols: further exponents, float64.
         rows, cols, lags: in the dtype of sums. entries: as given.
+        leaf_rows, leaf_cols, leaf_lags: what a formula is of, float64: (batch | 1, nheads, leaves, seqlen) and
+            (nheads, leaves, 2·seqlen − 1).
     """
 
     decay_rows: Tensor | None = None
@@ -49,6 +51,9 @@ class Values:
     cols: Tensor | None = None
     lags: Tensor | None = None
     entries: Tensor | None = None
+    leaf_rows: Tensor | None = None
+    leaf_cols: Tensor | None = None
+    leaf_lags: Tensor | None = None
 
 
 def values(form: Form, operands: Mapping[str, Tensor], problem: Problem) -> Values:
@@ -84,8 +89,14 @@ def values(form: Form, operands: Mapping[str, Tensor], problem: Problem) -> Valu
             c = traced.per_lag(coeffs, scope).to(acc)
         else:
             c = repeat_heads(resolve(coeffs, operands, n.LAG, seqlen).to(acc), nheads, 0)
-        lag = Axis(view.slope, view.shift + (seqlen - 1) * (1 - view.slope))
-        _multiply(out, "lags", lag.of(c, 2 * seqlen - 1))
+        _multiply(out, "lags", lag_axis(view, seqlen).of(c, 2 * seqlen - 1))
+    for name, found in (("leaf_rows", form.at_rows), ("leaf_cols", form.at_cols)):
+        if found:
+            leaves = [axis.of(per_token(leaf, torch.float64), seqlen) for leaf, axis in found]
+            setattr(out, name, torch.stack(torch.broadcast_tensors(*leaves), 2))
+    if form.at_lags:
+        leaves = [lag_axis(view, seqlen).of(traced.per_lag(leaf, scope), 2 * seqlen - 1) for leaf, view in form.at_lags]
+        out.leaf_lags = torch.stack(leaves, 1)
     for matrix, view in form.entries:
         entries = resolve(matrix, operands, n.MATRIX, seqlen).expand(-1, -1, seqlen, seqlen)
         entries = entries.to(acc) if len(form.entries) > 1 else entries  # products are not rounded to 16 bits
@@ -103,6 +114,11 @@ def pull_back(factors: Values, grads: Values, inputs: list[Tensor]) -> tuple[Ten
         return tuple(torch.zeros_like(t) for t in inputs)
     outputs, given = [value for value, _ in kept], [reduce_to(grad, value.shape, 1).to(value.dtype) for value, grad in kept]
     return torch.autograd.grad(outputs, inputs, given, allow_unused=True, materialize_grads=True)
+
+
+def lag_axis(view: View, seqlen: int) -> Axis:
+    """Where in its 2·seqlen − 1 lags a leaf at a view is read."""
+    return Axis(view.slope, view.shift + (seqlen - 1) * (1 - view.slope))
 
 
 class _Sums(torch.autograd.Function):

@@ -14,6 +14,7 @@ from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
 from ..quadratic.form import Refused, read
 from ..scan import diagonal_backward, diagonal_forward, diagonal_work
+from .formula import lacking
 from .machine import machine
 
 CHUNKS = {"cpu": (32, 16, 64), "cuda": (64, 32)}
@@ -136,15 +137,17 @@ def _reject_tiles(term: Term, problem: Problem) -> Support | None:
     if problem.target.device != "cpu":
         return reject_scan(term, "tvm")
     try:
-        read(term.mask, problem.seqlen if isinstance(problem.seqlen, int) else 4096)
+        form = read(term.mask, problem.seqlen if isinstance(problem.seqlen, int) else 4096, True)
     except Refused as reason:
         return Support.no(f"'tvm' has no tiles for this mask: {reason}; 'naive' runs any mask")
+    if (name := lacking(form.formula)) is not None:
+        return Support.no(f"'tvm' has no tiles for this mask: TIR has no operation {name}; 'naive' runs any mask")
     return None
 
 
 def _pairs_work(term: Quadratic, problem: Problem, size: int, direction: str) -> Work:
     """Two products for each pair of the tiles that meet the band, and what weighs them; backward, twelve."""
-    p, form = problem, read(term.mask, problem.seqlen)
+    p, form = problem, read(term.mask, problem.seqlen, True)
     tokens = float(p.batch * p.seqlen * p.nheads)
     pairs = min(form.pairs(p.seqlen) * p.batch * p.nheads + 2 * size * tokens, tokens * p.seqlen)
     forward = Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, 4 * tokens * (p.dstate + 3 * p.headdim), 20.0)

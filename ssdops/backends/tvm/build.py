@@ -37,6 +37,7 @@ SOURCES = (
     "gradients.py",
     "outputs.py",
     "pairs.py",
+    "formula.py",
     "blocks.py",
     "parts.py",
     "rules.py",

@@ -19,7 +19,9 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from ..quadratic.formula import counts
 from .blocks import fill, product, store, sums, update
+from .formula import expression
 from .parts import exp, near, number, shared, sizes, summed, under, within
 from .tile import ENTRIES, LAGS, LANES, LOGS, ROWS, SCALES, Tile
 
@@ -32,26 +34,31 @@ def pairs(tile: Tile) -> Any:
 
     Parameters, in order: x, y `[tokens, heads of their own, D]`; z, w `[tokens, heads of their own, E]`, w not read by
     `contract`; u_rows, u_cols `[batch | 1, nheads, 2, seqlen]` float64, exponents and how many logs are not finite; rows, cols
-    `[batch | 1, nheads, seqlen]`; lags `[nheads, 2 seqlen − 1]`, at j − i; entries `[batch | 1, heads, seqlen, seqlen]`; table
-    `[batch | 1, tiles, 4]`, the rows and columns of each tile; out; out again, where sums are added to what is there; bounds
-    `[8]`: low, high, hole, zero, and the ranges of rows and columns; and the numbers scale, seqlen, nheads, of what there are
-    programs for (batch rows, heads, tiles), and over how many of each one sums.
+    `[batch | 1, nheads, seqlen]`; lags `[nheads, 2 seqlen − 1]`, at j − i; entries `[batch | 1, heads, seqlen, seqlen]`; the
+    leaves of a formula at rows and columns, float64 `[batch | 1, nheads, leaves, seqlen]`, and at lags, likewise at j − i;
+    table `[batch | 1, tiles, 4]`, the rows and columns of each tile; out; out again, where sums are added to what is there;
+    bounds `[8]`: low, high, hole, zero, and the ranges of rows and columns; and the numbers scale, seqlen, nheads, of what
+    there are programs for (batch rows, heads, tiles), and over how many of each one sums.
     """
     C, D, E, acc, whole, mode = tile.chunk, tile.inner, tile.outer, tile.acc, tile.whole, tile.mode
     CONTRACT = mode == ""
     LOCAL = mode in ("", ROWS)
+    GENERAL, held = tile.formula is not None, counts(tile.formula)
+    OF_ROW, OF_COL, OF_LAG = held["row"], held["col"], held["lag"]
 
     @T.prim_func(s_tir=True)
     def main(
         x_: T.handle, y_: T.handle, z_: T.handle, w_: T.handle, u_rows_: T.handle, u_cols_: T.handle, rows_: T.handle,
-        cols_: T.handle, lags_: T.handle, entries_: T.handle, table_: T.handle, out_: T.handle, there_: T.handle,
-        bounds_: T.handle, scale: T.float64, seqlen: T.int64, nheads: T.int64, of_rows: T.int64, of_heads: T.int64,
-        of_tiles: T.int64, in_rows: T.int64, in_heads: T.int64, in_tiles: T.int64,
+        cols_: T.handle, lags_: T.handle, entries_: T.handle, leaf_rows_: T.handle, leaf_cols_: T.handle,
+        leaf_lags_: T.handle, table_: T.handle, out_: T.handle, there_: T.handle, bounds_: T.handle, scale: T.float64,
+        seqlen: T.int64, nheads: T.int64, of_rows: T.int64, of_heads: T.int64, of_tiles: T.int64, in_rows: T.int64,
+        in_heads: T.int64, in_tiles: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": LOCAL})
         tokens, x_heads, y_heads, z_heads, w_heads, w_tokens, unread, d_filled, e_filled = sizes(9)
         u_batch, u_heads, u_size, c_batch, c_heads, c_size, v_batch, v_heads, v_size, s_batch, s_heads, s_size = sizes(12)
         l_heads, l_size, e_batch, e_heads, e_size, t_batch, tiles, out_0, out_1, out_2, out_3 = sizes(11)
+        a_batch, a_heads, a_count, a_size, g_batch, g_heads, g_count, g_size, k_heads, k_count, k_size = sizes(11)
         d = T.meta_var(D if whole else d_filled)
         e = T.meta_var(E if whole else e_filled)
         x = T.match_buffer(x_, (tokens, x_heads, d), acc)
@@ -64,6 +71,9 @@ def pairs(tile: Tile) -> Any:
         cols = T.match_buffer(cols_, (s_batch, s_heads, s_size), acc)
         lags = T.match_buffer(lags_, (l_heads, l_size), acc)
         entries = T.match_buffer(entries_, (e_batch, e_heads, e_size, e_size), acc)
+        leaf_rows = T.match_buffer(leaf_rows_, (a_batch, a_heads, a_count, a_size), "float64")
+        leaf_cols = T.match_buffer(leaf_cols_, (g_batch, g_heads, g_count, g_size), "float64")
+        leaf_lags = T.match_buffer(leaf_lags_, (k_heads, k_count, k_size), "float64")
         table = T.match_buffer(table_, (t_batch, tiles, 4), "int64")
         out = T.match_buffer(out_, (tokens, out_1, e) if CONTRACT else (out_0, out_1, out_2, out_3), acc)
         there = T.match_buffer(there_, (unread,) if LOCAL else (out_0, out_1, out_2, out_3), acc)
@@ -92,6 +102,7 @@ def pairs(tile: Tile) -> Any:
                         zt = T.sblock_alloc_buffer((C, E), acc)
                         ut = T.sblock_alloc_buffer((2, C), "float64")
                         rt = T.sblock_alloc_buffer((C,), acc)
+                        at_rows = T.sblock_alloc_buffer((OF_ROW, C), "float64")
                         i0 = T.meta_var(place[0])
                         i1 = T.meta_var(place[1])
                         first = T.meta_var(lambda: T.max(T.max(table[T.min(b, t_batch - 1), t, 2], bounds[6]),
@@ -124,6 +135,14 @@ def pairs(tile: Tile) -> Any:
                             fill("load_u", 2, C)(ut, lambda which, i: u_rows[T.min(b, u_batch - 1), h, which, near(i0 + i, i1)])
                         if SCALES in tile.factors:
                             fill("load_rows", C)(rt, lambda i: rows[T.min(b, v_batch - 1), h, near(i0 + i, i1)])
+                        if GENERAL:
+                            fill("load_leaf_rows", OF_ROW, C)(
+                                at_rows,
+                                lambda leaf, i: leaf_rows[
+                                    T.min(b, a_batch - 1), T.min(h, a_heads - 1), T.min(T.Cast("int64", leaf), a_count - 1),
+                                    T.min(near(i0 + i, i1), a_size - 1),
+                                ],
+                            )  # fmt: skip
                         for step in range((T.max(stop() - first(), 0) + C - 1) // C):
                             with T.sblock("chunk"):
                                 vs = T.axis.spatial(1 << 40, step)
@@ -135,6 +154,8 @@ def pairs(tile: Tile) -> Any:
                                 st = T.sblock_alloc_buffer((C,), acc)
                                 line = T.sblock_alloc_buffer((2 * C,), acc)
                                 et = T.sblock_alloc_buffer((C, C), acc)
+                                at_cols = T.sblock_alloc_buffer((OF_COL, C), "float64")
+                                at_lags = T.sblock_alloc_buffer((OF_LAG, 2 * C), "float64")
                                 scores = T.sblock_alloc_buffer((C, C), acc)
                                 others = T.sblock_alloc_buffer((C, C), acc)
                                 weights = T.sblock_alloc_buffer((C, C), acc)
@@ -191,6 +212,21 @@ def pairs(tile: Tile) -> Any:
                                     fill("load_lags", 2 * C)(
                                         line, lambda lag: lags[h, near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1)]
                                     )
+                                if GENERAL:
+                                    fill("load_leaf_cols", OF_COL, C)(
+                                        at_cols,
+                                        lambda leaf, j: leaf_cols[
+                                            T.min(b, g_batch - 1), T.min(h, g_heads - 1),
+                                            T.min(T.Cast("int64", leaf), g_count - 1), T.min(near(j0 + j, end), g_size - 1),
+                                        ],
+                                    )  # fmt: skip
+                                    fill("load_leaf_lags", OF_LAG, 2 * C)(
+                                        at_lags,
+                                        lambda leaf, lag: leaf_lags[
+                                            T.min(h, k_heads - 1), T.min(T.Cast("int64", leaf), k_count - 1),
+                                            T.min(near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1), k_size - 1),
+                                        ],
+                                    )  # fmt: skip
                                 if ENTRIES in tile.factors:
                                     fill("load_entries", C, C)(
                                         et,
@@ -214,6 +250,13 @@ def pairs(tile: Tile) -> Any:
                                                 SCALES: lambda: rt[i] * st[j],
                                                 LAGS: lambda: line[C - 1 + j - i],
                                                 ENTRIES: lambda: et[i, j],
+                                                "leaves": lambda kind, leaf: (
+                                                    at_rows[leaf, i]
+                                                    if kind == "row"
+                                                    else at_cols[leaf, j]
+                                                    if kind == "col"
+                                                    else at_lags[leaf, C - 1 + j - i]
+                                                ),
                                             },
                                         ),
                                         number(0, acc),
@@ -298,4 +341,6 @@ def weighed(tile: Tile, value: Any, factors: Any) -> Any:
         value = value * T.Select(odd == T.float64(0), factor, number(float("nan"), tile.acc))
     for name in (SCALES, LAGS, ENTRIES):
         value = value * factors[name]() if name in tile.factors else value
+    if tile.formula is not None:
+        value = value * T.Cast(tile.acc, expression(tile.formula, factors["leaves"]))
     return value

@@ -30,8 +30,8 @@ class OnPairs(Pass):
         p = self.problem
         if not self.tokens:
             return Output(self.x.empty_output())
-        factors = values(read(self.term.mask, p.seqlen), self.x.operands, p)
-        mask = Mask.of(self.term, self.x, factors, packed)
+        factors = values(read(self.term.mask, p.seqlen, True), self.x.operands, p)
+        mask = Mask.of(self.term, self.x, factors, packed, True)
         return Output(self.contract(mask, self.q, self.k, self.v, p.nheads))
 
     def backward(self, cotangents: Cotangents) -> Gradients:
@@ -43,8 +43,8 @@ class OnPairs(Pass):
             q, k, v = (torch.zeros_like(t, dtype=self.acc) for t in (x.q, x.k, x.v))
             return Gradients(q, k, v, operands={name: torch.zeros_like(t) for name, t in floats.items()})
         with torch.enable_grad():
-            factors = values(read(self.term.mask, p.seqlen), {**own, **floats}, p)
-        mask, dy = Mask.of(self.term, x, factors, packed), self.flat(cotangents.y)
+            factors = values(read(self.term.mask, p.seqlen, True), {**own, **floats}, p)
+        mask, dy = Mask.of(self.term, x, factors, packed, True), self.flat(cotangents.y)
         turned = mask.transposed()
         grads = Gradients(
             self.contract(mask, dy, self.v, self.k, p.q_heads),
@@ -92,18 +92,25 @@ class OnPairs(Pass):
         present = {LOGS: mask.u, SCALES: mask.rows if mask.cols is None else mask.cols, LAGS: mask.lags, ENTRIES: mask.entries}
         factors = tuple(name for name, value in present.items() if value is not None)
         program = self.program(
-            "pairs", inner=inner, outer=outer, whole=(inner, outer) == sizes, mode=mode, factors=factors
+            "pairs", inner=inner, outer=outer, whole=(inner, outer) == sizes, mode=mode, factors=factors,
+            formula=mask.formula,
         )  # fmt: skip
         exact, token = torch.float64, (1, 1, 1)
         one = None if SCALES not in factors else torch.ones(1, p.nheads, p.seqlen, dtype=self.acc)
         u, w_ = (unread((1, 1, 2, 1), exact, self.device) if t is None else t for t in (mask.u, mask.w))
         rows, cols = (self.whole(one if t is None else t, token) for t in (mask.rows, mask.cols))
         lags = None if mask.lags is None else mask.lags.flip(1)
+        by_lag = None if mask.leaf_lags is None else mask.leaf_lags.flip(2)
+        leaves = [
+            unread((1,) * rank, exact, self.device) if t is None else t.contiguous()
+            for t, rank in ((mask.leaf_rows, 4), (mask.leaf_cols, 4), (by_lag, 3))
+        ]
         there = self.unread(1) if mode in ("", ROWS) else out
         program(
             x, y, z, w[0] if w else self.unread(1, 1, z.shape[2]), u, w_, rows, cols, self.whole(lags, (1, 1)),
-            self.whole(mask.entries, (1, 1, 1, 1)), table, out, there, self.bounds(mask), float(mask.scale), p.seqlen, p.nheads,
-            *of, p.batch // of[0], p.nheads // of[1], table.shape[1] // of[2],
+            self.whole(mask.entries, (1, 1, 1, 1)), *leaves, table, out,
+            there, self.bounds(mask), float(mask.scale), p.seqlen, p.nheads, *of, p.batch // of[0],
+            p.nheads // of[1], table.shape[1] // of[2],
         )  # fmt: skip
         return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 LANES = 16
 """Partial sums of a dot product side by side; tiles are padded to multiples of it."""
@@ -41,7 +42,7 @@ class Tile:
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
         mode: of a walk, or outputs, what they do beside y; of pairs, what they sum along.
-        factors: of programs of pairs, what the mask is a product of.
+        factors: of programs of pairs, what the mask is a product of, and a formula that is one more factor.
         resident: programs that a multiprocessor is to hold at once: registers are kept for so many.
     """
 
@@ -56,6 +57,7 @@ class Tile:
     flipped: bool = False
     mode: str = ""
     factors: tuple[str, ...] = ()
+    formula: Any = None
     resident: int = 1
 
     @property
