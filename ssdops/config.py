@@ -6,6 +6,7 @@ SSDOPS_CACHE_DIR  where compiled programs and tuned results are kept; by default
 SSDOPS_TUNE    off, cached (default), on or force: how backends are chosen where no argument and no context says it
 SSDOPS_LOG_SHAPES  a file to which every kind of call is appended when it is first met, for `ssdops tune --from-log`
 SSDOPS_TVM_PROGRAMS  a directory that `ssdops export` wrote: its programs run without TVM's compiler
+SSDOPS_TVM_TARGET  what the TVM backend compiles for on a CPU, if not for this processor: `llvm -mcpu=NAME`, or TVM's JSON
 TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
 CUDA_PATH, CUDA_HOME  where TVM finds CUDA's headers, if not at a usual place
 TVM_CUDA_COMPILE_MODE  (TVM's own) nvrtc or nvcc; by default nvrtc where cuda-bindings is
@@ -53,6 +54,12 @@ def tvm_programs() -> Path | None:
     """Where programs of TVM are that were exported (SSDOPS_TVM_PROGRAMS)."""
     chosen = os.environ.get("SSDOPS_TVM_PROGRAMS")
     return Path(chosen) if chosen else None
+
+
+@lru_cache(maxsize=1)
+def tvm_target() -> str:
+    """What to compile for on a CPU (SSDOPS_TVM_TARGET), as it stands there."""
+    return os.environ.get("SSDOPS_TVM_TARGET", "").strip()
 
 
 @lru_cache(maxsize=1)

@@ -43,3 +43,7 @@ class RegistrationError(SsdopsError, ValueError):
 
 class TuningError(SsdopsError, ValueError):
     """A tuning mode, budget, file or workload that is not one."""
+
+
+class ConfigError(SsdopsError, ValueError):
+    """An environment variable whose value is none that it can have."""

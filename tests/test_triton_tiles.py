@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quadratic_masks import MASKS, products, toeplitz
 
 from ssdops import masks as m
 from ssdops import ssd
+from ssdops.backends.quadratic.form import read
 from ssdops.backends.triton import tiles
-from ssdops.backends.triton.tile_form import read
 from ssdops.errors import UnsupportedError
 from ssdops.ir.problem import Target
 from ssdops.ir.terms import Quadratic
@@ -24,7 +25,7 @@ from ssdops.testing import laws, strategies
 from ssdops.testing.case import Case
 from ssdops.testing.laws import Runner
 from ssdops.testing.oracle import output_bounds
-from ssdops.testing.source import Source, problems
+from ssdops.testing.source import problems
 from ssdops.testing.structures import Make
 from ssdops.testing.tolerance import assert_close
 
@@ -33,39 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning"),
 ]
 RUN = Runner("triton")
-
-
-def toeplitz(s: Make) -> m.Mask:
-    return m.toeplitz(s.normal(s.nheads, 2 * s.seqlen - 1))
-
-
-def dense(s: Make) -> m.Mask:
-    return m.dense(s.normal(1, s.nheads, s.seqlen, s.seqlen))
-
-
-MASKS = {
-    "window": lambda s: m.window(5, 2),
-    "window strict": lambda s: m.window(3, 3).strict(),
-    "toeplitz": toeplitz,
-    "dense": dense,
-    "dense over heads": lambda s: m.dense(s.normal(s.seqlen, s.seqlen)),
-    "dense rows": lambda s: m.dense(s.normal(1, s.nheads, s.seqlen, 1)),
-    "decay * window": lambda s: m.decay(s.log()) * m.window(7),
-    "retention * window": lambda s: m.retention(-s.normal(s.nheads).abs()) * m.window(40),
-    "decay * toeplitz": lambda s: m.decay(s.log()) * toeplitz(s),
-    "toeplitz * toeplitz.T": lambda s: toeplitz(s) * m.toeplitz(s.normal(2 * s.seqlen - 1)).T,
-    "documents * window": lambda s: s.cu * m.window(4, 1),
-    "decay * documents * toeplitz": lambda s: m.decay(s.log()) * s.ids * toeplitz(s),
-    "two documents": lambda s: s.cu * s.ids * m.window(50, 50),
-    "reverse": lambda s: (m.decay(s.log()) * dense(s) * s.ids).reverse(),
-    "T": lambda s: (m.decay(s.log(1)) * m.window(6)).T,
-    "scale": lambda s: m.window(9, 3).scale(rows=s.factor(), cols=s.factor(1), log_cols=s.log()),
-    "shift(2)": lambda s: m.decay(s.log()).shift(2) * s.cu,
-    "shift T": lambda s: (dense(s).scale(rows=s.factor()) * m.window(30, 1)).shift(3).T,
-    "diagonal * toeplitz": lambda s: m.diagonal(s.factor()) * toeplitz(s),
-    "sum": lambda s: m.decay(s.log()) + m.window(3) - toeplitz(s).strict(),
-    "empty": lambda s: m.window(2) * m.window(40, 0).shift(3) * m.causal().strict().T,
-}
 
 
 @pytest.mark.parametrize("seqlen", [1, 6, 65])
@@ -105,30 +73,6 @@ def test_heads_that_share_a_gradient_share_a_program(heads: tuple[int, int, int]
     q, k, v = (torch.randn(2, 30, count, dim, generator=generator) for count, dim in zip(heads, (5, 5, 3), strict=True))
     log_a = -torch.rand(2, 30, 4, generator=generator)
     laws.gradients_equal_oracle(RUN, Case(q, k, v, m.decay(log_a) * m.window(8), 0.7))
-
-
-def products(s: Source) -> m.Mask:
-    """Products of up to three structures under combinators."""
-    mask = strategies.QUADRATIC[s.pick(["window", "toeplitz", "dense"])](s)
-    if s.chance(2):
-        mask = mask * strategies.QUADRATIC[s.pick(["documents", "window", "toeplitz", "dense"])](s)
-    if s.chance(2):
-        mask = mask * strategies.scan_mask(s)
-    for _ in range(s.pick([0, 1, 2])):
-        match s.pick(["T", "reverse", "strict", "shift", "scale", "-m"]):
-            case "T":
-                mask = mask.T
-            case "reverse":
-                mask = mask.reverse()
-            case "strict":
-                mask = mask.strict()
-            case "shift":
-                mask = mask.shift(s.pick([1, 2, 3]))
-            case "scale":
-                mask = strategies.scaled(s, mask)
-            case _:
-                mask = -mask
-    return mask
 
 
 SIXTEEN_AND_32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -261,7 +205,7 @@ def test_other_targets_and_dtypes_are_refused() -> None:
 def test_work_counts_the_pairs_of_the_band(seqlen: int, left: int, right: int, shift: int) -> None:
     form = read(m.window(left, right).shift(shift).tree, seqlen)
     lags = range(max(-right + shift, 1 - seqlen), min(left + shift, seqlen - 1) + 1)
-    assert tiles._pairs(form, seqlen) == sum(seqlen - abs(lag) for lag in lags)
+    assert form.pairs(seqlen) == sum(seqlen - abs(lag) for lag in lags)
 
 
 def test_kernels_compile_for_gpus_without_one() -> None:

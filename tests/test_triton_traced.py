@@ -8,7 +8,7 @@ from traced_masks import ALIBI, MASKS, POWERS, TOKEN, kind
 
 import ssdops.register
 from ssdops import explain, ssd
-from ssdops.backends.triton.tile_form import Refused, read
+from ssdops.backends.quadratic.form import Refused, read
 from ssdops.errors import UnsupportedError
 from ssdops.ir import nodes as n
 from ssdops.ir.text import parse

@@ -94,7 +94,7 @@ def test_what_is_not_exported(tmp_path: Path) -> None:
         (["--backend", "chunked"], "'chunked' has nothing to export"),
         (["--cpu", "pdp11"], "no processor 'pdp11'"),
         (["--mask", "diagonal(d)"], "has no scan"),
-        (["--mask", "window(2, 0)"], "runs semiseparable scans"),
+        (["--mask", "fenwick(log_a, levels)"], "has no tiles for this mask"),
     ):
         done = CliRunner().invoke(app, ["export", str(tmp_path), "--shape", "1,64,4,16,1,16", *options])
         assert done.exit_code == 2 and reason in done.output, done.output

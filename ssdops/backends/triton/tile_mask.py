@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor
 
 from ... import config
 from ...ir.problem import Problem
-from ...ir.terms import Quadratic
 from ..base import Inputs
-from .tile_form import read
-from .tile_values import Values, spans, tile_count, tile_table
+from ..quadratic.mask import Mask, strides
 
 LOG2E = 1.4426950408889634
 WIDEST = 256
@@ -23,91 +20,14 @@ ROWS, COLS = 64, 32
 """Tokens along the sides of a tile: 64 × 64 in 16 bits, 64 × 32 in 32 bits, where a dot is three and registers are short."""
 
 
-@dataclass(frozen=True)
-class Mask:
-    """The factors as the kernels read them, for L or for its transpose.
-
-    Attributes:
-        support: (low, high, hole, first row, row to stop at, first column, column to stop at).
-        u, w: exponents of rows and of columns, packed.
-        documents: for rows and for columns, what they share a document with; the tiles follow them.
-        count: of tiles, given their size.
-        tables: of tiles, by their size, once they have been asked for.
-    """
-
-    problem: Problem
-    device: torch.device
-    scale: float
-    support: tuple[int | None, ...]
-    zero: int
-    u: Tensor | None
-    w: Tensor | None
-    rows: Tensor | None
-    cols: Tensor | None
-    lags: Tensor | None
-    entries: Tensor | None
-    documents: tuple[Tensor, Tensor] | None
-    count: Callable[[int], int]
-    tables: dict[int, Tensor] = field(default_factory=dict)
-
-    @staticmethod
-    def of(term: Quadratic, x: Inputs, factors: Values) -> Mask:
-        """The mask of a term, from its factors."""
-        p, form = x.problem, read(term.mask, x.problem.seqlen)
-        f = Values(**{s.name: None if (t := getattr(factors, s.name)) is None else t.detach() for s in fields(Values)})
-        exponents = [f.decay_rows, f.decay_cols, f.log_rows, f.log_cols]
-        some = any(t is not None for t in exponents)
-        rows, cols, lags = (None if t is None else t.contiguous() for t in (f.rows, f.cols, f.lags))
-        return Mask(
-            p, x.q.device, x.scale * form.sign, (form.low, form.high, form.hole, *form.rows, *form.cols),
-            p.seqlen if form.zero is None else form.zero,  # a lag that no pair has
-            _packed(f.decay_rows, f.log_rows, f.odd_rows, x) if some else None,
-            _packed(f.decay_cols, f.log_cols, f.odd_cols, x) if some else None,
-            rows, cols, lags, f.entries,
-            spans(form, x.operands, p.seqlen), lambda size: tile_count(form, x.operands, p.seqlen, size),
-        )  # fmt: skip
-
-    def room(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory for what is written by tiles of rows; zeros where ids that are not sorted may leave rows out."""
-        make = torch.empty if self.documents is None else torch.zeros
-        return make(shape, dtype=dtype, device=self.device)
-
-    def transposed(self) -> Mask:
-        """The transpose."""
-        low, high, hole, *ranges = self.support
-        assert low is not None and high is not None
-        return replace(
-            self,
-            support=(-high, -low, None if hole is None else -hole, *ranges[2:], *ranges[:2]),
-            zero=self.problem.seqlen if self.zero == self.problem.seqlen else -self.zero,
-            u=self.w, w=self.u, rows=self.cols, cols=self.rows,
-            lags=None if self.lags is None else self.lags.flip(1),
-            entries=None if self.entries is None else self.entries.transpose(2, 3),
-            documents=None if self.documents is None else (self.documents[1], self.documents[0]), tables={},
-        )  # fmt: skip
-
-    def arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-        """(factors, strides, support) of every kernel."""
-        e, tokens = self.entries, (self.u, self.w, self.rows, self.cols)
-        of_entries = (0, 0, 0, 0, 1) if e is None else (*strides(e), self.problem.nheads // e.shape[1])
-        return (*tokens, self.lags, e), (*[0 if t is None else strides(t)[0] for t in tokens], *of_entries), self.support
-
-    def table(self, size: int) -> tuple[Tensor | None, int, int]:
-        """(table, its stride over batch, tiles) of rows in tiles of a size."""
-        if self.documents is None:
-            return None, 0, -(-self.problem.seqlen // size)
-        if size not in self.tables:
-            self.tables[size] = tile_table(self.documents[0], size, self.count(size))
-        table = self.tables[size]
-        return table, strides(table)[0], table.shape[1]
+def arguments(mask: Mask) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """(factors, strides, support) of every kernel."""
+    e, tokens = mask.entries, (mask.u, mask.w, mask.rows, mask.cols)
+    of_entries = (0, 0, 0, 0, 1) if e is None else (*strides(e), mask.problem.nheads // e.shape[1])
+    return (*tokens, mask.lags, e), (*[0 if t is None else strides(t)[0] for t in tokens], *of_entries), mask.support
 
 
-def strides(x: Tensor) -> tuple[int, ...]:
-    """Strides, 0 along the batch if there is one for all rows."""
-    return (x.stride(0) if x.shape[0] > 1 else 0, *x.stride()[1:])
-
-
-def _packed(decay: Tensor | None, log: Tensor | None, odd: Tensor | None, x: Inputs) -> Tensor:
+def packed(decay: Tensor | None, log: Tensor | None, odd: Tensor | None, x: Inputs) -> Tensor:
     """Exponents for base 2, as a float32, what is left of the float64 beyond it, and odd logs: [B | 1, H, 3, T]."""
     parts = [t for t in (decay, log) if t is not None]
     p = x.problem

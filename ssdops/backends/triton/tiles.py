@@ -1,12 +1,11 @@
 """Quadratic terms by tiles: what they run on, what they cost, and the launches of a forward and a backward pass.
 
 Y and the gradients of q, k and v are one kernel, `contract`, as each is a contraction of the same form (`kernels/tiles.py`).
-Gradients of the mask's operands are those of its factors, pulled back through `tile_values.py`.
+Gradients of the mask's operands are those of its factors, pulled back through `quadratic/values.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,19 +14,19 @@ from torch import Tensor
 from ... import config
 from ...ir import nodes as n
 from ...ir.problem import Problem
-from ...ir.resolve import reduce_to
 from ...ir.terms import Quadratic
 from ..base import Cotangents, Gradients, Inputs, Output, Support, Work, share_heads
-from .tile_form import Form, Refused, read
-from .tile_mask import WIDEST, Mask, Tile, strides
-from .tile_values import Values, values
+from ..quadratic.form import Refused, read
+from ..quadratic.mask import Mask, factor_gradients, strides
+from ..quadratic.values import pull_back, values
+from .tile_mask import WIDEST, Tile, arguments, packed
 
 ENOUGH = 264
 """Programs that keep a GPU busy: heads that share a gradient share a program only where as many are left."""
 
 
 def supports(term: Quadratic, problem: Problem) -> Support:
-    """Masks of one `tile_form`, in 16 and 32 bits, on a GPU or in Triton's interpreter."""
+    """Masks of one `Form`, in 16 and 32 bits, on a GPU or in Triton's interpreter."""
     p = problem
     if p.target.device != "cuda" and not (p.target.device == "cpu" and config.triton_interpreted()):
         return Support.no(f"Triton's kernels run on a GPU, not on {p.target.device}; 'naive' runs everywhere")
@@ -48,7 +47,7 @@ def supports(term: Quadratic, problem: Problem) -> Support:
 def work(term: Quadratic, problem: Problem) -> Work:
     """Two matrix products per pair of tokens in the band."""
     p, form = problem, read(term.mask, problem.seqlen)
-    pairs = float(_pairs(form, p.seqlen) * p.batch * p.nheads)
+    pairs = float(form.pairs(p.seqlen) * p.batch * p.nheads)
     tokens = float(p.batch * p.seqlen * p.nheads)
     size = 2.0 if p.dtype.itemsize == 2 else 4.0
     # every tile of 64 rows reads its keys, mostly from the L2 cache
@@ -58,23 +57,11 @@ def work(term: Quadratic, problem: Problem) -> Work:
     return Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, touched, launches)
 
 
-def _pairs(form: Form, seqlen: int) -> int:
-    """How many pairs of tokens are in the band: Σ over its lags of seqlen − |lag|."""
-
-    def up_to(lag: int) -> int:  # lags 0 to that
-        return (lag + 1) * seqlen - lag * (lag + 1) // 2 if lag >= 0 else 0
-
-    if form.low > form.high:
-        return 0
-    both = up_to(form.high) + up_to(-form.low)
-    return both - up_to(form.low - 1) - up_to(-form.high - 1) - (seqlen if form.low <= 0 <= form.high else 0)
-
-
 def forward(term: Quadratic, x: Inputs) -> Output:
     """Y."""
     if not (x.problem.batch and x.problem.seqlen):
         return Output(x.empty_output())
-    mask = Mask.of(term, x, values(read(term.mask, x.problem.seqlen), x.operands, x.problem))
+    mask = Mask.of(term, x, values(read(term.mask, x.problem.seqlen), x.operands, x.problem), packed)
     return Output(_contract(mask, x.out, x.q, x.k, x.v, x.problem.nheads))
 
 
@@ -88,7 +75,7 @@ def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
         return Gradients(q, k, v, operands={name: torch.zeros_like(t) for name, t in floats.items()})
     with torch.enable_grad():
         factors = values(read(term.mask, p.seqlen), {**own, **floats}, p)
-    mask = Mask.of(term, x, factors)
+    mask = Mask.of(term, x, factors, packed)
     turned = mask.transposed()
     grads = Gradients(
         _contract(mask, x.out, dy, x.v, x.k, p.q_heads),
@@ -96,19 +83,9 @@ def backward(term: Quadratic, x: Inputs, cotangents: Cotangents) -> Gradients:
         _contract(turned, x.out, x.k, x.q, dy, p.v_heads),
     )
     if floats:
-        found = _pull_back(factors, _factor_gradients(mask, turned, factors, x, dy), list(floats.values()))
+        found = pull_back(factors, factor_gradients(mask, factors, x, dy, _Sums()), list(floats.values()))
         grads.operands = dict(zip(floats, found, strict=True))
     return grads
-
-
-def _pull_back(factors: Values, grads: Values, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of the factors → gradients of the operands."""
-    slots = [(getattr(factors, f.name), getattr(grads, f.name)) for f in fields(Values)]
-    kept = [(value, grad) for value, grad in slots if grad is not None and value.requires_grad]
-    if not kept:
-        return tuple(torch.zeros_like(t) for t in inputs)
-    outputs, given = [value for value, _ in kept], [reduce_to(grad, value.shape, 1).to(value.dtype) for value, grad in kept]
-    return torch.autograd.grad(outputs, inputs, given, allow_unused=True, materialize_grads=True)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -136,10 +113,10 @@ def _contract(mask: Mask, dtype: torch.dtype, x: Tensor, y: Tensor, z: Tensor, h
     share = _shared(p.nheads // heads, tiles * p.nheads)
     groups = p.nheads // share
     out = mask.room(p.batch, p.seqlen, groups, e, dtype=dtype if groups == heads else torch.float32)
-    arguments = (*(_argument(t, p.nheads) for t in (x, y, z)), *mask.arguments(), table, stride)
+    given = (*(_argument(t, p.nheads) for t in (x, y, z)), *arguments(mask), table, stride)
     sizes = (p.seqlen, tiles, groups, share, mask.scale, d, e)
     grid = tile.e[1] * tiles * groups * p.batch
-    _launch("contract", grid, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
+    _launch("contract", grid, out, *given, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
     return share_heads(out, heads)
 
 
@@ -148,35 +125,15 @@ def _shared(sharing: int, programs: int) -> int:
     return max(s for s in range(1, sharing + 1) if sharing % s == 0 and (s == 1 or programs // s >= ENOUGH))
 
 
-def _factor_gradients(mask: Mask, turned: Mask, factors: Values, x: Inputs, dy: Tensor) -> Values:
-    """Gradients of the factors that need one, each from dL = dY Vᵀ ∘ QKᵀ without forming it (entries apart)."""
-    wanted = {f.name for f in fields(Values) if getattr(getattr(factors, f.name), "requires_grad", False)}
-    out = Values()
-    sides = (("rows", mask, (x.q, x.k, dy, x.v)), ("cols", turned, (x.k, x.q, x.v, dy)))
-    for side, m, tensors in sides:
-        if not wanted & {f"decay_{side}", f"log_{side}", side}:
-            continue
-        apart, at_zero = _row_sums(replace(m, rows=None), *tensors).unbind(2)  # [B, H, T]
-        own = 1.0 if m.rows is None else m.rows
-        setattr(out, side, apart + at_zero)
-        setattr(out, f"decay_{side}", apart * own)
-        setattr(out, f"log_{side}", (apart + at_zero) * own)
-    if "lags" in wanted:
-        out.lags = _lag_sums(replace(mask, lags=None), x.q, x.k, dy, x.v)
-    if "entries" in wanted and factors.entries is not None:
-        out.entries = _entry_sums(replace(mask, entries=None), factors.entries, x.q, x.k, dy, x.v)
-    return Values(**{name: getattr(out, name) for name in wanted})
-
-
 def _row_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ_j G_ij per row, without and at the lag where nothing decays: [B, H, 2, T]."""
     p, d, e = mask.problem, tensors[0].shape[3], tensors[2].shape[3]
     tile = Tile.fitting(p, d, e, False)
     table, stride, tiles = mask.table(tile.rows)
     out = mask.room(p.batch, p.nheads, 2, p.seqlen)
-    arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), table, stride, mask.zero)
+    given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), table, stride, mask.zero)
     sizes = (p.seqlen, tiles, p.nheads, mask.scale, d, e)
-    _launch("row_sums", tiles * p.nheads * p.batch, out, *arguments, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
+    _launch("row_sums", tiles * p.nheads * p.batch, out, *given, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
     return out
 
 
@@ -192,9 +149,9 @@ def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     found = torch.zeros(p.nheads, (count + 1) * size, dtype=torch.float32, device=tensors[0].device)
     if count:
         out = found.new_empty(p.batch, p.nheads, count, 2, size)
-        arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), *_spans(mask))
+        given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), *_spans(mask))
         sizes = (p.seqlen, first, count, p.nheads, mask.scale, p.dstate, p.headdim)
-        _launch("lag_sums", count * p.nheads * p.batch, out, *arguments, *sizes, SIZE=size, **tile.constants)
+        _launch("lag_sums", count * p.nheads * p.batch, out, *given, *sizes, SIZE=size, **tile.constants)
         below, above = out.sum(0).unbind(2)  # two block diagonals share each lag
         found[:, : count * size] += below.flatten(1)
         found[:, size:] += above.flatten(1)
@@ -214,12 +171,16 @@ def _entry_sums(mask: Mask, entries: Tensor, *tensors: Tensor) -> Tensor:
     rows, heads = entries.shape[:2]
     out = torch.empty(rows, heads, p.seqlen, p.seqlen, dtype=torch.float32, device=tensors[0].device)
     tiles = -(-p.seqlen // size)
-    arguments = (*(_argument(t, p.nheads) for t in tensors), *mask.arguments(), *_spans(mask))
+    given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), *_spans(mask))
     sizes = (p.seqlen, tiles, heads, p.batch // rows, p.nheads // heads, mask.scale, p.dstate, p.headdim)
-    _launch("entry_sums", tiles * tiles * heads * rows, out, *arguments, *sizes, SIZE=size, **tile.constants)
+    _launch("entry_sums", tiles * tiles * heads * rows, out, *given, *sizes, SIZE=size, **tile.constants)
     return out
 
 
 def _spans(mask: Mask) -> tuple[Tensor | None, int]:
     """The documents of rows, and their stride over batch."""
     return (None, 0) if mask.documents is None else (mask.documents[0], strides(mask.documents[0])[0])
+
+
+class _Sums:
+    rows, lags, entries = staticmethod(_row_sums), staticmethod(_lag_sums), staticmethod(_entry_sums)

@@ -10,15 +10,19 @@ import torch
 
 from ...config import tvm_programs
 from ...ir.problem import Problem, common_heads
-from ...ir.terms import Diagonal, Linear, Term
+from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
+from ..quadratic.form import Refused, read
 from ..scan import diagonal_backward, diagonal_forward, diagonal_work
+from .formula import lacking
 from .machine import machine
 
 CHUNKS = {"cpu": (32, 16, 64), "cuda": (64, 32)}
 """Chunk sizes, the default first, by device."""
 MAX_DIM = 256
 """The greatest headdim and dstate that tiles are made for."""
+NEAR = 1 << 20
+"""Bytes of the caches that a core has to itself, about: tiles that do not fit meet memory in every product."""
 OLDEST = (8, 0)
 """Compute capability from which tensor cores multiply bfloat16."""
 PACKAGES = {"apache-tvm": "0.27.", "apache-tvm-ffi": "0.1.14."}
@@ -33,7 +37,7 @@ class Tvm:
     compiles = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Scans with scalar decay, and diagonals."""
+        """Scans with scalar decay, and diagonals; on CPUs, masks by tiles too."""
         p = problem
         if isinstance(term, Linear) and term.channel is not None:
             return Support.no(
@@ -55,9 +59,9 @@ class Tvm:
                 f"'tvm' has no tiles of headdim {p.headdim} and dstate {p.dstate} in {p.dtype} that fit a GPU of capability "
                 f"{p.target.capability}; 'triton' and 'chunked' run them"
             )
-        if p.state_every is not None and p.state_every % min(chunks(p)):
+        if p.state_every is not None and not isinstance(term, Quadratic) and p.state_every % min(chunks(p)):
             return _between_chunks(p)
-        return reject_scan(term, self.name) or installed()
+        return _reject_tiles(term, p) or installed()
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Chunk sizes at whose ends states are wanted, or the one asked for."""
@@ -69,6 +73,8 @@ class Tvm:
         every = problem.state_every
         sizes = chunks(problem) if chunk_size is None else (chunk_size,)
         fitting = tuple(Config(size) for size in sizes if every is None or every % size == 0)
+        if chunk_size is None and problem.target.device == "cpu":
+            fitting = tuple(c for at, c in enumerate(fitting) if not at or pruned(problem, c.chunk_size or 0) is None)
         if problem.target.device == "cuda":
             fitting = fitting[:1]  # larger chunks are faster than their arithmetic says
         return fitting or _between_chunks(problem)
@@ -79,6 +85,8 @@ class Tvm:
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
             return diagonal_work(p, direction)
+        if isinstance(term, Quadratic):
+            return _pairs_work(term, p, size, direction)
         scores, per_head = 2 * size * p.dstate * common_heads(p), 2 * size * p.headdim + 4 * p.dstate * p.headdim
         touched = 4 * tokens * ((p.q_heads + p.k_heads) * p.dstate + 2 * p.nheads * p.headdim)
         flops, elementwise = tokens * (scores + p.nheads * per_head), tokens * p.nheads * 4 * size
@@ -103,23 +111,24 @@ class Tvm:
         return Support.no("would compile for seconds at its first call; 'ssdops tune' compiles it, and then it is weighed")
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
-        """Scores, then a walk."""
+        """Scores, then a walk; or tiles of pairs."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
-        assert isinstance(term, Linear)  # supports() refuses the rest
+        assert isinstance(term, Linear | Quadratic)
         return _passes()[0](term, x, config, save)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """One walk on a CPU; on a GPU two, for dV and for states, and what groups of heads make of them by chunks."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
-        assert isinstance(term, Linear)  # supports() refuses the rest
+        assert isinstance(term, Linear | Quadratic)
         return _passes()[1](term, x, config, cotangents)
 
 
 @cache
 def _passes() -> tuple[
-    Callable[[Linear, Inputs, Config, bool], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]
+    Callable[[Linear | Quadratic, Inputs, Config, bool], Output],
+    Callable[[Linear | Quadratic, Inputs, Config, Cotangents], Gradients],
 ]:
     """Forward and backward, imported once they are needed: importing TVM takes seconds, and planning does not need it."""
     from .passes import backward, forward
@@ -135,6 +144,43 @@ def chunks(problem: Problem) -> tuple[int, ...]:
     sizes = [size for size in (p.headdim, p.dstate) if isinstance(size, int)]  # while tracing they may be symbolic
     known = CHUNKS["cuda"][1:] if p.dtype == torch.float32 else CHUNKS["cuda"]
     return tuple(size for size in known if machine(p).has_room(max(sizes, default=1), size))
+
+
+def _reject_tiles(term: Term, problem: Problem) -> Support | None:
+    """Why a term that is no scan has no tiles of pairs here; None if it has, or is a scan or a diagonal."""
+    if not isinstance(term, Quadratic):
+        return None
+    if problem.target.device != "cpu":
+        return reject_scan(term, "tvm")
+    try:
+        form = read(term.mask, problem.seqlen if isinstance(problem.seqlen, int) else 4096, True)
+    except Refused as reason:
+        return Support.no(f"'tvm' has no tiles for this mask: {reason}; 'naive' runs any mask")
+    if (name := lacking(form.formula)) is not None:
+        return Support.no(f"'tvm' has no tiles for this mask: TIR has no operation {name}; 'naive' runs any mask")
+    return None
+
+
+def _pairs_work(term: Quadratic, problem: Problem, size: int, direction: str) -> Work:
+    """Two products for each pair of the tiles that meet the band, and what weighs them; backward, twelve."""
+    p, form = problem, read(term.mask, problem.seqlen, True)
+    tokens = float(p.batch * p.seqlen * p.nheads)
+    pairs = min(form.pairs(p.seqlen) * p.batch * p.nheads + 2 * size * tokens, tokens * p.seqlen)
+    forward = Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, 4 * tokens * (p.dstate + 3 * p.headdim), 20.0)
+    return forward.times(6.0) if direction == "backward" else forward
+
+
+def pruned(problem: Problem, size: int) -> str | None:
+    """Why a tuner is not to compile programs of a chunk size for a CPU, although they would run; None if it may."""
+    p, numbers = problem, (problem.seqlen, problem.headdim, problem.dstate)
+    if not all(isinstance(number, int) for number in numbers):  # while tracing they may be symbolic
+        return None
+    if size >= 2 * max(p.seqlen, 1):
+        return f"rows of {p.seqlen} tokens leave half of a chunk of {size} empty"
+    tiles = (3 * p.dstate + 5 * p.headdim + 4 * size) * size * p.accumulate.itemsize
+    if tiles > NEAR:
+        return f"tiles of {size} tokens take {tiles >> 10} KiB, and a core's own caches have {NEAR >> 10}"
+    return None
 
 
 def _between_chunks(problem: Problem) -> Support:

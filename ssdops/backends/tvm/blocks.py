@@ -12,30 +12,44 @@ from .tile import Tile
 
 
 def fill(name: str, *shape: int) -> Any:
-    """`fill(name, I, J)(tile, value)`: tile[i, j] = value(i, j). Of one, two or three axes."""
+    """`fill(name, I, J)(tile, value)`: tile[i, j] = value(i, j). Of one, two or three axes.
 
+    Each has a function of its own, as TVM reads the text of every macro that a function defines.
+    """
+    return (_line, _matrix, _stack)[len(shape) - 1](name, *shape)
+
+
+def _line(name: str, size: int) -> Any:
     @T.macro
     def line(tile, value):
-        for i in range(shape[0]):
+        for i in range(size):
             with T.sblock(name):
-                vi = T.axis.spatial(shape[0], i)
+                vi = T.axis.spatial(size, i)
                 tile[vi] = value(vi)
 
+    return line
+
+
+def _matrix(name: str, rows: int, cols: int) -> Any:
     @T.macro
     def matrix(tile, value):
-        for i, j in T.grid(shape[0], shape[1]):
+        for i, j in T.grid(rows, cols):
             with T.sblock(name):
                 vi, vj = T.axis.remap("SS", [i, j])
                 tile[vi, vj] = value(vi, vj)
 
+    return matrix
+
+
+def _stack(name: str, count: int, rows: int, cols: int) -> Any:
     @T.macro
     def stack(tile, value):
-        for h, i, j in T.grid(shape[0], shape[1], shape[2]):
+        for h, i, j in T.grid(count, rows, cols):
             with T.sblock(name):
                 vh, vi, vj = T.axis.remap("SSS", [h, i, j])
                 tile[vh, vi, vj] = value(vh, vi, vj)
 
-    return (line, matrix, stack)[len(shape) - 1]
+    return stack
 
 
 class Rows:

@@ -1,7 +1,7 @@
 """Compiled programs: kept on disk, so that no process compiles what another has, or needs TVM to run it.
 
 A kept program is a shared library, loaded by TVM's FFI and its runtime alone, which takes milliseconds where TVM takes seconds.
-It is named by all that it follows from: the sources that make it, versions, the processor, and its `Tile`.
+It is named by all that it follows from: the sources that make it, versions, the processor or the user's target, and its `Tile`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...config import cache_dir
+from ...config import cache_dir, tvm_target
 from ...errors import UnsupportedError
 from . import backend, exported, threads
 from .backend import PACKAGES
@@ -38,12 +38,15 @@ SOURCES = (
     "exchange.py",
     "gradients.py",
     "outputs.py",
+    "pairs.py",
+    "formula.py",
     "blocks.py",
     "parts.py",
     "rules.py",
     "rules_cpu.py",
     "rules_cuda.py",
     "tensor_cores.py",
+    "targets.py",
     "tile.py",
     "threads.c",
 )
@@ -189,7 +192,9 @@ def _runtime(library: str) -> ctypes.CDLL:
 
 def _key(tile: Tile) -> str:
     """Of everything that a program follows from."""
-    processor = f"{_processor()} {threads.of_torch()}" if tile.target == "cpu" else ""  # what calls a GPU is made for any
+    processor = (
+        f"{_processor()} {threads.of_torch()} {tvm_target()}" if tile.target == "cpu" else ""
+    )  # what calls a GPU is made for any
     return hashlib.sha256(f"{_common()} {processor} {tile}".encode()).hexdigest()[:24]
 
 

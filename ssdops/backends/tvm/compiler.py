@@ -7,8 +7,9 @@ from typing import Any
 import tvm
 from tvm.target import Target, codegen
 
+from ...config import tvm_target
 from ...errors import UnsupportedError
-from . import exchange, gradients, group, lower, outputs, rules, settle, toolkit, walk
+from . import exchange, gradients, group, lower, outputs, pairs, rules, settle, targets, toolkit, walk
 from .tile import Tile
 
 PROGRAMS = {
@@ -20,6 +21,7 @@ PROGRAMS = {
     "walk": walk.walk,
     "group": group.group,
     "settle": settle.settle,
+    "pairs": pairs.pairs,
 }
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
 """Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
@@ -42,12 +44,15 @@ def compiled(program: Any, tile: Tile, cpu: str | None = None) -> Any:
 
 
 def processor(cpu: str | None) -> Target:
-    """This processor, or one that LLVM has a name for.
+    """The user's target, or this processor; or one that LLVM has a name for.
 
     Raises:
         UnsupportedError: LLVM knows none of that name.
+        ConfigError: of the user's target.
     """
-    if cpu is not None and cpu not in codegen.llvm_get_cpu_archlist(Target("llvm")):
+    if cpu is None and (text := tvm_target()):
+        return targets.of_user(text)
+    if cpu is not None and not targets.known(cpu):
         raise UnsupportedError(f"LLVM knows no processor {cpu!r} here; x86-64-v3 has AVX2, for example")
     return Target({"kind": "llvm", "mcpu": cpu or codegen.llvm_get_system_cpu()})
 

@@ -1,4 +1,4 @@
-"""A linear term on its tensors, and the programs that passes on any device call."""
+"""A term on its tensors, and the programs that passes on any device call for a linear one."""
 
 from __future__ import annotations
 
@@ -50,18 +50,53 @@ class Sides:
     total: Tensor
 
 
-class Scan:
-    """A linear term on its tensors."""
+class Pass:
+    """A term's tensors as programs read them, and the programs that it wants."""
 
-    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
+    def __init__(self, x: Inputs, config: Config) -> None:
         p = x.problem
-        self.term, self.x, self.problem, self.device = term, x, p, x.q.device
+        self.x, self.problem, self.device = x, p, x.q.device
         self.wanted: list[tuple[str, Tile]] = []
         self.machine = machine(p)
         self.chunk = config.chunk_size or self.machine.chunk
         self.acc, self.data = p.accumulate, self.machine.data
-        self.tokens, self.scale = p.batch * p.seqlen, float(term.sign * x.scale)
+        self.tokens = p.batch * p.seqlen
         self.q, self.k, self.v = (self.flat(t) for t in (x.q, x.k, x.v))
+
+    def flat(self, x: Tensor) -> Tensor:
+        """`(batch, seqlen, heads, size)` as `[tokens, heads, size]`, in the dtype of products, where vectors can be read."""
+        x = x.to(self.data).contiguous().view(self.tokens, *x.shape[2:])
+        return x if x.data_ptr() % ALIGNED == 0 else x.clone()
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory that a program fills."""
+        return torch.empty(shape, dtype=dtype or self.acc, device=self.device)
+
+    def unread(self, *shape: int) -> Tensor:
+        """What a program takes and does not read, of a dtype of sums."""
+        return unread(shape, self.acc, self.device)
+
+    def program(self, name: str, **fields: Any) -> Callable[..., None]:
+        """A compiled one; or nothing, if it is yet to be made, and the pass will be gone through again (`passes.py`)."""
+        key = (name, self.machine.target, self.data, self.acc, self.chunk, *fields.items())  # hashed faster than a `Tile`
+        if (run := _known.get(key)) is not None and build.collected() is None:
+            return run
+        data, acc = (str(dtype).removeprefix("torch.") for dtype in (self.data, self.acc))
+        tile = Tile(self.machine.target, data, acc, self.chunk, **fields)
+        if build.collected() is not None or (run := build.known(name, tile)) is None:
+            self.wanted.append((name, tile))
+            return lambda *_: None
+        _known[key] = run
+        return run
+
+
+class Scan(Pass):
+    """A linear term on its tensors."""
+
+    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
+        super().__init__(x, config)
+        p = self.problem
+        self.term, self.scale = term, float(term.sign * x.scale)
         self.scaled = any(slot in x.values for slot in ("rows", "cols", "log_cols"))
         self.lay_rows()
         log_a = self.slot("log_a", torch.float64)
@@ -91,11 +126,6 @@ class Scan:
         begin = torch.where(row < 0, end, self.begin[inside] + (slots - first[inside]) * self.chunk)
         self.chunks = torch.stack((begin.minimum(end), end), 1).contiguous()
 
-    def flat(self, x: Tensor) -> Tensor:
-        """`(batch, seqlen, heads, size)` as `[tokens, heads, size]`, in the dtype of products, where vectors can be read."""
-        x = x.to(self.data).contiguous().view(self.tokens, *x.shape[2:])
-        return x if x.data_ptr() % ALIGNED == 0 else x.clone()
-
     def slot(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """An operand per token and head, `[tokens, nheads]`."""
         x = self.x.per_head(name)
@@ -109,33 +139,12 @@ class Scan:
         """`[tokens, heads, size]` by batch rows."""
         return y.unflatten(0, (self.problem.batch, self.problem.seqlen))
 
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory that a program fills."""
-        return torch.empty(shape, dtype=dtype or self.acc, device=self.device)
-
-    def unread(self, *shape: int) -> Tensor:
-        """What a program takes and does not read, of a dtype of sums."""
-        return unread(shape, self.acc, self.device)
-
     def covered(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of which a program fills what rows have: zeros where documents may leave tokens out."""
         make = torch.empty if self.x.documents is None else torch.zeros
         return make(shape, dtype=dtype or self.acc, device=self.device)
 
     # --- programs -------------------------------------------------------------------------------------------------------
-
-    def program(self, name: str, **fields: Any) -> Callable[..., None]:
-        """A compiled one; or nothing, if it is yet to be made, and the pass will be gone through again (`passes.py`)."""
-        key = (name, self.machine.target, self.data, self.acc, self.chunk, *fields.items())  # hashed faster than a `Tile`
-        if (run := _known.get(key)) is not None and build.collected() is None:
-            return run
-        data, acc = (str(dtype).removeprefix("torch.") for dtype in (self.data, self.acc))
-        tile = Tile(self.machine.target, data, acc, self.chunk, **fields)
-        if build.collected() is not None or (run := build.known(name, tile)) is None:
-            self.wanted.append((name, tile))
-            return lambda *_: None
-        _known[key] = run
-        return run
 
     def sides(self, term: Linear) -> Sides:
         """Of the term, or of its transpose: then what weighs rows, and what is added to their logs, is columns'."""

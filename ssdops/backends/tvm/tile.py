@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 LANES = 16
 """Partial sums of a dot product side by side; tiles are padded to multiples of it."""
@@ -18,6 +19,10 @@ or segments alone. A group's program says what tokens exchange."""
 
 RHO, RHO_LOW, KAPPA, KAPPA_LOW, OUT_OF, U, INTO, W = range(8)
 """What there is per token and head, as `lower.lines` writes it: ρ and κ, exp(ρ) and u, exp(E − κ) and w."""
+ROWS, LAGS, ENTRIES = "rows", "lags", "entries"
+"""What programs of pairs sum along instead of giving an output."""
+LOGS, SCALES = "logs", "scales"
+"""Factors of a mask by tiles, beside `LAGS` and `ENTRIES`: exponents and scales of rows and columns."""
 LINES = 8
 SUMS = 4
 """Of pairs by token, as `group.py` writes them: of rows, then columns, of those that are far enough apart, then others."""
@@ -45,8 +50,9 @@ class Tile:
         scaled: of lines, whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
-        mode: of a walk, outputs, or a group's program, what they do beside.
+        mode: of a walk, outputs, or a group's program, what they do beside; of pairs, what they sum along.
         ahead: whether a walk loads the next chunk's tiles while it multiplies one's, or a group's program the next head's.
+        factors: of programs of pairs, what the mask is a product of, and a formula that is one more factor.
     """
 
     target: str
@@ -60,6 +66,8 @@ class Tile:
     flipped: bool = False
     mode: str = ""
     ahead: bool = False
+    factors: tuple[str, ...] = ()
+    formula: Any = None
 
     @property
     def exact(self) -> bool:

@@ -6,7 +6,7 @@
     entry_sums    the same per entry, summed over the batch rows and heads that share it
 
 `contract` is Y, and is each gradient of q, k and v with the roles turned and L transposed. The others are the gradients of
-the mask's factors. The launcher puts a mask into one form (`tile_form.py`), of which a kernel reads what is there:
+the mask's factors. The launcher puts a mask into one form (`quadratic/form.py`), of which a kernel reads what is there:
 
     L_ij = rows_i · exp2(u_i + w_j) · lags[i − j] · entries_ij · cols_j    if low ≤ i − j ≤ high and i − j ≠ hole, else 0
 

@@ -1,4 +1,4 @@
-"""The factors of a `tile_form.Form` on tensors, and the documents that cut it into tiles.
+"""The factors of a `form.Form` on tensors, and the documents that cut it into tiles.
 
 `values` is plain differentiable torch, so that a backend has to know the gradients of the factors only, whatever operands
 they were made of.
@@ -7,7 +7,7 @@ they were made of.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from ...ir import nodes as n
 from ...ir.evaluate import Scope
 from ...ir.operands import Operand, names
 from ...ir.problem import Problem
-from ...ir.resolve import repeat_heads, resolve, segment_ids
+from ...ir.resolve import reduce_to, repeat_heads, resolve, segment_ids
 from . import traced
-from .tile_form import Axis, Form, View
+from .form import Axis, Form, View
 from .traced import Traced
 
 LIMIT = 1e6
@@ -36,7 +36,9 @@ class Values:
         decay_rows, decay_cols: sums of logs, float64: a decay is exp(decay_rows[i] + decay_cols[j]).
         odd_rows, odd_cols: their sum is how many logs between i and j are not finite.
         log_rows, log_cols: further exponents, float64.
-        rows, cols, lags: float32. entries: as given.
+        rows, cols, lags: in the dtype of sums. entries: as given.
+        leaf_rows, leaf_cols, leaf_lags: what a formula is of, float64: (batch | 1, nheads, leaves, seqlen) and
+            (nheads, leaves, 2·seqlen − 1).
     """
 
     decay_rows: Tensor | None = None
@@ -49,11 +51,14 @@ class Values:
     cols: Tensor | None = None
     lags: Tensor | None = None
     entries: Tensor | None = None
+    leaf_rows: Tensor | None = None
+    leaf_cols: Tensor | None = None
+    leaf_lags: Tensor | None = None
 
 
 def values(form: Form, operands: Mapping[str, Tensor], problem: Problem) -> Values:
     """The factors of a form, differentiably in the operands."""
-    out, seqlen, nheads = Values(), problem.seqlen, problem.nheads
+    out, seqlen, nheads, acc = Values(), problem.seqlen, problem.nheads, problem.accumulate
 
     tokens = torch.arange(seqlen, device=next((x.device for x in operands.values()), None))
     scope = Scope(operands, problem.batch, seqlen, nheads, tokens, tokens)
@@ -78,21 +83,42 @@ def values(form: Form, operands: Mapping[str, Tensor], problem: Problem) -> Valu
         exponent = axis.of(per_token(log, torch.float64), seqlen).clamp(-LIMIT, LIMIT)
         _add(out, "log_rows" if on_rows else "log_cols", exponent)
     for scale, axis, on_rows in form.scales:
-        _multiply(out, "rows" if on_rows else "cols", axis.of(per_token(scale, torch.float32), seqlen))
+        _multiply(out, "rows" if on_rows else "cols", axis.of(per_token(scale, acc), seqlen))
     for coeffs, view in form.lags:
         if isinstance(coeffs, Traced):
-            c = traced.per_lag(coeffs, scope).float()
+            c = traced.per_lag(coeffs, scope).to(acc)
         else:
-            c = repeat_heads(resolve(coeffs, operands, n.LAG, seqlen).float(), nheads, 0)
-        lag = Axis(view.slope, view.shift + (seqlen - 1) * (1 - view.slope))
-        _multiply(out, "lags", lag.of(c, 2 * seqlen - 1))
+            c = repeat_heads(resolve(coeffs, operands, n.LAG, seqlen).to(acc), nheads, 0)
+        _multiply(out, "lags", lag_axis(view, seqlen).of(c, 2 * seqlen - 1))
+    for name, found in (("leaf_rows", form.at_rows), ("leaf_cols", form.at_cols)):
+        if found:
+            leaves = [axis.of(per_token(leaf, torch.float64), seqlen) for leaf, axis in found]
+            setattr(out, name, torch.stack(torch.broadcast_tensors(*leaves), 2))
+    if form.at_lags:
+        leaves = [lag_axis(view, seqlen).of(traced.per_lag(leaf, scope), 2 * seqlen - 1) for leaf, view in form.at_lags]
+        out.leaf_lags = torch.stack(leaves, 1)
     for matrix, view in form.entries:
         entries = resolve(matrix, operands, n.MATRIX, seqlen).expand(-1, -1, seqlen, seqlen)
-        entries = entries.float() if len(form.entries) > 1 else entries  # products are not rounded to 16 bits
+        entries = entries.to(acc) if len(form.entries) > 1 else entries  # products are not rounded to 16 bits
         entries = view.row.of(entries.transpose(2, 3), seqlen).transpose(2, 3)
         entries = view.col.of(entries, seqlen)
         _multiply(out, "entries", entries.transpose(2, 3) if view.transposed else entries, nheads)
     return out
+
+
+def pull_back(factors: Values, grads: Values, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of the factors → gradients of the operands."""
+    slots = [(getattr(factors, f.name), getattr(grads, f.name)) for f in fields(Values)]
+    kept = [(value, grad) for value, grad in slots if grad is not None and value.requires_grad]
+    if not kept:
+        return tuple(torch.zeros_like(t) for t in inputs)
+    outputs, given = [value for value, _ in kept], [reduce_to(grad, value.shape, 1).to(value.dtype) for value, grad in kept]
+    return torch.autograd.grad(outputs, inputs, given, allow_unused=True, materialize_grads=True)
+
+
+def lag_axis(view: View, seqlen: int) -> Axis:
+    """Where in its 2·seqlen − 1 lags a leaf at a view is read."""
+    return Axis(view.slope, view.shift + (seqlen - 1) * (1 - view.slope))
 
 
 class _Sums(torch.autograd.Function):

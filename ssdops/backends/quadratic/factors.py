@@ -1,4 +1,4 @@
-"""A traced formula as factors of a `tile_form.Form`: what depends on a row, on a column, on their lag, or is a matrix's entry.
+"""A traced formula as factors of a `form.Form`: what depends on a row, on a column, on their lag, or is a matrix's entry.
 
     exp(a[i] − b[j]) · f(i − j) · c[j]   where 0 ≤ i − j
 
@@ -38,6 +38,7 @@ class Factors:
         decays: operands whose sum between the tokens is an exponent, with its sign.
         exponents, scales: (expression, place).
         entries: matrices, and whether they are read at [j, i].
+        pairs: what depends on both tokens otherwise, if such is wanted.
     """
 
     sign: int = 1
@@ -48,6 +49,7 @@ class Factors:
     exponents: list[tuple[Expr, str]] = field(default_factory=list)
     scales: list[tuple[Expr, str]] = field(default_factory=list)
     entries: list[tuple[str, bool]] = field(default_factory=list)
+    pairs: list[Expr] = field(default_factory=list)
 
 
 @lru_cache(maxsize=256)
@@ -66,8 +68,8 @@ def expressions(node: n.Registered) -> tuple[Expr, tuple[Expr, ...]]:
     return t.trace(me.entries), tuple(conditions)
 
 
-def factors(node: n.Registered, seqlen: int) -> Factors:
-    """The factors of a mask.
+def factors(node: n.Registered, seqlen: int, general: bool = False) -> Factors:
+    """The factors of a mask; if it is to be `general`, what has no other form among the pairs.
 
     Raises:
         Untraceable: it has none.
@@ -76,12 +78,12 @@ def factors(node: n.Registered, seqlen: int) -> Factors:
     if not seqlen:
         return Factors()
     with _disable_current_modes():  # conditions on lags have values while torch traces a call, too
-        return _Splitter(seqlen).split(formula, claimed)
+        return _Splitter(seqlen, general).split(formula, claimed)
 
 
 class _Splitter:
-    def __init__(self, seqlen: int) -> None:
-        self.seqlen, self.out = seqlen, Factors()
+    def __init__(self, seqlen: int, general: bool) -> None:
+        self.seqlen, self.general, self.out = seqlen, general, Factors()
         self.inside = torch.ones(max(2 * seqlen - 1, 0), dtype=torch.bool)  # from lag 1 − seqlen on
         self.claims: list[Expr] = []
 
@@ -145,6 +147,14 @@ class _Splitter:
         raise Untraceable("a where() of two branches that depend on both tokens")
 
     def _factor(self, e: Expr, power: int) -> None:
+        try:
+            self._split(e, power)
+        except Untraceable:
+            if not self.general:
+                raise
+            self.out.pairs.append(e if power > 0 else Call("reciprocal", (e,)))
+
+    def _split(self, e: Expr, power: int) -> None:
         where = isinstance(e, Call) and e.name == "where"
         if t.depends(e) in SIMPLE and not (where and t.depends(e) == LAG):
             self._put(self.out.scales, e if power > 0 else Call("reciprocal", (e,)))
@@ -175,6 +185,14 @@ class _Splitter:
 
     def _exponent(self, e: Expr, by: Expr) -> None:
         """exp(by · e), by being a number or one per head."""
+        try:
+            self._split_exponent(e, by)
+        except Untraceable:
+            if not self.general:
+                raise
+            self.out.pairs.append(Call("exp", (_times(by, e),)))
+
+    def _split_exponent(self, e: Expr, by: Expr) -> None:
         if t.depends(e) in SIMPLE:
             self._put(self.out.exponents, _times(by, e))
             return

@@ -1,16 +1,17 @@
-"""A mask in the one form that the tile kernels read: bounds on lags and tokens, and factors per token, lag and entry.
+"""A mask in the one form that backends with tiles read: bounds on lags and tokens, and factors per token, lag and entry.
 
     L[i, j] = sign · rows[i] · exp(u[i] + w[j]) · lags[i − j] · entries[i, j] · cols[j]
 
 for low ≤ i − j ≤ high other than one hole, rows and columns in a range, and both tokens in one document; else 0. A leaf
 under transposes, reversals and shifts is read at other coordinates, each of them ± a token's index plus an offset: `View`.
-`read` decides all that from the tree; `tile_values.py` evaluates the factors.
+`read` decides all that from the tree; `values.py` evaluates the factors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from ...ir import nodes as n
 from ...ir.operands import Operand, Scaled
 from ...ir.trace import Call, Untraceable
-from .tile_trace import factors
+from .factors import Factors, factors
+from .formula import Expr, Leaves, leaves_of, turned
 from .traced import Traced
 
 
@@ -71,6 +73,7 @@ class Form:
         logs, scales: exponents and factors per token; True where the token is the row.
         lags, entries: Toeplitz and dense factors.
         documents: what both tokens must share.
+        formula: a further factor, of what is at rows, columns and lags (`formula.py`), each with where it is read.
     """
 
     sign: int
@@ -85,6 +88,10 @@ class Form:
     lags: tuple[tuple[Operand | Traced, View], ...]
     entries: tuple[tuple[Operand, View], ...]
     documents: tuple[tuple[n.Documents, View], ...]
+    formula: Expr = None
+    at_rows: tuple[tuple[Traced, Axis], ...] = ()
+    at_cols: tuple[tuple[Traced, Axis], ...] = ()
+    at_lags: tuple[tuple[Traced, View], ...] = ()
 
     @property
     def zero(self) -> int | None:
@@ -92,19 +99,30 @@ class Form:
         zeros = {view.zero() for _, view in self.decays}
         return zeros.pop() if len(zeros) == 1 else None
 
+    def pairs(self, seqlen: int) -> int:
+        """How many pairs of tokens are in the band: Σ over its lags of seqlen − |lag|."""
+
+        def up_to(lag: int) -> int:  # lags 0 to that
+            return (lag + 1) * seqlen - lag * (lag + 1) // 2 if lag >= 0 else 0
+
+        if self.low > self.high:
+            return 0
+        both = up_to(self.high) + up_to(-self.low)
+        return both - up_to(self.low - 1) - up_to(-self.high - 1) - (seqlen if self.low <= 0 <= self.high else 0)
+
 
 class Refused(Exception):
     """A mask that has no such form; the message says why."""
 
 
 @lru_cache(maxsize=1024)
-def read(mask: n.Node, seqlen: int) -> Form:
-    """The form of a mask without sums.
+def read(mask: n.Node, seqlen: int, general: bool = False) -> Form:
+    """The form of a mask without sums; if it is to be `general`, what is no factor of a user's formula as one of pairs.
 
     Raises:
         Refused: it has none.
     """
-    reader = _Reader(seqlen)
+    reader = _Reader(seqlen, general)
     reader.visit(mask, View())
     return reader.form()
 
@@ -116,8 +134,9 @@ def _signed(x: Operand, by: float) -> Operand:
 class _Reader:
     """What has been gathered of a tree so far."""
 
-    def __init__(self, seqlen: int) -> None:
-        self.seqlen, self.sign = seqlen, 1
+    def __init__(self, seqlen: int, general: bool) -> None:
+        self.seqlen, self.general, self.sign = seqlen, general, 1
+        self.formula: dict[str, Any] = {}
         self.low, self.high = 1 - seqlen, seqlen - 1
         self.holes: set[int] = set()
         self.ranges = {True: (0, seqlen), False: (0, seqlen)}  # of rows, of columns
@@ -135,8 +154,8 @@ class _Reader:
         if len(holes) > 1:
             raise Refused(f"it leaves out {len(holes)} diagonals inside its band, and a tile kernel at most one")
         hole = holes[0] if holes else None
-        factors = {name: tuple(found) for name, found in self.found.items()}
-        return Form(self.sign, low, high, hole, self.ranges[True], self.ranges[False], **factors)  # type: ignore[arg-type]
+        factors = {name: tuple(found) for name, found in self.found.items()} | self.formula
+        return Form(self.sign, low, high, hole, self.ranges[True], self.ranges[False], **factors)
 
     def visit(self, m: n.Node, at: View) -> None:
         """Gather a mask that is read at a view."""
@@ -196,7 +215,9 @@ class _Reader:
     def _registered(self, m: n.Registered, at: View) -> None:
         """The factors that the traced formula of a user's mask is made of."""
         try:
-            f = factors(m, self.seqlen)
+            f = factors(m, self.seqlen, self.general)
+            if f.pairs:
+                self._pairs(m, f, at)
         except Untraceable as reason:
             raise Refused(f"{m.op} cannot be traced: {reason}") from None
         self.sign *= f.sign
@@ -216,6 +237,21 @@ class _Reader:
                     self.found[kind].append((Traced(m, expr, place), axis, (place == "i") != at.transposed))
         turned = View(at.col, at.row, not at.transposed)
         self.found["entries"] += [(getattr(m, name), turned if flipped else at) for name, flipped in f.entries]
+
+    def _pairs(self, m: n.Registered, f: Factors, at: View) -> None:
+        """A formula of pairs, of which there is at most one."""
+        if self.formula:
+            raise Refused(f"{m.op} is a second formula that is no product of factors")
+        found: Leaves = {}
+        formula = leaves_of(reduce(lambda x, y: Call("mul", (x, y)), f.pairs), found)
+        rows, cols = (
+            tuple((Traced(m, e, place), axis) for e in found.get(kind, ()))
+            for kind, place, axis in (("row", "i", at.row), ("col", "j", at.col))
+        )
+        lags = tuple((Traced(m, e, "lag", f.low, f.high, f.holes), at) for e in found.get("lag", ()))
+        if at.transposed:
+            formula, rows, cols = turned(formula), cols, rows
+        self.formula = {"formula": formula, "at_rows": rows, "at_cols": cols, "at_lags": lags}
 
     def _token(self, kind: str, x: Operand | None, axis: Axis, on_rows: bool) -> None:
         if x is not None:

@@ -1,0 +1,1 @@
+"""Masks that run by tiles: their factors, and gradients of those. What backends share."""
