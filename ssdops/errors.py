@@ -43,3 +43,7 @@ class RegistrationError(SsdopsError, ValueError):
 
 class TuningError(SsdopsError, ValueError):
     """A tuning mode, budget, file or workload that is not one."""
+
+
+class RankError(SsdopsError, RuntimeError):
+    """Ranks of a process group that do not make one call together: unlike slices, or a rank that is gone."""
