@@ -2,8 +2,8 @@
 
 On GPUs over NCCL (leave NVLink multicast off: NCCL_NVLS_ENABLE=0), elsewhere over gloo with `--tiny`, to try the script out.
 All figures are of one run on one machine: the same tokens on one device, on two and on four of those that were started; tokens
-per device kept, for weak scaling; and the bytes that a pass moves, as predicted and as the profiler reads them. The slowest rank
-counts. Figures go to a JSON file as they come.
+per device kept, for weak scaling; and the bytes that a pass moves, as predicted and as the profiler reads them. The slowest
+rank counts. Figures go to a JSON file as they come.
 """
 
 import argparse

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ssdops import distributed, masks
+from ssdops import config, distributed, explain, masks
+from ssdops.autotune import mode, store, tuner
+from ssdops.autotune.record import Record, Trial
 from ssdops.errors import RankError, UnsupportedError
 from ssdops.masks import Mask
 from ssdops.testing import oracle
@@ -173,6 +179,43 @@ def subgroups(rank: int, world: int) -> None:
         raise AssertionError("a stranger ran")
 
 
+def one_plan(rank: int, world: int) -> None:
+    """One rank measures, all run its plan, though measuring would come out differently on each."""
+    calls = []
+
+    def measure(worker: object, key: object, work: object, candidates: list, budget: float) -> Record:  # type: ignore[type-arg]
+        calls.append(key)
+        time.sleep(0.3)
+        ours = ("recurrent", "naive")[rank % 2]
+        trials = tuple(Trial(c.backend, c.config, "measured", 1.0 + (c.backend != ours)) for c in candidates)
+        return store.keep(Record(key, trials, time.time()))  # type: ignore[arg-type]
+
+    config.cache_dir = lambda: Path(tempfile.mkdtemp())  # type: ignore[assignment]  # what others have measured is not ours
+    tuner.measure = measure  # type: ignore[assignment]
+    x, log_a = torch.randn(1, 300, 2, 4), -torch.rand(1, 300, 2)
+    with mode("on"):
+        distributed.ssd(x, x, x, masks.decay(log_a))
+    (step,) = explain(x, x, x, masks.decay(log_a)).plan.steps
+    found: list[tuple[int, str, str]] = [(0, "", "")] * world
+    dist.all_gather_object(found, (len(calls), step.backend, step.origin))
+    assert sum(count for count, _, _ in found) == 1, found
+    assert len({found[1:] for found in found}) == 1 and step.origin == "tuned", found
+
+
+def checkpointed(rank: int, world: int) -> None:
+    """Activation checkpointing runs the exchange again in the backward pass, and gives the same gradients."""
+
+    def gradient(run: Callable[..., Tensor]) -> Tensor:
+        x = torch.randn(1, 9, 2, 4, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+        log_a = torch.full((1, 9, 2), -0.1, requires_grad=True)
+        y = run(lambda x, log_a: distributed.ssd(x, x, x, masks.decay(log_a)), x, log_a)
+        (found,) = torch.autograd.grad(y.square().sum(), x)
+        return found
+
+    plain = gradient(lambda f, *args: f(*args))
+    assert torch.equal(gradient(lambda f, *args: checkpoint(f, *args, use_reentrant=False)), plain)
+
+
 def short() -> dict[str, Callable[[int, int], None]]:
     """Every structure in float64, and some of them in float32."""
     names = [name for name in {**STRUCTURES, **MORE} if name not in REFUSED]
@@ -190,5 +233,6 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
         f"{backend} in {dtype}": partial(backends, backend=backend, dtype=dtype)
         for backend, dtype in (("chunked", torch.float32), ("chunked", torch.bfloat16), ("recurrent", torch.float32))
     },
+    "one plan": one_plan, "checkpointed": checkpointed,
     "unlike slices": unlike_slices, "a bad slice": bad_slice, "other masks": other_masks, "subgroups": subgroups,
 }  # fmt: skip

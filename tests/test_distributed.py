@@ -1,4 +1,4 @@
-"""A sequence split over ranks is the sequence: jobs of gloo processes on CPUs."""
+"""A sequence, or the heads of a block, split over ranks: jobs of gloo processes on CPUs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ def failures(found: list[dict[str, str]]) -> str:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(("module", "least"), [("distributed_scan", 45), ("distributed_mamba2", 8)])
-def test_slices_are_the_whole(tmp_path: Path, module: str, least: int, world: int) -> None:
+@pytest.mark.parametrize(("module", "least"), [("distributed_scan", 45), ("distributed_mamba2", 8), ("distributed_heads", 10)])
+def test_parts_are_the_whole(tmp_path: Path, module: str, least: int, world: int) -> None:
     found = distributed_jobs.run(module, world, tmp_path)
     assert not failures(found), failures(found)
     assert all(len(checks) >= least for checks in found)
+
+
+@pytest.mark.parametrize("module", ["distributed_dead", "distributed_dead_late"])
+def test_a_rank_that_dies_is_named(tmp_path: Path, module: str) -> None:
+    *living, dead = distributed_jobs.run(module, 3, tmp_path, timeout=5)
+    assert not failures(living), failures(living)
+    assert all(living) and "dies" not in dead

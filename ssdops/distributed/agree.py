@@ -78,6 +78,14 @@ class Team:
                 raise RankError(f"rank {rank} of {self.size} makes another call than rank 0: {differing}. {everyone}")
         return [one["facts"] for one in said]
 
+    def lost(self, error: RuntimeError) -> RankError:
+        """What to raise where a collective has failed: the ranks that are left find out who is not."""
+        try:
+            self._exchange("lost")
+        except RankError as found:
+            return RankError(f"{found}; it was lost in a collective: {error}")
+        return RankError(f"a collective failed, and all {self.size} ranks are there: {error}")
+
     def _exchange(self, text: str) -> list[str]:
         store, group = dist.distributed_c10d._get_default_store(), self.group.group_name
         self.calls += 1

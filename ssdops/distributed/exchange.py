@@ -39,17 +39,24 @@ class Pair:
 
 
 def gather(x: Tensor, team: Team) -> list[Tensor]:
-    """x of every rank, in their order: all of one shape."""
+    """x of every rank, in their order: all of one shape.
+
+    Raises:
+        RankError: a rank is gone.
+    """
     room = x.new_empty((team.size, *x.shape))
     found = list(room.unbind(0))
-    dist.all_gather(found, x.contiguous(), group=team.group)
+    try:
+        dist.all_gather(found, x.contiguous(), group=team.group)
+    except RuntimeError as error:
+        raise team.lost(error) from error
     return found
 
 
 def exchange(pairs: Sequence[Pair], team: Team) -> list[tuple[Tensor, Tensor]]:
     """For every pair the state that enters this rank's slice, and the one that leaves the last slice: one collective.
 
-    Moves to each rank, from each other, as many numbers as the pairs have (`payload`), whatever the number of tokens.
+    Moves to each rank, from each other, as many numbers as the pairs have, whatever the number of tokens.
     """
     parts = [x for pair in pairs for x in (pair.decay, pair.state, pair.end) if x is not None]
     flat = torch.cat([x.reshape(-1) for x in parts])
@@ -77,11 +84,6 @@ def _walk(
         running = states[at] if running is None else torch.addcmul(states[at], decays[at], running)
     assert running is not None  # a group has ranks
     return entering, running
-
-
-def payload(pairs: Sequence[Pair]) -> int:
-    """Bytes that a rank sends to each other rank in an exchange."""
-    return sum(x.nbytes for pair in pairs for x in (pair.decay, pair.state, pair.end) if x is not None)
 
 
 def predicted_bytes(state: Sequence[int], decay: int, itemsize: int, ranks: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -210,7 +211,9 @@ def _run(team: Team, part: Slice, mask: Mask, given: Given, options: Options) ->
     y, left = options.ssd(q, k, v, mask, entering, True)
     left = left if isinstance(left, tuple) else (left,)
     finals = tuple(x.to(state.dtype) for x, state in zip(finals, left, strict=True)) if given.return_state else ()
-    joined = Joined.apply(Context(team, part, terms, tuple(decays), len(initial)), y, *left, *initial, *finals)  # type: ignore[no-untyped-call]  # as torch has it
+    context = Context(team, part, terms, len(initial), len(finals))
+    kept = [x.detach() for x in (q, k, *part.operands.values(), *decays)]
+    joined = Joined.apply(context.without_tensors(), y, *left, *initial, *finals, *kept)  # type: ignore[no-untyped-call]  # as torch has it
     return joined[0], joined[1] if len(joined) == 2 else joined[1:]
 
 
@@ -224,13 +227,33 @@ def _end(team: Team, term: Linear, initial: list[Tensor], index: int, dtype: tor
 
 @dataclass(frozen=True)
 class Context:
-    """What the backward pass of a split call needs besides cotangents."""
+    """What the backward pass of a split call needs besides tensors.
+
+    Attributes:
+        part: the slice; its tensors come and go with autograd's, so that checkpointing can drop them.
+        n_initial, n_finals: how many initial states there are, and final ones that are wanted.
+    """
 
     team: Team
     part: Slice
     terms: tuple[Linear, ...]
-    decays: tuple[Tensor, ...]
     n_initial: int
+    n_finals: int
+
+    def without_tensors(self) -> Context:
+        """The same, of a slice of no tensors."""
+        nothing = self.part.q.new_empty(0)
+        names = dict.fromkeys(self.part.operands, nothing)
+        return replace(self, part=replace(self.part, q=nothing, k=nothing, v=nothing, operands=names))
+
+    def with_tensors(self, q: Tensor, k: Tensor, operands: Sequence[Tensor]) -> Slice:
+        """The slice again, but for v, which nothing asks for."""
+        named = dict(zip(self.part.operands, operands, strict=True))
+        return replace(self.part, q=q, k=k, operands=named)
+
+    def enters(self, term: Linear) -> bool:
+        """Whether the whole sequence's initial state enters at this rank."""
+        return self.team.rank == (0 if term.causal else self.team.size - 1)
 
 
 class Joined(torch.autograd.Function):
@@ -241,26 +264,28 @@ class Joined(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, context: Context, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        count = len(context.terms)
-        left, initial, finals = rest[:count], rest[count : count + context.n_initial], rest[count + context.n_initial :]
-        ctx.context = context
-        ctx.left, ctx.initial, ctx.n_finals = [x.dtype for x in left], [x.dtype for x in initial], len(finals)
+    def forward(ctx: Any, c: Context, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        left, rest = rest[: len(c.terms)], rest[len(c.terms) :]
+        initial, finals, kept = rest[: c.n_initial], rest[c.n_initial :][: c.n_finals], rest[c.n_initial + c.n_finals :]
+        ctx.context, ctx.left, ctx.initial = c, [x.dtype for x in left], [x.dtype for x in initial]
+        ctx.save_for_backward(*kept)
         return y.view_as(y), *(x.view_as(x) for x in finals)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *dfinals: Tensor) -> tuple[Tensor | None, ...]:
         c: Context = ctx.context
-        acc = c.part.problem.accumulate
+        q, k, *operands = ctx.saved_tensors
+        decays = [operands.pop() for _ in c.terms][::-1]
+        part, acc = c.with_tensors(q, k, operands), c.part.problem.accumulate
         pairs = [
-            Pair(a, c.part.arriving(term, dy), not term.causal, dfinals[i].to(acc) if dfinals else None)
-            for i, (term, a) in enumerate(zip(c.terms, c.decays, strict=True))
+            Pair(a, part.arriving(term, dy), not term.causal, dfinals[i].to(acc) if dfinals else None)
+            for i, (term, a) in enumerate(zip(c.terms, decays, strict=True))
         ]
         arriving, first = zip(*exchange(pairs, c.team), strict=True)
         of_left = [x.to(dtype) for x, dtype in zip(arriving, ctx.left, strict=True)]
         of_initial = [
-            (x if c.team.rank == (0 if term.causal else c.team.size - 1) else torch.zeros_like(x)).to(dtype)
+            (x if c.enters(term) else torch.zeros_like(x)).to(dtype)
             for x, term, dtype in zip(first, c.terms, ctx.initial, strict=False)
         ]
-        return None, dy, *of_left, *of_initial, *(None,) * ctx.n_finals
+        return None, dy, *of_left, *of_initial, *(None,) * (c.n_finals + 2 + len(c.part.operands) + len(c.terms))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, overload
 
@@ -103,6 +104,7 @@ class Mamba2(nn.Module):
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, self.d_inner // max(headdim, 1)
         self.A_init_range, self.dt_init = A_init_range, (dt_min, dt_max, dt_init_floor)
         self.dt_limit, self.D_has_hdim, self.backend = dt_limit, D_has_hdim, backend
+        self.common_channels: Callable[[Tensor], Tensor] | None = None  # what sums gradients of those that ranks have in common
         check_sizes(self)
         check_ranges(A_init_range, (dt_min, dt_max), dt_limit)
         channels = self.d_inner + 2 * ngroups * d_state
@@ -187,7 +189,7 @@ class Mamba2(nn.Module):
         z, xBC, dt = self._project(u)
         entering = (None, None) if cache is None else (cache.window, cache.state)
         convolve = partial(causal_conv1d, activation="silu", window=entering[0], documents=documents)
-        convolved = convolve(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, return_window=return_cache)
+        convolved = convolve(xBC, *self._taps(), return_window=return_cache)
         xBC, window = convolved if isinstance(convolved, tuple) else (convolved, None)
         C, B, x, mask = self._operands(xBC, dt)
         mask = mask if documents is None else mask * documents
@@ -210,7 +212,8 @@ class Mamba2(nn.Module):
         documents = masks.documents(cu_seqlens, segment_ids=segment_ids, n_segments=n_segments) if packed else None
         lengths = agree_on_input(team, u, self.in_proj.weight, self.d_model)
         z, xBC, dt = self._project(u)
-        convolve = partial(causal_conv1d, weight=self.conv1d.weight[:, 0], bias=self.conv1d.bias, activation="silu")
+        weight, bias = self._taps()
+        convolve = partial(causal_conv1d, weight=weight, bias=bias, activation="silu")
         xBC = conv_on_slice(convolve, xBC, self.d_conv - 1, documents, team, lengths)
         C, B, x, mask = self._operands(xBC, dt)
         mask = mask if documents is None else mask * documents
@@ -232,7 +235,7 @@ class Mamba2(nn.Module):
         check_input(u, ("batch", self.d_model), self.in_proj.weight)
         check_cache(cache, self._cache_sizes, cache_rows(u, None), u.device)
         z, xBC, dt = self._project(u)
-        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        taps, bias = self._taps()
         xBC, window = causal_conv1d(xBC[:, None], taps, bias, activation="silu", window=cache.window, return_window=True)
         C, B, x, mask = self._operands(xBC[:, 0], dt)
         y, state = ssd_step(C, B, x, mask, cache.state, backend=self.backend)
@@ -260,6 +263,13 @@ class Mamba2(nn.Module):
         """z, xBC and dt, views of one tensor."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.weight.shape[0], self.nheads], -1)
         return z, xBC, dt
+
+    def _taps(self) -> tuple[Tensor, Tensor | None]:
+        """The convolution's weights (channels, d_conv) and bias."""
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        if self.common_channels is None:
+            return weight, bias
+        return self.common_channels(weight), None if bias is None else self.common_channels(bias)
 
     def _operands(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Mask]:
         """What the scan takes: C, B and x by heads, and the mask. dt weighs the columns, in its own precision."""
