@@ -14,9 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from ssdops.distributed import HeadsParallel
 from ssdops.errors import DtypeError, ShapeError
-from ssdops.nn import Mamba2
+from ssdops.nn import HeadsParallel, Mamba2
 
 
 class Model(nn.Module):

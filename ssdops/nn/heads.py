@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional as F
 
 from ..errors import DtypeError, ShapeError
-
-if TYPE_CHECKING:
-    from ..nn import Mamba2
+from .mamba2 import Mamba2
 
 
 class HeadsParallel(ParallelStyle):
@@ -41,8 +39,6 @@ class HeadsParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        from ..nn import Mamba2  # it imports this package
-
         if not isinstance(module, Mamba2):
             raise DtypeError(f"HeadsParallel is for nn.Mamba2, got {type(module).__name__}")
         size = device_mesh.size()
