@@ -17,7 +17,10 @@ def failures(found: list[dict[str, str]]) -> str:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(("module", "least"), [("distributed_scan", 45), ("distributed_mamba2", 8), ("distributed_heads", 10)])
+@pytest.mark.parametrize(
+    ("module", "least"),
+    [("distributed_scan", 45), ("distributed_mamba2", 8), ("distributed_heads", 10), ("distributed_sharding", 9)],
+)
 def test_parts_are_the_whole(tmp_path: Path, module: str, least: int, world: int) -> None:
     found = distributed_jobs.run(module, world, tmp_path)
     assert not failures(found), failures(found)
