@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +18,15 @@ TIMEOUT = 60.0
 """Seconds that a rank waits for another, where a test does not ask for less."""
 
 
-def run(module: str, world: int, folder: Path, timeout: float = TIMEOUT) -> list[dict[str, str]]:
-    """What each rank of a job found: for every check of a module the reason why it failed, or nothing.
+def run(modules: Sequence[str], world: int, folder: Path, timeout: float = TIMEOUT) -> list[dict[str, str]]:
+    """What each rank of a job found: for every check of some modules the reason why it failed, or nothing.
 
-    A module has `CHECKS`, functions of (rank, world) by name; every rank runs all of them in order.
+    A module has `CHECKS`, functions of (rank, world) by name; every rank runs all of them in order. One job runs many modules,
+    as starting a process costs more than most checks.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     places = [folder / f"rank{rank}.json" for rank in range(world)]
-    command = [sys.executable, __file__, module, str(world), str(store.port), str(timeout)]
+    command = [sys.executable, __file__, ",".join(modules), str(world), str(store.port), str(timeout)]
     ranks = [subprocess.Popen([*command, str(rank), str(place)]) for rank, place in enumerate(places)]
     for rank in ranks:
         rank.wait(timeout=300)
@@ -33,20 +34,21 @@ def run(module: str, world: int, folder: Path, timeout: float = TIMEOUT) -> list
 
 
 def main() -> None:
-    module, world, port, timeout, rank, place = sys.argv[1:]
+    modules, world, port, timeout, rank, place = sys.argv[1:]
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
     dist.init_process_group(
         "gloo", store=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=float(timeout))
     )
-    checks: dict[str, Callable[[int, int], None]] = import_module(module).CHECKS
     found = {}
-    for name, check in checks.items():
-        try:
-            check(int(rank), int(world))
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-4)
+    for module in modules.split(","):
+        checks: dict[str, Callable[[int, int], None]] = import_module(module).CHECKS
+        for name, check in checks.items():
+            try:
+                check(int(rank), int(world))
+                found[f"{module}: {name}"] = ""
+            except Exception:
+                found[f"{module}: {name}"] = traceback.format_exc(limit=-4)
     Path(place).write_text(json.dumps(found))
     dist.destroy_process_group()
 
