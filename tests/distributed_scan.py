@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ssdops import config, distributed, explain, masks
 from ssdops.autotune import mode, store, tuner
 from ssdops.autotune.record import Record, Trial
-from ssdops.errors import RankError, UnsupportedError
+from ssdops.errors import DeviceError, RankError, UnsupportedError
 from ssdops.masks import Mask
 from ssdops.testing import oracle
 from ssdops.testing.case import Case
@@ -167,6 +167,17 @@ def other_masks(rank: int, world: int) -> None:
             raise AssertionError("unlike calls ran")
 
 
+def foreign_device(rank: int, world: int) -> None:
+    """Tensors of a device that the group has no backend for, as a CPU's are to NCCL."""
+    x = torch.empty(1, 5, 2, 4, device="meta")
+    try:
+        distributed.ssd(x, x, x)
+    except DeviceError as error:
+        assert f"rank {rank} of {world}" in str(error) and "'gloo' moves none of meta" in str(error)
+    else:
+        raise AssertionError("tensors of another device ran")
+
+
 def subgroups(rank: int, world: int) -> None:
     """Groups of some ranks, and of one, which is the plain op."""
     alone = [dist.new_group([r]) for r in range(world)]
@@ -240,5 +251,6 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
         for backend, dtype in (("chunked", torch.float32), ("chunked", torch.bfloat16), ("recurrent", torch.float32))
     },
     "one plan": one_plan, "checkpointed": checkpointed,
-    "unlike slices": unlike_slices, "a bad slice": bad_slice, "other masks": other_masks, "subgroups": subgroups,
+    "unlike slices": unlike_slices, "a bad slice": bad_slice, "other masks": other_masks,
+    "foreign device": foreign_device, "subgroups": subgroups,
 }  # fmt: skip
