@@ -47,3 +47,7 @@ class TuningError(SsdopsError, ValueError):
 
 class ConfigError(SsdopsError, ValueError):
     """An environment variable whose value is none that it can have."""
+
+
+class RankError(SsdopsError, RuntimeError):
+    """Ranks of a process group that do not make one call together: unlike slices, or a rank that is gone."""

@@ -200,7 +200,8 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        (q, k, v, *rest), saved = ctx.saved_tensors[: ctx.n_inputs], ctx.saved_tensors[ctx.n_inputs :]
+        kept = ctx.saved_tensors  # once: activation checkpointing computes them when they are asked for, and gives them up
+        (q, k, v, *rest), saved = kept[: ctx.n_inputs], kept[ctx.n_inputs :]
         given = [
             q.new_zeros(shape, dtype=dtype) if dy is None else dy
             for dy, (shape, dtype) in zip(cotangents, ctx.outputs, strict=False)
@@ -210,7 +211,7 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():
             with _no_autocast(q):
                 grads = differentiable_backward(call, Call(*args), given)
-        elif _is_plain((*given, *ctx.saved_tensors)):
+        elif _is_plain((*given, *kept)):
             with policy.resume(ctx.mode):  # on a GPU this is a thread of autograd's
                 grads = run.backward(Call(*args), given, list(saved))
         else:

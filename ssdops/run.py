@@ -12,7 +12,7 @@ from torch import Tensor
 from . import config
 from .autotune import policy, store
 from .backends import registry
-from .backends.base import Config, Cotangents, Gradients, Inputs, bind
+from .backends.base import Config, Cotangents, Gradients, Inputs, Summarizer, bind
 from .ir import nodes as n
 from .ir.contraction import Contraction, parse_contraction
 from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
@@ -157,6 +157,23 @@ def forward_as(prepared: Prepared, call: Call, save: bool) -> list[Tensor]:
     total = total if total.dtype == p.dtype else total.to(p.dtype)  # a call that does nothing takes a microsecond, too
     public = [total.contiguous(), *finals, *every]  # as tracing has been told
     return [*public, *_packed(prepared.plan, saved)] if save else public
+
+
+def final_states(call: Call) -> list[Tensor]:
+    """What `forward` gives of a program that returns states, but Y: in the accumulation dtype, by a pass of its own where a
+    backend has one."""
+    prepared = prepare(call)
+    out = []
+    for _, step, x in _bound(prepared, call):
+        if isinstance(step.term, Linear):
+            backend = registry.get(step.backend)
+            if isinstance(backend, Summarizer):
+                out.append(backend.final_state(step.term, x, step.config))
+            else:
+                state = backend.forward(step.term, x, step.config).state
+                assert state is not None  # every backend returns the state of a linear term
+                out.append(state)
+    return [state.to(prepared.problem.accumulate) for state in out]
 
 
 def _packed(plan: Plan, saved: list[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -73,6 +73,10 @@ def test_links_lead_somewhere() -> None:
         assert target.startswith("https://") or ROOT.joinpath(target).exists(), target
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+EXAMPLES = [path for path in sorted(ROOT.glob("examples/*.py")) if "torchrun" not in path.read_text(encoding="utf-8")]
+"""Those of one process; `test_distributed.py` runs the others."""
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path: Path) -> None:
     runpy.run_path(str(path), run_name="__main__")

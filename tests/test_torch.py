@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_cases import LEARNT, MASKS, B, H, N, P, T, assert_alike, attend, inputs, with_gradients
@@ -199,3 +200,14 @@ def test_importing_and_running_on_the_cpu_touches_neither_cuda_nor_compilers():
 
 def test_the_version_is_that_of_the_package():
     assert importlib.metadata.version("ssdops") == ssdops.__version__
+
+
+@pytest.mark.parametrize("name", ["decay", "packed"])
+def test_activation_checkpointing_computes_again_what_it_dropped(name):
+    def gradients(run):
+        x = {key: t.requires_grad_(key in LEARNT) for key, t in inputs(batch=1).items()}
+        y = run(lambda q, k, v: ssd(q, k, v, MASKS[name](x)), x["q"], x["k"], x["v"])
+        return torch.autograd.grad(y.square().sum(), (x["q"], x["k"], x["v"]))
+
+    checkpointed = gradients(lambda f, *args: torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False))
+    assert_alike(checkpointed, gradients(lambda f, *args: f(*args)))

@@ -235,6 +235,15 @@ class Compiler(Protocol):
         ...
 
 
+@runtime_checkable
+class Summarizer(Protocol):
+    """A backend that has a pass for the final states of a linear term alone, which costs less than `forward`."""
+
+    def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
+        """The final states, `(n_states, nheads, headdim, dstate)`."""
+        ...
+
+
 @dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs two microseconds
 class StepInputs:
     """The tensors of a decode step: what a mask's terms read, and room for what they give.

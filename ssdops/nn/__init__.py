@@ -1,8 +1,21 @@
 """Blocks made of `ssdops.ssd`: the Mamba-2 block with its cache, and what it is made of beside the scan."""
 
+from typing import TYPE_CHECKING, Any
+
 from .cache import Mamba2Cache
 from .conv import causal_conv1d
 from .mamba2 import Mamba2
 from .norm import GatedRMSNorm, gated_rms_norm
 
-__all__ = ["GatedRMSNorm", "Mamba2", "Mamba2Cache", "causal_conv1d", "gated_rms_norm"]
+if TYPE_CHECKING:
+    from .heads import HeadsParallel
+
+__all__ = ["GatedRMSNorm", "HeadsParallel", "Mamba2", "Mamba2Cache", "causal_conv1d", "gated_rms_norm"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "HeadsParallel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .heads import HeadsParallel  # it imports torch's tensor parallelism, which takes time
+
+    return HeadsParallel

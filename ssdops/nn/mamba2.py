@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masks
 from ..api import ssd, ssd_step
+from ..distributed import ssd as distributed_ssd
+from ..distributed.agree import Team, team_of
+from ..errors import UnsupportedError
 from ..masks import Mask
 from .cache import Mamba2Cache, cache_rows, check_cache
 from .checks import check_input, check_ranges, check_sizes
 from .conv import causal_conv1d
 from .norm import GatedRMSNorm
+from .slices import agree_on_input, conv_on_slice
 
 
 class Mamba2(nn.Module):
@@ -98,6 +104,7 @@ class Mamba2(nn.Module):
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, self.d_inner // max(headdim, 1)
         self.A_init_range, self.dt_init = A_init_range, (dt_min, dt_max, dt_init_floor)
         self.dt_limit, self.D_has_hdim, self.backend = dt_limit, D_has_hdim, backend
+        self.common_channels: Callable[[Tensor], Tensor] | None = None  # what sums gradients of those that ranks have in common
         check_sizes(self)
         check_ranges(A_init_range, (dt_min, dt_max), dt_limit)
         channels = self.d_inner + 2 * ngroups * d_state
@@ -129,12 +136,12 @@ class Mamba2(nn.Module):
     @overload
     def forward(
         self, u: Tensor, cache: Mamba2Cache | None = ..., *, cu_seqlens: Tensor | None = ..., segment_ids: Tensor | None = ...,
-        n_segments: int | None = ..., return_cache: Literal[False] = ...,
+        n_segments: int | None = ..., return_cache: Literal[False] = ..., group: dist.ProcessGroup | None = ...,
     ) -> Tensor: ...  # fmt: skip
     @overload
     def forward(
         self, u: Tensor, cache: Mamba2Cache | None = ..., *, cu_seqlens: Tensor | None = ..., segment_ids: Tensor | None = ...,
-        n_segments: int | None = ..., return_cache: Literal[True],
+        n_segments: int | None = ..., return_cache: Literal[True], group: dist.ProcessGroup | None = ...,
     ) -> tuple[Tensor, Mamba2Cache]: ...  # fmt: skip
     def forward(
         self,
@@ -145,6 +152,7 @@ class Mamba2(nn.Module):
         segment_ids: Tensor | None = None,
         n_segments: int | None = None,
         return_cache: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, Mamba2Cache]:
         """The block over whole sequences, or the next part of them.
 
@@ -156,6 +164,9 @@ class Mamba2(nn.Module):
             cache: what an earlier call on the same sequences left; None is their beginning.
             cu_seqlens, segment_ids, n_segments: packed documents, as `masks.documents` takes them.
             return_cache: also return the cache after the last token.
+            group: u is this rank's slice of tokens that are split over the ranks of a process group, as `distributed.ssd` takes
+                them: the convolution and the scan reach over the slices' ends. Parameters are the same on all ranks, and each
+                has the part of their gradients that its tokens give: sum them, as data parallel training does.
 
         Returns:
             `(batch, seqlen, d_model)` in the dtype of u, or autocast's; with `return_cache`, (y, cache).
@@ -163,7 +174,11 @@ class Mamba2(nn.Module):
         Raises:
             ShapeError: u, or a cache of another block or of another number of rows.
             MaskError, DtypeError, DeviceError, ValueRangeError: an argument that does not fit.
+            RankError: with a group, ranks that do not make one call together.
+            UnsupportedError: a cache with a group.
         """
+        if group is not None and (team := team_of(group)) is not None:
+            return self._on_slice(team, u, cache, cu_seqlens, segment_ids, n_segments, return_cache)
         check_input(u, ("batch", "seqlen", self.d_model), self.in_proj.weight)
         documents = None
         if cu_seqlens is not None or segment_ids is not None or n_segments is not None:
@@ -174,7 +189,7 @@ class Mamba2(nn.Module):
         z, xBC, dt = self._project(u)
         entering = (None, None) if cache is None else (cache.window, cache.state)
         convolve = partial(causal_conv1d, activation="silu", window=entering[0], documents=documents)
-        convolved = convolve(xBC, self.conv1d.weight[:, 0], self.conv1d.bias, return_window=return_cache)
+        convolved = convolve(xBC, *self._taps(), return_window=return_cache)
         xBC, window = convolved if isinstance(convolved, tuple) else (convolved, None)
         C, B, x, mask = self._operands(xBC, dt)
         mask = mask if documents is None else mask * documents
@@ -185,6 +200,24 @@ class Mamba2(nn.Module):
             return out
         assert window is not None and isinstance(state, Tensor)  # a scan has one state
         return out, Mamba2Cache(window, state)
+
+    def _on_slice(
+        self, team: Team, u: Tensor, cache: Mamba2Cache | None, cu_seqlens: Tensor | None, segment_ids: Tensor | None,
+        n_segments: int | None, return_cache: bool,
+    ) -> Tensor:  # fmt: skip
+        """The block over this rank's slice: the convolution reads the last tokens of the slices before."""
+        if cache is not None or return_cache:
+            raise UnsupportedError("a cache is of whole sequences, and this one is split over ranks; leave group out, or it")
+        packed = cu_seqlens is not None or segment_ids is not None or n_segments is not None
+        documents = masks.documents(cu_seqlens, segment_ids=segment_ids, n_segments=n_segments) if packed else None
+        lengths = agree_on_input(team, u, self.in_proj.weight, self.d_model)
+        z, xBC, dt = self._project(u)
+        weight, bias = self._taps()
+        convolve = partial(causal_conv1d, weight=weight, bias=bias, activation="silu")
+        xBC = conv_on_slice(convolve, xBC, self.d_conv - 1, documents, team, lengths)
+        C, B, x, mask = self._operands(xBC, dt)
+        mask = mask if documents is None else mask * documents
+        return self._finish(distributed_ssd(C, B, x, mask, group=team.group, backend=self.backend), x, z)
 
     def step(self, u: Tensor, cache: Mamba2Cache) -> tuple[Tensor, Mamba2Cache]:
         """The block on one token of each sequence, after what the cache has of them.
@@ -202,7 +235,7 @@ class Mamba2(nn.Module):
         check_input(u, ("batch", self.d_model), self.in_proj.weight)
         check_cache(cache, self._cache_sizes, cache_rows(u, None), u.device)
         z, xBC, dt = self._project(u)
-        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        taps, bias = self._taps()
         xBC, window = causal_conv1d(xBC[:, None], taps, bias, activation="silu", window=cache.window, return_window=True)
         C, B, x, mask = self._operands(xBC[:, 0], dt)
         y, state = ssd_step(C, B, x, mask, cache.state, backend=self.backend)
@@ -230,6 +263,13 @@ class Mamba2(nn.Module):
         """z, xBC and dt, views of one tensor."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.weight.shape[0], self.nheads], -1)
         return z, xBC, dt
+
+    def _taps(self) -> tuple[Tensor, Tensor | None]:
+        """The convolution's weights (channels, d_conv) and bias."""
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        if self.common_channels is None:
+            return weight, bias
+        return self.common_channels(weight), None if bias is None else self.common_channels(bias)
 
     def _operands(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Mask]:
         """What the scan takes: C, B and x by heads, and the mask. dt weighs the columns, in its own precision."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import ceil
 
+from torch import Tensor
+
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
@@ -83,7 +85,7 @@ class Chunked:
         if isinstance(term, Quadratic):
             return Output(structured.forward(term, x, config))
         assert isinstance(term, Linear)  # supports() refuses the rest
-        scan = Scan(term, x, config) if term.channel is None else ChannelScan(term, x, config)
+        scan = self._scan(term, x, config)
         y, every = x.empty_output(), Every(x)
         state = scan.initial()
         kept: list[Kept] = []
@@ -96,6 +98,18 @@ class Chunked:
                 every.put(tile.t1, scan.leave(state))
         saved = tuple(x for k in kept for x in (k.starts, k.across))
         return Output(y, scan.leave(state), saved, every.states)
+
+    def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
+        """The walk between chunks, without what is inside them."""
+        scan = self._scan(term, x, config)
+        state = scan.initial()
+        for span in scan.spans:
+            scan.across(scan.tile(*span), state)
+        return scan.leave(state)
+
+    @staticmethod
+    def _scan(term: Linear, x: Inputs, config: Config) -> Scan:
+        return Scan(term, x, config) if term.channel is None else ChannelScan(term, x, config)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """Forward again for the states at chunk starts, then back over the chunks with the state's cotangent in hand."""

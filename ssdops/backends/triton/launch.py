@@ -168,13 +168,12 @@ class Scan:
         return parts
 
     def _walk(self, blocks: Sums, s: Side, ds: Side | None, parts: Parts | None, first: bool) -> None:
-        p, t, z, nothing, segments, u, w = (
-            self.problem, self.term, self.sizes, self.q, self.config.segments, self.slot("rows"), self.slot("cols")
-        )  # fmt: skip
+        p, t, z, nothing, u, w = self.problem, self.term, self.sizes, self.q, self.slot("rows"), self.slot("cols")
+        segments = self.config.segments
         (k, q), tiles = alike(self.k, self.q, p.dtype), ceil_div(p.headdim, z.rows) * ceil_div(p.dstate, z.state)
         other = ds or s
         self.run(
-            STATES, (p.nheads * tiles * self.rows, 1 if ds is None else 2, segments),
+            STATES, (p.nheads * tiles * self.rows, 1 if ds is None else 2, parts[0].shape[1] if parts else segments),
             (
                 s.x, k, other.x, q, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *blocks,
                 or_else(s.entering, nothing), or_else(other.entering, nothing), or_else(s.blocks, nothing),
@@ -237,6 +236,19 @@ class Scan:
             ALIGN=z.block // z.chunk, FACTORED=self.factored, NORMALIZE=self.dot == torch.float16, STAGES=z.stages,
             **self.common, num_warps=4, maxnreg=z.registers if blocks is None else None,
         )  # fmt: skip
+
+    def final_state(self) -> Tensor:
+        """The final states alone, of a config with as many segments as fill the device: what each makes, then their sum."""
+        p, segments = self.problem, self.config.segments
+        shape = (1, segments + 1, self.rows, p.nheads)  # the last makes nothing, as nobody starts from it
+        parts = self.empty(*shape, p.headdim, p.dstate), self.empty(*shape)
+        if not (self.rows and self.tokens):
+            return torch.zeros_like(parts[0][0, 0]) if self.x.initial is None else self.x.initial
+        self._walk(self.prepare(chunks=False, blocks=True).blocks, Side(self.v), None, parts, first=True)
+        (made,), (logs,) = parts
+        since = logs.flip(0).cumsum(0).flip(0)  # [segments + 1, rows, nheads], in units of log 2, with the segment's own
+        total = (made[:-1] * since[1:].exp2()[..., None, None]).sum(0)
+        return total if self.x.initial is None else total + self.x.initial * since[0].exp2()[..., None, None]
 
     def _blocks(self, size: int) -> Tensor:
         """Room for the state that enters each block of that many tokens, and for one more: [blocks + 1, nheads, P, N]."""

@@ -116,6 +116,12 @@ def forward(term: Linear, x: Inputs, config: Config) -> Output:
         return out
 
 
+def final_state(term: Linear, x: Inputs, config: Config) -> Tensor:
+    """The final states alone."""
+    with Launching(x.problem, x.q.device):
+        return Scan(term, x, config).final_state()
+
+
 def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
     """Gradients of everything."""
     with Launching(x.problem, x.q.device):

@@ -1,0 +1,291 @@
+"""`ssdops.distributed.ssd`: one sequence split over ranks, with one exchange of states in each pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import api, arguments, masks
+from ..arguments import State
+from ..errors import ShapeError, SsdopsError, UnsupportedError
+from ..ir import nodes as n
+from ..ir.contraction import Contraction
+from ..ir.problem import check_states, problem_of
+from ..ir.terms import Linear
+from ..masks import Mask
+from ..plan import state_terms
+from .agree import Team, team_of
+from .decays import Slice
+from .exchange import Pair, exchange
+from .settle import settled
+
+
+@overload
+def ssd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, group: dist.ProcessGroup | None = ..., scale: float = ...,
+    initial_state: State | None = ..., return_state: Literal[False] = ..., state_dtype: torch.dtype | None = ...,
+    backend: str = ..., chunk_size: int | None = ..., tune: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ssd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = ..., *, group: dist.ProcessGroup | None = ..., scale: float = ...,
+    initial_state: State | None = ..., return_state: Literal[True], state_dtype: torch.dtype | None = ...,
+    backend: str = ..., chunk_size: int | None = ..., tune: str | None = ...,
+) -> tuple[Tensor, State]: ...  # fmt: skip
+def ssd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    scale: float = 1.0,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    state_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    tune: str | None = None,
+) -> Tensor | tuple[Tensor, State]:
+    """`ssdops.ssd` of one sequence whose tokens are split over the ranks of a group, each rank with its own slice.
+
+        S_in(r) = A(r−1) ⊙ S_in(r−1) + s(r−1)         A(r) = exp(Σ log_a over the slice),  s(r) = what its tokens leave from 0
+        y(r) = ssd(q(r), k(r), v(r), mask(r), initial_state=S_in(r))
+
+    The ranks' slices follow one another, rank 0 first, and need not be of one length. A pass over the slice gives s; one
+    collective moves the pairs (A, s), whose size does not depend on seqlen; a scan over ranks combines them. The backward pass
+    does the same from the other end. An anticausal term runs from the last rank to the first.
+
+    Args:
+        q, k: `(batch, seqlen of the slice, heads, dstate)`, as for `ssdops.ssd`.
+        v: `(batch, seqlen of the slice, heads, headdim)`.
+        mask: the slice's: operands per token are those of its tokens (of a mask under `reverse()`, whose operands are read from
+            the end, those of the tokens that it is read at); `segment_ids` keep their numbers, with `n_segments` of the whole;
+            `cu_seqlens` are those of the whole, less the slice's start, clamped to the slice: `(cu − start).clamp(0, seqlen)`.
+        group: the process group; None is that of the whole job. Of one rank, or outside a job, this is `ssdops.ssd`.
+        scale, state_dtype, backend, chunk_size, tune: as for `ssdops.ssd`.
+        initial_state: of the whole sequence, given on all ranks or on none. Where it enters, it is read: a causal term's on the
+            first rank, an anticausal one's on the last. On other ranks its values do not matter, and its gradient is 0.
+        return_state: also return the final states of the whole sequence, on every rank.
+
+    Returns:
+        The slice of Y; with `return_state`, (Y, state). What is differentiated is the sum of the ranks' losses: run the
+        backward pass on every rank, as that exchanges too. Of an operand that ranks share (`retention`'s) each has the part of
+        its own tokens, to be summed like the gradients of parameters. There are no second derivatives.
+
+    Raises:
+        RankError: on every rank, if one has tensors that do not fit those of the others, cannot go on, or does not come within
+            the group's timeout; the message names it and the shapes.
+        UnsupportedError: a term that carries no state (window, toeplitz, dense, fenwick, a product with one of them), packed
+            documents that do not say how many they are, initial or final states of `trapezoidal`.
+
+    Source: Dao & Gu 2024, "Transformers are SSMs", section 8.2 (sequence parallelism).
+
+    >>> import torch
+    >>> from ssdops import distributed, masks
+    >>> q, k, v = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 1)
+    >>> distributed.ssd(q, k, v, masks.decay(torch.full((1, 3, 1), 0.5).log())).flatten()  # outside a job
+    tensor([2.0000, 3.0000, 3.5000])
+    """
+    mask = masks.causal() if mask is None else mask
+    options = Options(scale, state_dtype, backend, chunk_size, tune)
+    team = team_of(group)
+    if team is None:
+        found = options.ssd(q, k, v, mask, initial_state, return_state)
+        return found if return_state else found[0]
+    given = Given(q, k, v, mask, initial_state, return_state)
+    part, lengths = _agreed(team, given, options)
+    mask = settled(mask, part.problem, team, lengths)
+    y, states = _run(team, replace(part, operands=mask.operands), mask, given, options)
+    return (y, states) if return_state else y
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is no tensor among the arguments of `ssd`."""
+
+    scale: float
+    state_dtype: torch.dtype | None
+    backend: str
+    chunk_size: int | None
+    tune: str | None
+
+    def ssd(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, initial: State | None, return_state: bool
+    ) -> tuple[Tensor, State]:
+        """`ssdops.ssd` with these; the state is empty if it is not wanted."""
+        found = api.ssd(
+            q, k, v, mask, scale=self.scale, initial_state=initial, return_state=return_state, state_dtype=self.state_dtype,
+            backend=self.backend, chunk_size=self.chunk_size, tune=self.tune,
+        )  # fmt: skip
+        return (found, ()) if isinstance(found, Tensor) else (found[0], found[1])
+
+    def of_states(self, tree: n.Node) -> Contraction:
+        """Those of a pass that only makes states: no call of the user's, and not worth measuring."""
+        return Contraction(
+            tree, backend=self.backend, chunk_size=self.chunk_size, tune="off" if self.tune == "off" else "cached"
+        )
+
+
+@dataclass(frozen=True)
+class Given:
+    """One rank's tensors, as they came."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    initial: State | None
+    return_state: bool
+
+
+def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int]]:
+    """This rank's part of the call, and seqlen of every rank's, once all have found theirs to be in order and of one call."""
+    facts: dict[str, Any] = {}
+    part = error = None
+    try:
+        part, facts = _described(team, given, options)
+    except SsdopsError as found:  # which the others must hear of before they wait for this rank
+        error = found
+    everyone = team.agree(facts, _shapes(given), error)
+    assert part is not None  # or else all have raised
+    return part, [one["own"] for one in everyone]
+
+
+def _shapes(given: Given) -> str:
+    operands = given.mask.operands if isinstance(given.mask, Mask) else {}
+    named = {"q": given.q, "k": given.k, "v": given.v, **operands}
+    return ", ".join(f"{name} {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}" for name, x in named.items())
+
+
+def _described(team: Team, given: Given, options: Options) -> tuple[Slice, dict[str, Any]]:
+    """This rank's part of the call, checked, and what must be the same on all ranks."""
+    mask, return_state = given.mask, given.return_state
+    arguments.check_types(given.q, given.k, given.v, mask)
+    arguments.check_options(options.scale, return_state, options.state_dtype, options.backend)
+    team.check_device(given.q.device)
+    q, k, v = arguments.autocast(given.q, given.k, given.v)
+    states = arguments.states(given.initial, "initial_state")
+    terms = state_terms(mask.tree)
+    if (given.initial is not None or return_state) and any(isinstance(x, n.Trapezoidal) for x in n.walk(mask.tree)):
+        raise UnsupportedError(
+            "the state of trapezoidal() holds the last token's k and v, and is not passed into or out of a split sequence; "
+            "split the whole of it, or write it as decays with scaled columns"
+        )
+    p = problem_of(mask.tree, q, k, v, mask.operands, states)
+    if terms and p.n_states is None:
+        raise UnsupportedError(
+            "documents that are split over ranks pass states on by their number: documents(segment_ids=…, n_segments=…)"
+        )
+    if given.initial is not None and len(states) != len(terms):
+        raise ShapeError(f"initial_state has {len(states)} states; this mask carries {len(terms)}, one per linear term")
+    check_states(states, len(terms), p, given=given.initial is not None and bool(terms))
+    part = Slice(q, k, v, mask.operands, p, options.of_states(mask.tree), float(options.scale))
+    learnt = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *mask.operands.values(), *states))
+    return part, {
+        "mask": str(mask.tree), "batch": p.batch, "nheads": p.nheads, "headdim": p.headdim, "dstate": p.dstate,
+        "states": p.n_states, "accumulation dtype": str(p.accumulate), "device": q.device.type,
+        "initial_state": given.initial is not None, "return_state": return_state, "whether gradients are wanted": learnt,
+        "own": p.seqlen,
+    }  # fmt: skip
+
+
+def _run(team: Team, part: Slice, mask: Mask, given: Given, options: Options) -> tuple[Tensor, State]:
+    """State pass, exchange, output pass."""
+    q, k, v, terms = part.q, part.k, part.v, state_terms(mask.tree)
+    if not terms:  # diagonals alone: tokens do not see one another
+        return options.ssd(q, k, v, mask, None, False)
+    initial = arguments.states(given.initial, "initial_state")
+    with torch.no_grad():
+        decays = [part.total_decay(term) for term in terms]
+        pairs = [
+            Pair(a, part.leaving(term), term.causal, _end(team, term, initial, i, a.dtype))
+            for i, (term, a) in enumerate(zip(terms, decays, strict=True))
+        ]
+        entering, finals = zip(*exchange(pairs, team), strict=True)
+    y, left = options.ssd(q, k, v, mask, entering, True)
+    left = left if isinstance(left, tuple) else (left,)
+    finals = tuple(x.to(state.dtype) for x, state in zip(finals, left, strict=True)) if given.return_state else ()
+    context = Context(team, part, terms, len(initial), len(finals))
+    kept = [x.detach() for x in (q, k, *part.operands.values(), *decays)]
+    joined = Joined.apply(context.without_tensors(), y, *left, *initial, *finals, *kept)  # type: ignore[no-untyped-call]  # as torch has it
+    return joined[0], joined[1] if len(joined) == 2 else joined[1:]
+
+
+def _end(team: Team, term: Linear, initial: list[Tensor], index: int, dtype: torch.dtype) -> Tensor | None:
+    """This rank's part of the state that enters the whole sequence: all of it where that is, zeros elsewhere."""
+    if not initial:
+        return None
+    state = initial[index].detach().to(dtype)
+    return state if team.rank == (0 if term.causal else team.size - 1) else torch.zeros_like(state)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the backward pass of a split call needs besides tensors.
+
+    Attributes:
+        part: the slice; its tensors come and go with autograd's, so that checkpointing can drop them.
+        n_initial, n_finals: how many initial states there are, and final ones that are wanted.
+    """
+
+    team: Team
+    part: Slice
+    terms: tuple[Linear, ...]
+    n_initial: int
+    n_finals: int
+
+    def without_tensors(self) -> Context:
+        """The same, of a slice of no tensors."""
+        nothing = self.part.q.new_empty(0)
+        names = dict.fromkeys(self.part.operands, nothing)
+        return replace(self, part=replace(self.part, q=nothing, k=nothing, v=nothing, operands=names))
+
+    def with_tensors(self, q: Tensor, k: Tensor, operands: Sequence[Tensor]) -> Slice:
+        """The slice again, but for v, which nothing asks for."""
+        named = dict(zip(self.part.operands, operands, strict=True))
+        return replace(self.part, q=q, k=k, operands=named)
+
+    def enters(self, term: Linear) -> bool:
+        """Whether the whole sequence's initial state enters at this rank."""
+        return self.team.rank == (0 if term.causal else self.team.size - 1)
+
+
+class Joined(torch.autograd.Function):
+    """The outputs of a slice as outputs of the whole: here the cotangents of states cross from rank to rank.
+
+    Forward hands on Y and the final states of the whole. Backward takes the cotangent of Y to that of the state which the slice
+    leaves (through the slices after it), before autograd goes on into the slice's own `ssd`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, c: Context, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        left, rest = rest[: len(c.terms)], rest[len(c.terms) :]
+        initial, finals, kept = rest[: c.n_initial], rest[c.n_initial :][: c.n_finals], rest[c.n_initial + c.n_finals :]
+        ctx.context, ctx.left, ctx.initial = c, [x.dtype for x in left], [x.dtype for x in initial]
+        ctx.save_for_backward(*kept)
+        return y.view_as(y), *(x.view_as(x) for x in finals)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *dfinals: Tensor) -> tuple[Tensor | None, ...]:
+        c: Context = ctx.context
+        q, k, *operands = ctx.saved_tensors
+        decays = [operands.pop() for _ in c.terms][::-1]
+        part, acc = c.with_tensors(q, k, operands), c.part.problem.accumulate
+        pairs = [
+            Pair(a, part.arriving(term, dy), not term.causal, dfinals[i].to(acc) if dfinals else None)
+            for i, (term, a) in enumerate(zip(c.terms, decays, strict=True))
+        ]
+        arriving, first = zip(*exchange(pairs, c.team), strict=True)
+        of_left = [x.to(dtype) for x, dtype in zip(arriving, ctx.left, strict=True)]
+        of_initial = [
+            (x if c.enters(term) else torch.zeros_like(x)).to(dtype)
+            for x, term, dtype in zip(first, c.terms, ctx.initial, strict=False)
+        ]
+        return None, dy, *of_left, *of_initial, *(None,) * (c.n_finals + 2 + len(c.part.operands) + len(c.terms))

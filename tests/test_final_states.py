@@ -1,0 +1,64 @@
+"""The pass for final states alone gives those of the whole pass, in every backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ssdops import masks
+from ssdops.backends.base import Config, Summarizer, bind
+from ssdops.backends.registry import get
+from ssdops.ir.contraction import Contraction
+from ssdops.ir.nodes import operand_names
+from ssdops.ir.terms import Linear
+from ssdops.plan import terms_of
+from ssdops.run import Call, final_states, forward
+from ssdops.testing.case import Case
+from ssdops.testing.oracle import output_bounds, outputs
+from ssdops.testing.structures import STRUCTURES, Make
+from ssdops.testing.tolerance import assert_close
+
+
+def call_of(case: Case, backend: str) -> Call:
+    program = str(Contraction(case.mask.tree, return_state=True, backend=backend))
+    operands = [case.mask.operands[name] for name in operand_names(case.mask.tree)]
+    return Call(case.q, case.k, case.v, operands, list(case.initial), program, case.scale)
+
+
+@pytest.mark.parametrize(
+    "name", ["decay", "scale T", "decay * documents(segment_ids)", "shift", "channel_decay(dt, A)", "causal"]
+)
+@pytest.mark.parametrize("backend", ["chunked", "recurrent"])
+def test_they_are_those_of_the_whole_pass(backend: str, name: str) -> None:
+    make = Make(seqlen=150)
+    case = make.case(STRUCTURES[name](make))
+    p = case.problem
+    assert p.n_states is not None
+    case = replace(case, initial=(make.normal(p.n_states, p.nheads, p.headdim, p.dstate),))
+    (found,), (_, whole) = final_states(call_of(case, backend)), forward(call_of(case, backend))
+    assert_close(found, whole, 2 * output_bounds(case, True)["state[0]"], "the final state")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")
+@pytest.mark.parametrize("name", ["decay", "scale T", "decay * documents(segment_ids)"])
+def test_triton_sums_what_segments_make(name: str) -> None:
+    from ssdops.backends.triton.launch import Scan
+
+    make = Make(seqlen=330, dstate=16, headdim=16, dtype=torch.float32)
+    mask = STRUCTURES[name](make)
+    slow = masks.Mask(mask.tree, {n: 0.01 * x if n.startswith("log") else x for n, x in mask.operands.items()})
+    case = make.case(slow)
+    p = case.problem
+    assert p.n_states is not None
+    case = replace(case, initial=(make.normal(p.n_states, p.nheads, p.headdim, p.dstate),))
+    (term,) = terms_of(case.mask.tree)
+    assert isinstance(term, Linear)
+    x = bind(term, p, case.q, case.k, case.v, case.mask.operands, case.initial[0], case.scale)
+    found = Scan(term, x, Config(segments=3)).final_state()
+    assert_close(found, outputs(case, True)["state[0]"], output_bounds(case, True)["state[0]"], "the final state")
+    backend = get("triton")
+    assert isinstance(backend, Summarizer)
+    whole = backend.final_state(term, x, Config())
+    assert_close(whole, outputs(case, True)["state[0]"], output_bounds(case, True)["state[0]"], "the final state")
