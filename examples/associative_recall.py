@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ssdops.nn import Mamba2
+from ssdops.nn import Mamba2, causal_conv1d
 
 SMALL = {"vocab": 256, "pairs": 16, "length": 96, "d_model": 64, "batch": 64, "steps": 600, "rate": 4e-3, "seeds": 1}
 FULL = {"vocab": 8192, "pairs": 64, "length": 512, "d_model": 128, "batch": 128, "steps": 2000, "rate": 3e-3, "seeds": 3}
@@ -38,14 +38,16 @@ def recall(rows: int, pairs: int, task: argparse.Namespace) -> tuple[torch.Tenso
 
 
 class Attention(nn.Module):
-    """Causal softmax attention, four heads."""
+    """Causal softmax attention of four heads, after the same short convolution as a Mamba-2 block has."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.conv1d = nn.Conv1d(3 * d_model, 3 * d_model, 4, groups=3 * d_model)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(u).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        qkv = causal_conv1d(self.qkv(u), self.conv1d.weight[:, 0], self.conv1d.bias)
+        q, k, v = qkv.unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
