@@ -35,9 +35,8 @@ FULL = {
 }
 
 
-def read(held_out: int) -> tuple[bytes, bytes]:
-    """The training text, and at most that many bytes of held-out text."""
-    root = Path(sysconfig.get_path("stdlib"))
+def read(root: Path, held_out: int) -> tuple[bytes, bytes]:
+    """The training text, and at most that many bytes of held-out text, from the Python files of a folder."""
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     files = [file for file in sorted(root.rglob("*.py")) if not skipped & set(file.relative_to(root).parts)]
     texts = [file.read_bytes() for file in files]
@@ -130,13 +129,14 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="a model for a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--text", type=Path, default=sysconfig.get_path("stdlib"), help="the folder of Python files to learn")
     for name, value in SMALL.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"{value}, with --full {FULL[name]}")
     sizes = parser.parse_args()
     for name, value in (FULL if sizes.full else SMALL).items():
         setattr(sizes, name, getattr(sizes, name) or value)
     torch.manual_seed(0)
-    train, held_out = read(sizes.held_out)
+    train, held_out = read(Path(sizes.text), sizes.held_out)
     text, unseen = (torch.frombuffer(bytearray(x), dtype=torch.uint8) for x in (train, held_out))
     model = Model(sizes).to(sizes.device)
     count = sum(p.numel() for p in model.parameters())
@@ -153,7 +153,7 @@ def main() -> None:
         print(f"{name:28}{value:.3f} bits per byte of held-out text")
     print(model.write(b"def main(", 400).decode("utf-8", "replace"))
     if sizes.json:
-        Path(sizes.json).write_text(json.dumps({"sizes": vars(sizes), "bits_per_byte": bits}) + "\n")
+        Path(sizes.json).write_text(json.dumps({"sizes": vars(sizes), "bits_per_byte": bits}, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,17 @@ def test_links_lead_somewhere() -> None:
         assert target.startswith("https://") or ROOT.joinpath(target).exists(), target
 
 
+BRIEF = {
+    "associative_recall": "--vocab 16 --pairs 2 --length 12 --d-model 32 --batch 2 --steps 2 --json recall.json",
+    "language_model": f"--text {ROOT / 'ssdops' / 'nn'} --d-model 32 --layers 1 --dstate 8 --length 16 --batch 2 --steps 2 "
+    "--held-out 500 --json language.json",
+}
+"""Of the examples that train: so little that they only run."""
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
-def test_examples_run(path: Path) -> None:
+def test_examples_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(path), *BRIEF.get(path.stem, "").split()])
     runpy.run_path(str(path), run_name="__main__")
+    assert len(list(tmp_path.glob("*.json"))) == (path.stem in BRIEF)
