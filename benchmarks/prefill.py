@@ -41,13 +41,13 @@ def whole_model(rounds: int) -> Figure:
 
 def scan_alone(rounds: int) -> Figure:
     """The function that mixers call for a prompt: softplus of dt, the scan with its final state, the skip connection."""
-    x, dt = torch.randn(1, PROMPT, NHEADS, HEADDIM), torch.randn(1, PROMPT, NHEADS) - 3
+    x, dt = torch.randn(1, PROMPT, NHEADS, HEADDIM), torch.randn(1, PROMPT, NHEADS)
     B, C = torch.randn(2, 1, PROMPT, 1, DSTATE)
-    A, D = -torch.arange(1.0, NHEADS + 1), torch.ones(NHEADS)
+    A, D, dt_bias = -torch.arange(1.0, NHEADS + 1), torch.ones(NHEADS), torch.full((NHEADS,), -4.6)  # steps of about 0.01
 
     def theirs() -> torch.Tensor:
         scan = modeling_mamba2.mamba2_chunk_scan
-        return scan(x, dt, A, B, C, 256, D=D, dt_bias=D, dt_softplus=True, return_final_states=True)[0]
+        return scan(x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, dt_softplus=True, return_final_states=True)[0]
 
     return figure(f"the SSD of a layer, {PROMPT} tokens", 4.0, switched(theirs), theirs, rounds)
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ssdops.nn import Mamba2, causal_conv1d
 
-SMALL = {"vocab": 256, "pairs": 16, "length": 96, "d_model": 64, "batch": 64, "steps": 600, "rate": 4e-3, "seeds": 1}
+SMALL = {"vocab": 64, "pairs": 8, "length": 48, "d_model": 64, "batch": 32, "steps": 400, "rate": 3e-3, "seeds": 1}
 FULL = {"vocab": 8192, "pairs": 64, "length": 512, "d_model": 128, "batch": 128, "steps": 2000, "rate": 3e-3, "seeds": 3}
 MODELS = {"dstate 16": 16, "dstate 64": 64, "dstate 128": 128, "attention": None}
 
@@ -64,8 +64,7 @@ class Recaller(nn.Module):
         make = (lambda: Attention(d_model)) if dstate is None else (lambda: Mamba2(d_model, dstate, **held))
         self.mixers = nn.ModuleList(make() for _ in range(2))
         self.norms = nn.ModuleList(nn.RMSNorm(d_model) for _ in range(3))
-        for embedding in filter(None, (self.tokens, self.positions)):
-            nn.init.normal_(embedding.weight, std=0.02)
+        self.head = nn.Linear(d_model, task.vocab, bias=False)
 
     def forward(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """Logits at some of the tokens, `(rows, pairs, vocab)`."""
@@ -75,7 +74,7 @@ class Recaller(nn.Module):
         for norm, mixer in zip(self.norms, self.mixers, strict=False):
             h = h + mixer(norm(h))
         h = self.norms[-1](h).gather(1, at[..., None].expand(-1, -1, h.shape[-1]))
-        return h @ self.tokens.weight.T
+        return self.head(h)
 
 
 def train(task: argparse.Namespace, dstate: int | None, seed: int) -> list[tuple[int, float]]:
