@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import UnsupportedError
+from ...nn import causal_conv1d
 from ..mamba_ssm import mamba_chunk_scan_combined, selective_state_update
 from ..mamba_ssm.around import short_convolution
 
@@ -38,15 +39,18 @@ def whole_block(*args: Any, **given: Any) -> None:
 
 
 def convolution(own: Function) -> Function:
-    """transformers' own, but for packed sequences, which that refuses without causal_conv1d."""
+    """Channels stay the last axis in memory on a CPU; elsewhere transformers' own, but for packed sequences, refused there."""
 
     def convolved(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, seq_idx: Tensor | None = None
     ) -> Tensor:  # x and the result (batch, channels, seqlen)
-        if seq_idx is None:
+        known = activation in ("silu", "swish", None)
+        if seq_idx is None and not (known and x.device.type == "cpu"):
             return own(x, weight, bias, activation=activation)
-        if activation not in ("silu", "swish", None):
+        if not known:
             raise UnsupportedError(f"packed sequences are convolved with 'silu', 'swish' or None after it, got {activation!r}")
+        if seq_idx is None:
+            return causal_conv1d(x.mT, weight, bias, activation=activation).mT
         y = short_convolution(x.mT, weight, bias, seq_idx).mT
         return y if activation is None else F.silu(y)
 
