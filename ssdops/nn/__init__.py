@@ -1,16 +1,17 @@
-"""Blocks made of `ssdops.ssd`: the Mamba-2 block with its cache, and what it is made of beside the scan."""
+"""Blocks made of `ssdops.ssd`: the Mamba-2 block with its cache, Hydra, and what it is made of beside the scan."""
 
 from typing import TYPE_CHECKING, Any
 
 from .cache import Mamba2Cache
 from .conv import causal_conv1d
+from .hydra import Hydra
 from .mamba2 import Mamba2
 from .norm import GatedRMSNorm, gated_rms_norm
 
 if TYPE_CHECKING:
     from .heads import HeadsParallel
 
-__all__ = ["GatedRMSNorm", "HeadsParallel", "Mamba2", "Mamba2Cache", "causal_conv1d", "gated_rms_norm"]
+__all__ = ["GatedRMSNorm", "HeadsParallel", "Hydra", "Mamba2", "Mamba2Cache", "causal_conv1d", "gated_rms_norm"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dty
 def finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(y + D x) · silu(z) in x's dtype, reckoned in `dtype`."""
     if D is not None:
-        y = y.to(dtype) + x * (D if D.ndim == 2 else D[:, None]).to(dtype)
+        y = torch.addcmul(y.to(dtype), x, (D if D.ndim == 2 else D[:, None]).to(dtype))
     return (y if z is None else y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
 
 
