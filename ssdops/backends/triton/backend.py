@@ -14,7 +14,7 @@ from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
 from . import tiles
-from .sizes import CHUNKS, MAX_DIM, RESIDENT, chunks, rounds, sizes
+from .sizes import CHUNKS, MAX_DIM, RESIDENT, channel_chunks, chunks, rounds, sizes
 
 START = 6
 """Chunks that a program of the scan could take in the time that it takes to begin."""
@@ -26,10 +26,10 @@ class Triton:
     """Triton kernels: one pass over memory, forward and backward."""
 
     name = "triton"
-    factored = False
+    factored = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Scans with scalar decay, diagonals, and what has a tile form, on a GPU."""
+        """Scans, diagonals, and what has a tile form, on a GPU."""
         p = problem
         if (absent := _no_device(p)) is not None:
             return absent
@@ -37,10 +37,6 @@ class Triton:
             return Support.yes()
         if isinstance(term, Quadratic):
             return tiles.supports(term, p)
-        if term.channel is not None:
-            return Support.no(
-                "'triton' runs decays of one number per token and head; 'chunked' and 'recurrent' run per-channel decay"
-            )
         if p.state_every is not None and p.state_every % min(CHUNKS):
             return _between_chunks(p.state_every, min(CHUNKS))
         if p.accumulate == torch.float64:
@@ -62,12 +58,17 @@ class Triton:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
         if isinstance(term, Diagonal | Quadratic):
             return (Config(),)
-        if chunk_size is not None and chunk_size not in chunks(problem):
-            known = ", ".join(map(str, sorted(chunks(problem))))
+        known_sizes = chunks(problem) if term.channel is None else channel_chunks(problem)
+        if chunk_size is not None and chunk_size not in known_sizes:
+            known = ", ".join(map(str, sorted(known_sizes)))
             where = f" on {problem.target.name or problem.target.device}" if chunk_size in CHUNKS else ""
             return Support.no(f"'triton' has chunks of {known} tokens{where}, and chunk_size={chunk_size} was asked for")
         if chunk_size is not None and problem.state_every is not None and problem.state_every % chunk_size:
             return _between_chunks(problem.state_every, chunk_size)
+        if term.channel is not None:
+            every = problem.state_every
+            fitting = known_sizes if every is None else [size for size in known_sizes if every % size == 0]
+            return (Config(chunk_size or fitting[0]),)
         return self._splits(problem, chunk_size)
 
     def _splits(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:
@@ -101,6 +102,8 @@ class Triton:
         interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
         if isinstance(term, Diagonal):
             return Work(0.0, 3 * tokens * p.nheads * p.headdim, 3 * touched, 6.0 + interpreted)
+        if term.channel is not None:
+            return _channel_work(p, config)
         size = sizes(p, config.chunk_size).chunk
         in_turn = rounds(self._programs(p) * config.segments, p.target.multiprocessors)
         chunks = -(-p.seqlen // (size * config.segments))
@@ -114,7 +117,7 @@ class Triton:
             return Output(diagonal_forward(term, x))
         if isinstance(term, Quadratic):
             return tiles.forward(term, x)
-        return _passes()[0](term, x, config)
+        return _passes(term.channel is not None)[0](term, x, config)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """States forward, cotangents of states backward, and what is left by blocks."""
@@ -122,7 +125,7 @@ class Triton:
             return diagonal_backward(term, x, cotangents.y)
         if isinstance(term, Quadratic):
             return tiles.backward(term, x, cotangents)
-        return _passes()[1](term, x, config, cotangents)
+        return _passes(term.channel is not None)[1](term, x, config, cotangents)
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""
@@ -154,9 +157,26 @@ def _between_chunks(every: int, size: int) -> Support:
     )
 
 
+def _channel_work(p: Problem, config: Config) -> Work:
+    """Three launches: exponentials and products of every level by token and channel, and a walk over states."""
+    size = config.chunk_size or channel_chunks(p)[0]
+    tokens, levels = float(p.batch * p.seqlen * p.nheads), size.bit_length() - 1
+    touched = tokens * (p.dstate * (4 * p.dtype.itemsize + 16) + p.headdim * (3 + 2 * p.dstate / size) * p.dtype.itemsize)
+    flops = tokens * (2 * size * (p.dstate * levels + p.headdim) + 4 * p.dstate * p.headdim)
+    interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
+    return Work(flops, tokens * p.dstate * 6 * levels, touched, 2.0 + interpreted)
+
+
 @cache
-def _passes() -> tuple[Callable[[Linear, Inputs, Config], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]]:
+def _passes(
+    channel: bool,
+) -> tuple[Callable[[Linear, Inputs, Config], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]]:
     """Forward and backward, imported once they are needed: importing Triton takes time, and planning does not need it."""
+    if channel:
+        from . import channel as scan
+        from . import channel_backward
+
+        return scan.forward, channel_backward.backward
     from .replay import backward, forward
 
     return forward, backward
