@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here
 
 class TestTriton(Conformance):
     backend = "triton"
-    kind = "scalar"
+    kind = "linear"
     every_multiple = 16
     rounds_operands = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)

@@ -28,7 +28,7 @@ RELATIVE = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 2e-6}
 
 class TestTriton(Conformance):
     backend = "triton"
-    kind = "scalar"
+    kind = "linear"
     every_multiple = 16
     rounds_operands = True
     device = "cuda"
