@@ -58,18 +58,20 @@ class Triton:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
         if isinstance(term, Diagonal | Quadratic):
             return (Config(),)
-        known_sizes = chunks(problem) if term.channel is None else channel_chunks(problem)
-        if chunk_size is not None and chunk_size not in known_sizes:
-            known = ", ".join(map(str, sorted(known_sizes)))
+        sizes_of = chunks if term.channel is None else channel_chunks
+        if chunk_size is not None and chunk_size not in sizes_of(problem):
+            known = ", ".join(map(str, sorted(sizes_of(problem))))
             where = f" on {problem.target.name or problem.target.device}" if chunk_size in CHUNKS else ""
             return Support.no(f"'triton' has chunks of {known} tokens{where}, and chunk_size={chunk_size} was asked for")
         if chunk_size is not None and problem.state_every is not None and problem.state_every % chunk_size:
             return _between_chunks(problem.state_every, chunk_size)
-        if term.channel is not None:
-            every = problem.state_every
-            fitting = known_sizes if every is None else [size for size in known_sizes if every % size == 0]
-            return (Config(chunk_size or fitting[0]),)
-        return self._splits(problem, chunk_size)
+        return self._splits(problem, chunk_size) if term.channel is None else self._whole(problem, chunk_size)
+
+    def _whole(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:
+        """One pass, where decays are per channel; no split, as all chunks are side by side but for the walk over states."""
+        every = problem.state_every
+        fitting = (size for size in channel_chunks(problem) if every is None or every % size == 0)
+        yield Config(chunk_size or next(fitting))
 
     def _splits(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:
         size = self._chunk(problem, chunk_size)
@@ -158,13 +160,13 @@ def _between_chunks(every: int, size: int) -> Support:
 
 
 def _channel_work(p: Problem, config: Config) -> Work:
-    """Three launches: exponentials and products of every level by token and channel, and a walk over states."""
+    """Three launches; arithmetic by token and channel stays in registers, next to tiles on their way."""
     size = config.chunk_size or channel_chunks(p)[0]
     tokens, levels = float(p.batch * p.seqlen * p.nheads), size.bit_length() - 1
     touched = tokens * (p.dstate * (4 * p.dtype.itemsize + 16) + p.headdim * (3 + 2 * p.dstate / size) * p.dtype.itemsize)
     flops = tokens * (2 * size * (p.dstate * levels + p.headdim) + 4 * p.dstate * p.headdim)
     interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
-    return Work(flops, tokens * p.dstate * 6 * levels, touched, 2.0 + interpreted)
+    return Work(flops, 0.0, touched, 2.0 + interpreted)
 
 
 @cache
