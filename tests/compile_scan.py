@@ -28,6 +28,8 @@ from ssdops import masks as m
 from ssdops.backends.base import Config, Cotangents, bind
 from ssdops.backends.triton.backward import Backward
 from ssdops.backends.triton.calls import Kernel
+from ssdops.backends.triton.channel import ChannelScan
+from ssdops.backends.triton.channel_backward import ChannelBackward
 from ssdops.backends.triton.launch import Scan
 from ssdops.ir.problem import Target
 from ssdops.plan import terms_of
@@ -64,7 +66,25 @@ def scaled(s: Make) -> m.Mask:
     return m.decay(s.log()).scale(s.factor(), s.factor(), s.log()) * s.cu
 
 
-MASKS = {"decay": plain, "scaled": scaled, "everything": everything, "one": everything, "relay": plain}
+def channel(s: Make) -> m.Mask:
+    """A decay per channel."""
+    return m.channel_decay(s.ranked(s.dstate))
+
+
+def channels(s: Make) -> m.Mask:
+    """All that kernels of decay per channel can have."""
+    return (channel(s) * m.decay(s.log())).shift(1) * s.cu
+
+
+MASKS = {
+    "channel": channel,
+    "channels": channels,
+    "decay": plain,
+    "scaled": scaled,
+    "everything": everything,
+    "one": everything,
+    "relay": plain,
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,7 @@ class Launch:
 
 
 BLOCKWISE: dict[str, Any] = {"passes": ("backward",), "only": ("states", "gradients", "hopper_gradients")}
+CHANNEL = ("channel_states", "channel_output", "channel_gradients")
 SETUPS = (
     Setup("bf16", 64, 128, passes=("forward", "segments", "every", "backward")),
     Setup("bf16", 64, 256, passes=("forward",)),
@@ -124,6 +145,11 @@ SETUPS = (
     Setup("fp32", 64, 128, passes=("forward",)),
     Setup("fp32", 64, 128, 64, passes=("forward",)),
     Setup("fp32", 128, 128, **BLOCKWISE),
+    Setup("bf16", 64, 64, mask="channel"),
+    Setup("bf16", 64, 64, mask="channels"),
+    Setup("bf16", 64, 128, mask="channel", only=CHANNEL),
+    Setup("bf16", 256, 256, mask="channel", only=CHANNEL),
+    Setup("fp16", 64, 64, mask="channel", only=CHANNEL),
 )
 
 
@@ -135,7 +161,8 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
         made.append((kernel._fn, (*tensors, *numbers), constants))
 
     Kernel.__call__ = record
-    full = MASKS[setup.mask] is not plain
+    per_channel = setup.mask.startswith("channel")
+    full = MASKS[setup.mask] not in (plain, channel)
     make = Shapes(setup.seqlen, setup.nheads, setup.dstate, setup.headdim, DTYPES[setup.dtype], "meta")
     case = make.case(MASKS[setup.mask](make))
     problem = replace(case.problem, target=Target("cuda", "", (arch // 10, arch % 10)))
@@ -144,7 +171,9 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
     x = bind(term, problem, case.q, case.k, case.v, case.mask.operands, initial, 1.0, problem.dtype, full)
     for name in setup.passes:
         if name == "backward":
-            Backward(term, x, Config(setup.chunk)).backward(Cotangents(case.v, initial))
+            (ChannelBackward if per_channel else Backward)(term, x, Config(setup.chunk)).backward(Cotangents(case.v, initial))
+        elif per_channel:
+            ChannelScan(term, x, Config(setup.chunk)).forward()
         else:
             given = replace(x, problem=replace(problem, state_every=256), wants_state=True) if name == "every" else x
             Scan(term, given, Config(setup.chunk, 4 if name == "segments" else 1)).forward()
@@ -180,7 +209,7 @@ def rows(arch: int) -> Iterator[tuple[object, ...]]:
                     continue
                 seen.add(kernel.kernel.hash)
                 yield (
-                    arch, setup.dtype, setup.headdim, setup.dstate, launch.constants.get("L", launch.constants["BLOCK"]),
+                    arch, setup.dtype, setup.headdim, setup.dstate, launch.constants.get("L") or launch.constants["BLOCK"],
                     setup.mask, launch.what + suffix, kernel.shared, kernel.tensor_memory, kernel.stack, kernel.tensor_cores,
                 )  # fmt: skip
 

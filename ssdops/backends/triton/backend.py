@@ -16,7 +16,7 @@ from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
 from . import tiles
-from .sizes import CHUNKS, MAX_DIM, RESIDENT, chunks, rounds, sizes
+from .sizes import CHUNKS, MAX_DIM, RESIDENT, channel_chunks, chunks, rounds, sizes
 
 START = 6
 """Chunks that a program of the scan could take in the time that it takes to begin."""
@@ -28,11 +28,11 @@ class Triton:
     """Triton kernels: one pass over memory, forward and backward."""
 
     name = "triton"
-    factored = False
+    factored = True
     compiles = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Scans with scalar decay, diagonals, and what has a tile form, on a GPU."""
+        """Scans, diagonals, and what has a tile form, on a GPU."""
         p = problem
         if (absent := _no_device(p)) is not None:
             return absent
@@ -40,10 +40,6 @@ class Triton:
             return Support.yes()
         if isinstance(term, Quadratic):
             return tiles.supports(term, p)
-        if term.channel is not None:
-            return Support.no(
-                "'triton' runs decays of one number per token and head; 'chunked' and 'recurrent' run per-channel decay"
-            )
         if p.state_every is not None and p.state_every % min(CHUNKS):
             return _between_chunks(p.state_every, min(CHUNKS))
         if p.accumulate == torch.float64:
@@ -65,13 +61,20 @@ class Triton:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
         if isinstance(term, Diagonal | Quadratic):
             return (Config(),)
-        if chunk_size is not None and chunk_size not in chunks(problem):
-            known = ", ".join(map(str, sorted(chunks(problem))))
+        sizes_of = chunks if term.channel is None else channel_chunks
+        if chunk_size is not None and chunk_size not in sizes_of(problem):
+            known = ", ".join(map(str, sorted(sizes_of(problem))))
             where = f" on {problem.target.name or problem.target.device}" if chunk_size in CHUNKS else ""
             return Support.no(f"'triton' has chunks of {known} tokens{where}, and chunk_size={chunk_size} was asked for")
         if chunk_size is not None and problem.state_every is not None and problem.state_every % chunk_size:
             return _between_chunks(problem.state_every, chunk_size)
-        return self._splits(problem, chunk_size)
+        return self._splits(problem, chunk_size) if term.channel is None else self._whole(problem, chunk_size)
+
+    def _whole(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:
+        """One pass, where decays are per channel; no split, as all chunks are side by side but for the walk over states."""
+        every = problem.state_every
+        fitting = (size for size in channel_chunks(problem) if every is None or every % size == 0)
+        yield Config(chunk_size or next(fitting))
 
     def _splits(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:
         size = self._chunk(problem, chunk_size)
@@ -104,6 +107,8 @@ class Triton:
         interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
         if isinstance(term, Diagonal):
             return Work(0.0, 3 * tokens * p.nheads * p.headdim, 3 * touched, 6.0 + interpreted)
+        if term.channel is not None:
+            return _channel_work(p, config)
         size = sizes(p, config.chunk_size).chunk
         in_turn = rounds(self._programs(p) * config.segments, p.target.multiprocessors)
         chunks = -(-p.seqlen // (size * config.segments))
@@ -117,7 +122,7 @@ class Triton:
             return Output(diagonal_forward(term, x))
         if isinstance(term, Quadratic):
             return tiles.forward(term, x)
-        return _passes()[0](term, x, config)
+        return _passes(term.channel is not None)[0](term, x, config)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """States forward, cotangents of states backward, and what is left by blocks."""
@@ -125,10 +130,14 @@ class Triton:
             return diagonal_backward(term, x, cotangents.y)
         if isinstance(term, Quadratic):
             return tiles.backward(term, x, cotangents)
-        return _passes()[1](term, x, config, cotangents)
+        return _passes(term.channel is not None)[1](term, x, config, cotangents)
 
     def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
         """Two launches, in as many segments as fill the device: none waits for another."""
+        if term.channel is not None:
+            state = _passes(True)[0](term, x, config).state
+            assert state is not None  # a linear term has one
+            return state
         from .replay import final_state  # imports triton, which need not be there
 
         rows = x.problem.batch if x.boundaries is None else x.boundaries.numel() - 1
@@ -167,9 +176,26 @@ def _between_chunks(every: int, size: int) -> Support:
     )
 
 
+def _channel_work(p: Problem, config: Config) -> Work:
+    """Three launches; arithmetic by token and channel stays in registers, next to tiles on their way."""
+    size = config.chunk_size or channel_chunks(p)[0]
+    tokens, levels = float(p.batch * p.seqlen * p.nheads), size.bit_length() - 1
+    touched = tokens * (p.dstate * (4 * p.dtype.itemsize + 16) + p.headdim * (3 + 2 * p.dstate / size) * p.dtype.itemsize)
+    flops = tokens * (2 * size * (p.dstate * levels + p.headdim) + 4 * p.dstate * p.headdim)
+    interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
+    return Work(flops, 0.0, touched, 2.0 + interpreted)
+
+
 @cache
-def _passes() -> tuple[Callable[[Linear, Inputs, Config], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]]:
+def _passes(
+    channel: bool,
+) -> tuple[Callable[[Linear, Inputs, Config], Output], Callable[[Linear, Inputs, Config, Cotangents], Gradients]]:
     """Forward and backward, imported once they are needed: importing Triton takes time, and planning does not need it."""
+    if channel:
+        from . import channel as scan
+        from . import channel_backward
+
+        return scan.forward, channel_backward.backward
     from .replay import backward, forward
 
     return forward, backward

@@ -65,7 +65,7 @@ def in_whole(x: Inputs, cotangents: Cotangents) -> tuple[Inputs, Cotangents]:
     """
     p = x.problem
     headdim, dstate = (ceil_div(size, WHOLE) * WHOLE for size in (p.headdim, p.dstate))
-    q, k, v, dy = _filled(x.q, dstate), _filled(x.k, dstate), _filled(x.v, headdim), _filled(cotangents.y, headdim)
+    q, k, v, dy = filled(x.q, dstate), filled(x.k, dstate), filled(x.v, headdim), filled(cotangents.y, headdim)
     if dy is cotangents.y and q is x.q and k is x.k and v is x.v:
         return x, cotangents
     initial, final = (
@@ -75,7 +75,7 @@ def in_whole(x: Inputs, cotangents: Cotangents) -> tuple[Inputs, Cotangents]:
     return replace(x, problem=replace(p, headdim=headdim, dstate=dstate), q=q, k=k, v=v, initial=initial), Cotangents(dy, final)
 
 
-def _filled(x: Tensor, size: int) -> Tensor:
+def filled(x: Tensor, size: int) -> Tensor:
     """x with its last axis filled up to a size by zeros, and laid out so that it loads sixteen bytes at a time."""
     loads = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % WHOLE == 0 for step in x.stride()[:-1])
     if x.shape[-1] == size:

@@ -122,6 +122,13 @@ def chunks(problem: Problem) -> tuple[int, ...]:
     return tuple(size for size in CHUNKS if size <= 32 or not _crowded(problem))
 
 
+def channel_chunks(problem: Problem) -> tuple[int, ...]:
+    """The same where decays are per channel: a chunk's factors, one a token and channel, are in registers."""
+    n = padded(problem.dstate) * (1 if problem.dtype == torch.bfloat16 else 2)
+    most = 64 if n <= 64 else 32 if n <= 128 else 16
+    return (most, *(size for size in CHUNKS if size < most))
+
+
 def _crowded(problem: Problem) -> bool:
     """Whether blocks of 64 tokens would need more tensor memory than there is: then they have 32, which need less."""
     p, n = problem.headdim, problem.dstate
