@@ -142,7 +142,7 @@ KINDS: dict[str, tuple[Call, type[SsdopsError], list[str]]] = {
     "a module as backend": (lambda x: run(x, backend=torch), UnknownBackendError, ["backend must be a name", "got module"]),
     "a backend without bands": (
         lambda x: run(x, masks.window(3), backend="recurrent"),
-        UnsupportedError, ["'recurrent' cannot run window(left=3, right=0)", "semiseparable", "able: ", "naive)"],
+        UnsupportedError, ["'recurrent' cannot run window(left=3, right=0)", "semiseparable", "able: ", "naive"],
     ),
     "a backend without channels": (
         lambda x: run(x, masks.channel_decay(x["c"]), backend="tvm"),

@@ -103,6 +103,8 @@ class Tvm:
             return Support.no(
                 "compiles for seconds at its first call, so on GPUs it runs where it was measured to be the fastest"
             )
+        if isinstance(term, Quadratic):  # its programs are of one mask, and of whatever its operands' shapes are
+            return Support.no("compiles for seconds at its first call; 'ssdops tune' measures it, and takes it if it is faster")
         from .kept import are_kept  # what it needs of this folder, planning does not
 
         assert isinstance(term, Linear)  # supports() refuses the rest
