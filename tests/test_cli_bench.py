@@ -77,7 +77,7 @@ def test_every_backend_at_every_length_and_what_is_taken_is_marked() -> None:
 
 
 def test_a_mask_whose_terms_run_apart_has_a_column_for_auto() -> None:
-    result = bench(*SHAPE, "--mask", "decay(log_a) + window(left=3)", "--seqlens", "64,32", "--backends", "naive,chunked")
+    result = bench(*SHAPE, "--mask", "decay(log_a) + dense(entries)", "--seqlens", "64,32", "--backends", "naive,chunked")
     assert result.exit_code == 0, result.output
     assert cells(result) == {"32": ["256", "128*"], "64": ["512", "256*"]}  # of auto, one term runs on 'chunked'
     assert "chunked: at 32 tokens:" in result.output

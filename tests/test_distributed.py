@@ -37,11 +37,12 @@ def test_the_example_learns_alike_on_one_rank_and_on_two() -> None:
     said = []
     for ranks in ("1", "2"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(example)]
-        out = subprocess.run(
+        done = subprocess.run(
             [*command, "--tokens=400", "--steps=4", "--d-model=32", "--layers=1"],
-            capture_output=True, text=True, timeout=300, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).stdout  # fmt: skip
-        said.append([float(loss) for loss in re.findall(r": ([0-9.]+) nats a byte", out)])
+            capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert not done.returncode, done.stderr
+        said.append([float(loss) for loss in re.findall(r": ([0-9.]+) nats a byte", done.stdout)])
     (first, last), on_two = said
     assert last < first
     assert on_two == pytest.approx([first, last], abs=2e-3)
