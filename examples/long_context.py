@@ -78,6 +78,7 @@ def main() -> None:
         dist.all_reduce(whole := loss.detach())
         if rank == 0 and (step % 4 == 3 or step == 0):
             print(f"step {step + 1:3d}: {float(whole):.3f} nats a byte, {total} bytes on {world} ranks", flush=True)
+    dist.barrier()  # a rank that leaves early takes its connections with it
     dist.destroy_process_group()
 
 
