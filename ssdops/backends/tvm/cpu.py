@@ -74,6 +74,19 @@ class OnCpu(Scan):
         initial = None if x.initial is None else dinitial
         return Gradients(dq.gradient(), dk.gradient(), dv.gradient(), initial, self.by_slot(by_token))
 
+    def exchange(
+        self, heads: Heads, qk: Scores, yv: Scores, sides: Sides, entering: Tensor, leaving: Tensor, through: Tensor,
+        out: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Gradients by token and head, of some heads: of log decays, and of what weighs rows and columns."""
+        term = self.term
+        apart = 2 if term.col_inclusive and not term.row_inclusive else 1
+        self.program("exchange")(
+            qk.values, yv.values, sides.lines, self.chunks, entering, leaving, through, out["log_a"],
+            out["rows"], out["cols"], self.scale, self.seqlen, heads.first, int(term.causal), int(term.row_inclusive),
+            int(term.col_inclusive), int(term.strict), apart,
+        )  # fmt: skip
+
     def walk(self, qk: Scores, sides: Sides, y: Tensor, kept: Tensor, mode: str) -> Tensor:
         """Write y, and keep what the mode says; the states that leave."""
         p, initial = self.problem, self.state(self.x.initial)

@@ -1,4 +1,4 @@
-"""The tensor program of what tokens exchange: gradients of log decays and of scales."""
+"""The tensor program of what tokens exchange, on a CPU: gradients of log decays and of scales. `settle.py` is a GPU's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from .blocks import near_sums
-from .parts import barrier, chunk_begin, chunk_end, decay, meets, number, one_if, shared, sizes, summed
+from .parts import chunk_begin, chunk_end, decay, meets, number, one_if, shared, sizes, summed
 from .tile import LANES, LINES, Tile, U, W
 
 CROSSING = 32
@@ -104,7 +104,6 @@ def exchange(tile: Tile) -> Any:
                         crossing[vl] = crossing[vl] + T.if_then_else(
                             vp * CROSSING + vl < through_parts, through[slot, h, vp * CROSSING + vl], number(0, acc)
                         )
-                barrier(tile)
                 for i, j in T.grid(C, C):
                     with T.sblock("pairs"):
                         vi, vj = T.axis.remap("SS", [i, j])
@@ -113,7 +112,6 @@ def exchange(tile: Tile) -> Any:
                             * T.Cast(acc, other[slot, h, vi, vj])
                             * decay(tile, tokens_t, vi, vj, meets(vi, vj, causal, strict))
                         )
-                barrier(tile)
                 for i, lane, j in T.grid(C, LANES, C // LANES):
                     with T.sblock("row_lanes"):
                         vi, vl, vj = T.axis.remap("SSR", [i, lane, j])
@@ -131,7 +129,6 @@ def exchange(tile: Tile) -> Any:
                             meets(vi * LANES + vl, vj, causal, distance), acc
                         )
                 near_sums(C, acc)(pairs, near_rows, near_cols, u, w, causal, distance)
-                barrier(tile)
                 for i in range(1):
                     with T.sblock("crossed"):
                         vi = T.axis.spatial(1, i)
@@ -141,14 +138,12 @@ def exchange(tile: Tile) -> Any:
                         vi = T.axis.spatial(C, i)
                         rows[vi] = summed(LANES, lambda lane: row_lanes[vi, lane]) + entered[vi]
                         cols[vi] = summed(LANES, lambda lane: col_lanes[lane, vi])
-                barrier(tile)
                 for i in range(C):
                     with T.sblock("weighed"):
                         vi = T.axis.spatial(C, i)
                         gained[vi] = T.Cast("float64", u(vi) * rows[vi])
                         given[vi] = T.Cast("float64", w(vi) * cols[vi])
                         passed_on[vi] = T.Cast("float64", w(vi) * left[vi])
-                barrier(tile)
                 for lane, i, t in T.grid(LANES, C, C // LANES):
                     with T.sblock("log_lanes"):
                         vl, vi, vt = T.axis.remap("SSR", [lane, i, t])
@@ -160,7 +155,6 @@ def exchange(tile: Tile) -> Any:
                             - given[vt * LANES + vl] * one_if(meets(vt * LANES + vl, vi, causal, 1 - col_inclusive), "float64")
                             + passed_on[vt * LANES + vl] * one_if(meets(vi, vt * LANES + vl, causal, col_inclusive), "float64")
                         )
-                barrier(tile)
                 for i in range(C):
                     with T.sblock("store_lines"):
                         vi = T.axis.spatial(C, i)

@@ -8,7 +8,7 @@ of a chunk's log decays in walking order (`ir/terms.py`), with logs that are add
     walk       y_i  = u_i [ Σ_j exp(ρ_i − κ_j) w_j G_ij v_j + exp(ρ_i) Sᵀ q_i ]
                S    ← exp(E) S + Σ_j exp(E − κ_j) w_j k_j v_jᵀ
 
-`cpu.py` and `cuda.py` make Y and every gradient of these, and of what tokens exchange (`exchange.py`). Numbers of rows,
+`cpu.py` and `cuda.py` make Y and every gradient of these, and of what tokens exchange. Numbers of rows,
 tokens and heads are symbolic, and so are sizes of a head, which tiles hold padded: what is compiled in is `Tile`. A slot is a
 chunk's place in what there is per chunk: no two rows share one. Rows read their last token again where a chunk is longer than
 they are, with a weight of 0.

@@ -33,13 +33,10 @@ OPAQUE = ("program", "coming", "chunk")
 """Blocks that hold others."""
 PADDED = (
     "load_q", "load_k", "get_q", "get_k", "get_dy", "get_v", "get_before", "get_after", "scale_v", "put",
-    "clear_low", "clear_out",
-    "clear_other", "show_state", "enter", "give_state",
+    "clear_low", "clear_out", "clear_other", "show_state", "enter", "give_state",
 )  # fmt: skip
 """Blocks that first write tiles of which tensor cores read or write columns: longer rows put them in different banks."""
-FILLED = (
-    "load_q", "load_k", "scale_v", "store", "enter", "keep", "leave",
-)  # fmt: skip
+FILLED = ("load_q", "load_k", "scale_v", "store", "enter", "keep", "leave")
 """Blocks that touch tensors whose heads may be smaller than tiles: then they take one number at a time."""
 FETCHED = "get_"
 """How names of blocks begin that copy tiles, ahead of their use by vectors of their own."""

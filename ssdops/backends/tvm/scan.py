@@ -199,19 +199,6 @@ class Scan(Pass):
             by_token["log_cols"] = by_token["cols"] * self.scales[1]
         return {slot: reduce_value(by_token[slot].view(p.batch, p.seqlen, p.nheads), value) for slot, value in values.items()}
 
-    def exchange(
-        self, heads: Heads, qk: Scores, yv: Scores, sides: Sides, entering: Tensor, leaving: Tensor, through: Tensor,
-        out: dict[str, Tensor],
-    ) -> None:  # fmt: skip
-        """Gradients by token and head, of some heads: of log decays, and of what weighs rows and columns."""
-        term = self.term
-        apart = 2 if term.col_inclusive and not term.row_inclusive else 1
-        self.program("exchange")(
-            qk.values, yv.values, sides.lines, self.chunks, entering, leaving, through, out["log_a"],
-            out["rows"], out["cols"], self.scale, self.seqlen, heads.first, int(term.causal), int(term.row_inclusive),
-            int(term.col_inclusive), int(term.strict), apart,
-        )  # fmt: skip
-
 
 @cache
 def unread(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
