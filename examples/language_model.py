@@ -153,7 +153,8 @@ def main() -> None:
         print(f"{name:28}{value:.3f} bits per byte of held-out text")
     print(model.write(b"def main(", 400).decode("utf-8", "replace"))
     if sizes.json:
-        Path(sizes.json).write_text(json.dumps({"sizes": vars(sizes), "bits_per_byte": bits}, default=str) + "\n")
+        settings = {name: getattr(sizes, name) for name in SMALL}
+        Path(sizes.json).write_text(json.dumps({"sizes": settings, "bits_per_byte": bits}) + "\n")
 
 
 if __name__ == "__main__":
