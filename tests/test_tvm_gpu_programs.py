@@ -64,12 +64,12 @@ MASKS: dict[str, Callable[[Tensor, Tensor, Tensor], Mask]] = {
 }
 
 
-def results(name: str, structure: str, heads: tuple[int, int, int], strength: float) -> list[Tensor]:
+def results(name: str, structure: str, heads: tuple[int, int, int], strength: float, seqlen: int = T) -> list[Tensor]:
     """Y, the final state, and every gradient; the reference's in float64."""
     batch = 1 if structure == "documents" else B
-    q, k, v = (draw(batch, T, h, size, seed=seed) for seed, (h, size) in enumerate(zip(heads, (N, N, P), strict=True)))
-    log_a = -strength * torch.rand(batch, T, H, generator=torch.Generator().manual_seed(3))
-    u, w = draw(batch, T, H, seed=4), draw(batch, T, H, seed=5)
+    q, k, v = (draw(batch, seqlen, h, size, seed=seed) for seed, (h, size) in enumerate(zip(heads, (N, N, P), strict=True)))
+    log_a = -strength * torch.rand(batch, seqlen, H, generator=torch.Generator().manual_seed(3))
+    u, w = draw(batch, seqlen, H, seed=4), draw(batch, seqlen, H, seed=5)
     initial = draw(len(ENDS) - 1 if structure == "documents" else B, H, P, N, seed=6)
     dtype = torch.float32 if name == "tvm" else torch.float64
     inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, initial, log_a, u, w)]
@@ -88,3 +88,12 @@ def test_programs_mean_what_they_should(structure: str, heads: tuple[int, int, i
     """Every kind of walk and chunk, heads shared in every way, a row that no chunk divides."""
     for found, wanted in zip(results("tvm", structure, heads, 0.5), results("naive", structure, heads, 0.5), strict=True):
         assert (found - wanted).norm() <= RELATIVE[data] * wanted.norm()
+
+
+@pytest.mark.parametrize("structure", ["causal", "exclusive", "scales"])
+def test_rows_in_segments(structure: str, data: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments walked side by side, with a pass for the states between them, give what one walk does."""
+    monkeypatch.setattr(OnGpuOfTwo, "segments", lambda scan, programs: 4)
+    found, wanted = (results(name, structure, (2, 1, H), 0.05, seqlen=256) for name in ("tvm", "naive"))
+    for mine, reference in zip(found, wanted, strict=True):
+        assert (mine - reference).norm() <= RELATIVE[data] * reference.norm()

@@ -35,6 +35,7 @@ SOURCES = (
     "walk.py",
     "group.py",
     "settle.py",
+    "between.py",
     "exchange.py",
     "gradients.py",
     "outputs.py",

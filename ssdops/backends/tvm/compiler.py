@@ -9,7 +9,7 @@ from tvm.target import Target, codegen
 
 from ...config import tvm_target
 from ...errors import UnsupportedError
-from . import exchange, gradients, group, lower, outputs, pairs, rules, settle, targets, toolkit, walk
+from . import between, exchange, gradients, group, lower, outputs, pairs, rules, settle, targets, toolkit, walk
 from .tile import Tile
 
 PROGRAMS = {
@@ -21,6 +21,7 @@ PROGRAMS = {
     "walk": walk.walk,
     "group": group.group,
     "settle": settle.settle,
+    "between": between.between,
     "pairs": pairs.pairs,
 }
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}

@@ -179,7 +179,7 @@ class OnGpu(Scan):
             return torch.zeros(shape, dtype=self.acc, device=self.device) if entering is None else entering
         none = torch.zeros(self.rows * segments, *shape[1:], dtype=self.acc, device=self.device)
         left = self.walk(roles, g, none, sides, heads, Place(roles[2]), STATES)
-        return self.between(left.unflatten(0, (self.rows, segments)), entering, sides, heads)
+        return self.between(left, entering, sides, heads)
 
     def walk(
         self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, starts: Tensor, sides: Sides, heads: Heads, y: Place,
@@ -223,20 +223,15 @@ class OnGpu(Scan):
 
         return min((count for count in (1, 2, 4, 8, 16) if chunks % count == 0), key=waiting)
 
-    def between(self, left: Tensor, initial: Tensor | None, sides: Sides, heads: Heads) -> Tensor:
+    def between(self, left: Tensor, entering: Tensor | None, sides: Sides, heads: Heads) -> Tensor:
         """The states that enter segments, from those that each would leave behind if none entered it."""
-        segments = left.shape[1]
-        logs = sides.total[:, heads.first : heads.first + heads.number].unflatten(0, (self.rows, segments, -1)).sum(2)
-        if not sides.term.causal:
-            left, logs = left.flip(1), logs.flip(1)
-        logs = logs.transpose(1, 2)
-        behind = logs.cumsum(2)  # of segments up to each and with it, `[rows, heads, segments]`
-        before = behind - logs
-        weights = (before[..., None] - behind[..., None, :]).exp().tril(-1).to(self.acc)  # from behind segment t to before s
-        states = torch.einsum("rhst,rthab->rshab", weights, left)
-        if initial is not None:
-            states += before.transpose(1, 2).exp().to(self.acc)[..., None, None] * initial[:, None]
-        return (states if sides.term.causal else states.flip(1)).flatten(0, 1).contiguous()
+        segments, out = len(left) // self.rows, self.new(*left.shape)
+        first = self.unread(1, 1, 1) if entering is None else entering.flatten(2)
+        self.program("between")(
+            left.flatten(2), sides.total, first, out.flatten(2), segments, self.slots // len(left), heads.first,
+            int(entering is not None), int(sides.term.causal),
+        )  # fmt: skip
+        return out
 
 
 class Total:
