@@ -5,7 +5,7 @@ is its time over that of the fastest. The cost model chooses among what "auto" t
 those, and against all, with what would have to be compiled first; and that of what it would choose had all been compiled. With
 `--tune` the tuner measures each workload first, within its budget, keeps the result, and what is chosen by it is held to all.
 
-On a GPU, with 40 workloads in about six minutes (what is left when they are over is not studied, and the file says so):
+On a GPU, as many workloads as the limit has time for; the same call with `--go-on` goes on with the others:
 
     python benchmarks/regret.py --device cuda --calibrate --tune --budget 8 --backends triton,chunked,recurrent,naive \\
         --ahead 12 --limit 360 --cache CACHE --json regret_h100.json --export tuned_h100.json --commit COMMIT
@@ -136,6 +136,20 @@ def ahead(works: Sequence[Workload], target: Target, options: argparse.Namespace
     compile_ahead(jobs, workers, min(options.limit / 2, 600.0), lambda: None)
 
 
+def kept_rows(file: Path, place: dict[str, Any]) -> dict[str, Row]:
+    """The rows of an earlier call that ended early, by their workloads.
+
+    Raises:
+        SystemExit: they are of another draw, or of other sources or versions.
+    """
+    found = json.loads(file.read_text())
+    for what in ("place", "backends", "seed"):
+        if (then := found["environment"][what]) != json.loads(json.dumps(place[what])):
+            raise SystemExit(f"{file} is of another {what}: {then}, not {place[what]}")
+    rows = [Row(**{**row, "unmeasured": tuple(row["unmeasured"])}) for row in found["rows"]]
+    return {json.dumps(row.workload): row for row in rows}
+
+
 def summary(rows: Sequence[Row], tuned: bool) -> dict[str, dict[str, float]]:
     """Median, 95th percentile and maximum of each regret."""
     kinds = {
@@ -171,6 +185,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where rates, programs and results are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, after every workload")
+    parser.add_argument("--go-on", action="store_true", help="keep the rows that --json's file has, of the same draw and sources")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the tuner's results to FILE, to be shipped")
     parser.add_argument("--commit", help="the commit to name in FILE, where the source has no git")
     options = parser.parse_args(argv)
@@ -193,15 +208,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.calibrate:
         calibrate(torch.device(options.device), console)
     works = draw(options.seed, options.count, target.device)
-    if options.ahead:
+    if options.ahead and not options.go_on:
         ahead(works, target, options)
         console.print(f"compiled ahead in {time.monotonic() - begin:.0f} s")
     place = {
         **environment(options.commit), **Machine(torch.device(options.device)).facts(), "place": asdict(place_of(target)),
         "rates": asdict(rates_of(target)), "backends": list(registry.BACKENDS), "seed": options.seed, "count": options.count,
     }  # fmt: skip
+    done = kept_rows(options.json, place) if options.go_on else {}
     with Worker(TRIALS, options.device) as worker:
         for number, work in enumerate(works):
+            if row := done.get(json.dumps(work.to_json())):
+                rows.append(row)
+                continue
             if time.monotonic() - begin > options.limit:
                 console.print(f"{options.limit:.0f} s are over: {number} of {len(works)} workloads were studied")
                 break

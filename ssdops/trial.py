@@ -1,7 +1,7 @@
 """The process in which the tuner tries candidates: inputs for a workload, one candidate run as a call runs it, checked, timed.
 
-It reads requests as lines of JSON from its standard input and answers each with a line: `{"do": "check"}` compares outputs and
-gradients with the float64 oracle, `{"do": "time"}` gives the seconds of the fastest sample, and `{"do": "compile"}` only runs
+It reads requests as lines of JSON from its standard input and answers each with a line: `{"do": "expect"}` works out what the
+float64 oracle says, `{"do": "check"}` compares outputs and gradients with it, `{"do": "time"}` gives the seconds of the fastest sample, and `{"do": "compile"}` only runs
 once, so that what is compiled is kept for other processes.
 """
 
@@ -67,6 +67,10 @@ class Session:
             values |= {f"gradient of {name}": x for name, x in oracle.gradients(case, [dy]).items()}
             bounds |= {f"gradient of {name}": x for name, x in oracle.gradient_bounds(case, [dy]).items()}
         return values, bounds
+
+    def expect(self, work: Workload, seed: int) -> None:
+        """Work out what `check` compares with."""
+        self.expected(reduced(work), seed)
 
     def check(self, work: Workload, backend: str, config: Config, seed: int) -> None:
         """Compare a candidate with the oracle.
@@ -173,6 +177,9 @@ def answer(session: Session, request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request. Whatever a candidate raises is what is wrong with it."""
     work, config = Workload.from_json(request["workload"]), Config(**request["config"])
     try:
+        if request["do"] == "expect":
+            session.expect(work, request["seed"])
+            return {}
         if request["do"] == "check":
             session.check(work, request["backend"], config, request["seed"])
             return {}

@@ -94,6 +94,22 @@ def test_no_workload_is_begun_after_the_limit(regret: Any, tmp_path: Path) -> No
     assert len(json.loads(out.read_text())["rows"]) == 2
 
 
+def test_a_study_goes_on_where_it_ended(regret: Any, tmp_path: Path) -> None:
+    """Rows that are there are kept as they are, the others measured; what is of another draw is refused."""
+    out = tmp_path / "regret.json"
+    args = ["--seed", "1", "--backends", BACKENDS, "--json", str(out)]
+    regret.main(["--count", "2", *args])
+    found = json.loads(out.read_text())
+    for row in found["rows"]:
+        row["tuned_in"] = 77.0  # which nothing measures
+    out.write_text(json.dumps(found))
+    regret.main(["--count", "4", "--go-on", *args])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["tuned_in"] for row in rows] == [77.0, 77.0, None, None]
+    with pytest.raises(SystemExit, match="another seed: 1, not 2"):
+        regret.main(["--count", "4", "--go-on", *args[2:], "--seed", "2"])
+
+
 def test_what_is_drawn_for_a_gpu_fits_it(regret: Any) -> None:
     import regret_draw
 

@@ -148,6 +148,8 @@ class Made:
     seconds: dict[int, float]
     checks: float = 0.0
     clock: float = 0.0
+    expects: float = 0.0
+    starts: int = 1
     asked: list[tuple[str, int]] = field(default_factory=list)
 
     def start(self, timeout: float = 0.0) -> None:
@@ -156,11 +158,12 @@ class Made:
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         size = request["config"]["chunk_size"]
         self.asked.append((request["do"], size))
-        takes = self.checks if request["do"] == "check" else max(request["seconds"], self.seconds[size])
+        timed = max(request["seconds"], self.seconds[size])
+        takes = {"expect": self.expects, "check": self.checks, "time": timed}[request["do"]]
         self.clock += min(takes, timeout)
         if takes > timeout:
             raise Died(f"no answer within {timeout:.3g} s")
-        return {} if request["do"] == "check" else {"seconds": self.seconds[size]}
+        return {"seconds": self.seconds[size]} if request["do"] == "time" else {}
 
 
 def searched(made: Made, budget: float = 1e6, predicted: Callable[[int], float] = lambda size: 1.0) -> dict[int | None, Trial]:
@@ -201,6 +204,23 @@ def test_what_the_budget_cuts_short_has_not_failed(monkeypatch: pytest.MonkeyPat
     trials = searched(made, budget=2.0, predicted=float)
     assert trials[1].status == "measured"
     assert trials[3].status == "skipped" and "no answer within" in trials[3].note
+
+
+def test_the_reference_s_time_is_no_candidate_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is left is the most that a first candidate may take; the reference took more, once, and all were tried."""
+    made = Made({1: 0.05, 2: 0.05}, checks=0.05, expects=1.1)
+    monkeypatch.setattr(search.time, "monotonic", lambda: made.clock)
+    trials = searched(made, budget=2.0)
+    assert [t.status for t in trials.values()] == ["measured"] * 2
+    assert sum(asked == "expect" for asked, _ in made.asked) == 1
+
+
+def test_a_reference_that_is_too_slow_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made({1: 0.05}, expects=9.0)
+    monkeypatch.setattr(search.time, "monotonic", lambda: made.clock)
+    (trial,) = searched(made, budget=2.0).values()
+    assert trial.status == "skipped" and "the reference was not worked out: no answer within 1.2 s" in trial.note
+    assert made.clock < 1.2 * 2.0
 
 
 # --- what is chosen ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ PRUNE = 10.0
 """How many times the least predicted time a prediction may be, for its candidate to be tried."""
 PATIENCE = 30.0
 """Seconds to wait for an answer about a candidate, unless it is known to take long to compile: then it has hung."""
+EXPECTING = 0.6
+"""How much of what is left of a budget the reference's results may take."""
 FAR = 1.5
 """How many times the fastest measurement one may be, for its candidate to stay in the race."""
 SAMPLE_SECONDS = 0.1
@@ -48,6 +50,7 @@ class Search:
     patience: float = PATIENCE
     trials: dict[tuple[str, Config], Trial] = field(default_factory=dict)
     _deadline: float = 0.0
+    _expecting: int = 0  # the process that has what results are held to, by its number
 
     def run(self, candidates: Sequence[Candidate]) -> tuple[Trial, ...]:
         """A trial for every candidate.
@@ -80,12 +83,15 @@ class Search:
     def _enter(self, c: Candidate, left: int) -> None:
         """Check a candidate and time it once. Compiling counts against the budget, and not as time of a pass."""
         self.on_trial(f"{c.backend} {_show(c.config)}".strip())
-        # the last may take what there is, short of what the race needs; others leave as much for those to come
-        limit = self.remaining * (0.8 if left == 1 else 0.5)
-        limit = limit if c.reluctant else min(limit, self.patience)
         if not self._has_time():
             self._put(c.backend, c.config, "skipped", f"the budget of {self.budget:.3g} s was spent")
             return
+        if unable := self._expect(c):
+            self._put(c.backend, c.config, "skipped", unable)
+            return
+        # the last may take what there is, short of what the race needs; others leave as much for those to come
+        limit = self.remaining * (0.8 if left == 1 else 0.5)
+        limit = limit if c.reluctant else min(limit, self.patience)
         try:
             answer = self._ask(c, "check", 0.0, limit)
             if "error" not in answer:
@@ -99,6 +105,19 @@ class Search:
             self._put(c.backend, c.config, "failed", str(answer["error"]))
         else:
             self.trials[c.backend, c.config] = Trial(c.backend, c.config, "measured", float(answer["seconds"]))
+
+    def _expect(self, c: Candidate) -> str:
+        """Have a new process work out what results are held to, which is no candidate's time; why not, if it cannot."""
+        if self.worker.starts == self._expecting:
+            return ""
+        try:
+            answer = self._ask(c, "expect", 0.0, self.remaining * EXPECTING)
+        except Died as death:
+            return f"the reference was not worked out: {death}"
+        if "error" in answer:
+            return f"the reference cannot be worked out: {answer['error']}"
+        self._expecting = self.worker.starts
+        return ""
 
     def _has_time(self) -> bool:
         """Whether there is time to try one more, in a process that is there or can be started in time."""
