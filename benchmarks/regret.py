@@ -185,7 +185,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where rates, programs and results are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, after every workload")
-    parser.add_argument("--go-on", action="store_true", help="keep the rows that --json's file has, of the same draw and sources")
+    parser.add_argument("--go-on", action="store_true", help="keep the rows that --json's file has")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the tuner's results to FILE, to be shipped")
     parser.add_argument("--commit", help="the commit to name in FILE, where the source has no git")
     options = parser.parse_args(argv)

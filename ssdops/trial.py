@@ -1,8 +1,8 @@
 """The process in which the tuner tries candidates: inputs for a workload, one candidate run as a call runs it, checked, timed.
 
 It reads requests as lines of JSON from its standard input and answers each with a line: `{"do": "expect"}` works out what the
-float64 oracle says, `{"do": "check"}` compares outputs and gradients with it, `{"do": "time"}` gives the seconds of the fastest sample, and `{"do": "compile"}` only runs
-once, so that what is compiled is kept for other processes.
+float64 oracle says, `{"do": "check"}` compares outputs and gradients with it, `{"do": "time"}` gives the seconds of the fastest
+sample, and `{"do": "compile"}` only runs once, so that what is compiled is kept for other processes.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def regret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     import regret
 
     class Made:
-        device, module, asked = "cpu", "", []
+        device, module, starts, asked = "cpu", "", 1, []
 
         def __init__(self, *_: str) -> None:
             Made.asked = []

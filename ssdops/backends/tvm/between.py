@@ -1,4 +1,4 @@
-"""The tensor program of a GPU between two walks of segments: the states that enter segments, from those that each leaves alone."""
+"""The tensor program between two walks of segments on a GPU: the states that enter, from those that each leaves alone."""
 
 from __future__ import annotations
 
