@@ -26,12 +26,13 @@ from torch import Tensor
 
 from ssdops import masks as m
 from ssdops.backends.base import Config, Cotangents, bind
+from ssdops.backends.triton import fenwick
 from ssdops.backends.triton.backward import Backward
 from ssdops.backends.triton.calls import Kernel
 from ssdops.backends.triton.channel import ChannelScan
 from ssdops.backends.triton.channel_backward import ChannelBackward
 from ssdops.backends.triton.launch import Scan
-from ssdops.ir.problem import Target
+from ssdops.ir.problem import Target, fenwick_levels
 from ssdops.plan import terms_of
 from ssdops.testing.structures import Make
 
@@ -76,6 +77,16 @@ def channels(s: Make) -> m.Mask:
     return (channel(s) * m.decay(s.log())).shift(1) * s.cu
 
 
+def log_linear(s: Make) -> m.Mask:
+    """A Fenwick mask."""
+    return m.fenwick(s.log(), s.ranked(fenwick_levels(s.seqlen)))
+
+
+def log_linear_scaled(s: Make) -> m.Mask:
+    """One that gives all that its kernels can have."""
+    return log_linear(s).strict().reverse().scale(log_cols=s.log())
+
+
 MASKS = {
     "channel": channel,
     "channels": channels,
@@ -84,6 +95,8 @@ MASKS = {
     "everything": everything,
     "one": everything,
     "relay": plain,
+    "fenwick": log_linear,
+    "fenwicks": log_linear_scaled,
 }
 
 
@@ -121,6 +134,7 @@ class Launch:
 
 
 BLOCKWISE: dict[str, Any] = {"passes": ("backward",), "only": ("states", "gradients", "hopper_gradients")}
+FENWICK = ("fenwick_tree", "fenwick_output", "fenwick_cotangents", "fenwick_rows", "fenwick_columns")
 CHANNEL = ("channel_states", "channel_output", "channel_gradients")
 SETUPS = (
     Setup("bf16", 64, 128, passes=("forward", "segments", "every", "backward")),
@@ -150,6 +164,11 @@ SETUPS = (
     Setup("bf16", 64, 128, mask="channel", only=CHANNEL),
     Setup("bf16", 256, 256, mask="channel", only=CHANNEL),
     Setup("fp16", 64, 64, mask="channel", only=CHANNEL),
+    Setup("bf16", 64, 128, mask="fenwick"),
+    Setup("bf16", 64, 128, mask="fenwicks", only=FENWICK),
+    Setup("bf16", 256, 256, mask="fenwick", only=FENWICK),
+    Setup("fp16", 64, 64, mask="fenwick", only=FENWICK),
+    Setup("fp32", 128, 128, mask="fenwick", only=FENWICK),
 )
 
 
@@ -162,7 +181,7 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
 
     Kernel.__call__ = record
     per_channel = setup.mask.startswith("channel")
-    full = MASKS[setup.mask] not in (plain, channel)
+    full = MASKS[setup.mask] not in (plain, channel, log_linear, log_linear_scaled)
     make = Shapes(setup.seqlen, setup.nheads, setup.dstate, setup.headdim, DTYPES[setup.dtype], "meta")
     case = make.case(MASKS[setup.mask](make))
     problem = replace(case.problem, target=Target("cuda", "", (arch // 10, arch % 10)))
@@ -170,7 +189,12 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
     initial = make.state() if full else None
     x = bind(term, problem, case.q, case.k, case.v, case.mask.operands, initial, 1.0, problem.dtype, full)
     for name in setup.passes:
-        if name == "backward":
+        if (found := fenwick.structure(term)) is not None:
+            if name == "backward":
+                fenwick.backward(found, x, Config(setup.chunk), Cotangents(case.v))
+            else:
+                fenwick.forward(found, x, Config(setup.chunk))
+        elif name == "backward":
             (ChannelBackward if per_channel else Backward)(term, x, Config(setup.chunk)).backward(Cotangents(case.v, initial))
         elif per_channel:
             ChannelScan(term, x, Config(setup.chunk)).forward()
@@ -208,8 +232,9 @@ def rows(arch: int) -> Iterator[tuple[object, ...]]:
                 if kernel.kernel.hash in seen:
                     continue
                 seen.add(kernel.kernel.hash)
+                tokens = next(launch.constants[name] for name in ("L", "C", "BLOCK") if launch.constants.get(name))
                 yield (
-                    arch, setup.dtype, setup.headdim, setup.dstate, launch.constants.get("L") or launch.constants["BLOCK"],
+                    arch, setup.dtype, setup.headdim, setup.dstate, tokens,
                     setup.mask, launch.what + suffix, kernel.shared, kernel.tensor_memory, kernel.stack, kernel.tensor_cores,
                 )  # fmt: skip
 

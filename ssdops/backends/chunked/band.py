@@ -22,7 +22,8 @@ from ...ir.resolve import reduce_to, repeat_heads
 from ..base import Work, exponent_dtype
 from ..rows import Rows
 from ..scan import exponents
-from .parts import Slices, Values
+from ..structured import Values
+from .parts import Slices
 
 ELEMENTS = 2**19
 """Entries of L, over all rows and heads, that a span aims at: they stay in cache, and the cost of calls is hidden."""

@@ -27,7 +27,8 @@ from ...ir.passes.structure import Structure
 from ...ir.problem import Problem, common_heads, fenwick_levels
 from ...ir.resolve import repeat_heads, segment_ids
 from ..base import Work, exponent_dtype
-from .parts import Slices, Values
+from ..structured import Values
+from .parts import Slices
 from .slices import Slice, slices
 
 ELEMENTS = 2**22

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...ir.problem import Problem
-from .parts import Slices, Values
+from ..structured import Values
+from .parts import Slices
 
 Compute = Callable[["Slice", Slices], Tensor]
 

@@ -10,9 +10,10 @@ from ...ir.passes.structure import Structure, structure_of
 from ...ir.problem import Problem
 from ...ir.terms import Quadratic, Term
 from ..base import BOTH, Config, Gradients, Inputs, Support, Work
+from ..structured import Values
 from . import fenwick, parts, toeplitz
 from .band import Band, band_work
-from .parts import Part, Values
+from .parts import Part
 
 SIZES = (64, 32, 128)
 """Tokens of a block to consider, the default first."""

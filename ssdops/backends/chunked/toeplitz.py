@@ -25,7 +25,8 @@ from ...ir.passes.structure import Structure
 from ...ir.problem import Problem
 from ...ir.resolve import repeat_heads
 from ..base import Work
-from .parts import Slices, Values
+from ..structured import Values
+from .parts import Slices
 from .slices import Slice, slices
 
 ELEMENTS = 2**20

@@ -15,7 +15,7 @@ from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
-from . import tiles
+from . import fenwick, tiles
 from .sizes import CHUNKS, MAX_DIM, RESIDENT, channel_chunks, chunks, rounds, sizes
 
 START = 6
@@ -39,7 +39,8 @@ class Triton:
         if isinstance(term, Diagonal):
             return Support.yes()
         if isinstance(term, Quadratic):
-            return tiles.supports(term, p)
+            found = fenwick.structure(term)
+            return tiles.supports(term, p) if found is None else fenwick.supports(found, p)
         if p.state_every is not None and p.state_every % min(CHUNKS):
             return _between_chunks(p.state_every, min(CHUNKS))
         if p.accumulate == torch.float64:
@@ -57,8 +58,18 @@ class Triton:
             )
         return Support.yes()
 
+    def has_chunks(self, term: Term) -> bool:
+        """Whether a chunk size means something to a term that is no scan."""
+        return fenwick.structure(term) is not None
+
+    def growth(self, term: Term) -> str | None:
+        """How the cost of a term that is no scan grows with seqlen, where it is not the usual way."""
+        return "T log T" if fenwick.structure(term) is not None else None
+
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
+        if fenwick.structure(term) is not None:
+            return fenwick.configs(problem, chunk_size)
         if isinstance(term, Diagonal | Quadratic):
             return (Config(),)
         sizes_of = chunks if term.channel is None else channel_chunks
@@ -101,7 +112,7 @@ class Triton:
     def _forward_work(self, term: Term, problem: Problem, config: Config) -> Work:
         p = problem
         if isinstance(term, Quadratic):
-            return tiles.work(term, p)
+            return tiles.work(term, p) if fenwick.structure(term) is None else fenwick.work(p, config)
         tokens = float(p.batch * p.seqlen)
         touched = tokens * (2 * p.nheads * p.headdim + (p.q_heads + p.k_heads) * p.dstate) * p.dtype.itemsize
         interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
@@ -121,7 +132,8 @@ class Triton:
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
         if isinstance(term, Quadratic):
-            return tiles.forward(term, x)
+            found = fenwick.structure(term)
+            return tiles.forward(term, x) if found is None else fenwick.forward(found, x, config)
         return _passes(term.channel is not None)[0](term, x, config)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
@@ -129,7 +141,8 @@ class Triton:
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
         if isinstance(term, Quadratic):
-            return tiles.backward(term, x, cotangents)
+            found = fenwick.structure(term)
+            return tiles.backward(term, x, cotangents) if found is None else fenwick.backward(found, x, config, cotangents)
         return _passes(term.channel is not None)[1](term, x, config, cotangents)
 
     def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:

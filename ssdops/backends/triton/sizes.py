@@ -129,6 +129,13 @@ def channel_chunks(problem: Problem) -> tuple[int, ...]:
     return (most, *(size for size in CHUNKS if size < most))
 
 
+def fenwick_chunks(problem: Problem) -> tuple[int, ...]:
+    """Of a Fenwick term, powers of two: products of float32 by tiles of 16 numbers are not right everywhere (`channel.py`)."""
+    wide = padded(problem.dstate) > (128 if problem.dtype == torch.bfloat16 else 64)
+    sizes = (32,) if wide else (64, 32) if problem.dtype == torch.bfloat16 else (32, 64)
+    return (*sizes, 16) if problem.dtype == torch.bfloat16 else sizes
+
+
 def _crowded(problem: Problem) -> bool:
     """Whether blocks of 64 tokens would need more tensor memory than there is: then they have 32, which need less."""
     p, n = problem.headdim, problem.dstate
