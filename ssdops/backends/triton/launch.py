@@ -44,6 +44,15 @@ class Prepared(NamedTuple):
     blocks: Sums
 
 
+class Segments(NamedTuple):
+    """How rows are cut: into how many, of how many blocks, or tokens; and whether rows are packed, of any length up to that."""
+
+    number: int
+    blocks: int
+    tokens: int
+    packed: bool
+
+
 @dataclass(frozen=True)
 class Side:
     """What a walk of states reads and leaves: of S over V, or of dS over dY.
@@ -61,7 +70,7 @@ class Side:
 
 
 Parts: TypeAlias = tuple[Tensor, Tensor]
-"""What each segment makes from zero, and its E (`kernels/states.py`)."""
+"""What each segment makes from zero, `[sides, slots, nheads, P, N]`, and its E (`kernels/states.py`)."""
 
 
 class Scan:
@@ -158,22 +167,28 @@ class Scan:
         Returns:
             What each segment makes from zero, if there are several.
         """
-        p, segments, parts = self.problem, self.config.segments, None
-        if segments > 1:
-            shape = (1 if ds is None else 2, segments, self.rows, p.nheads)
-            parts = self.empty(*shape, p.headdim, p.dstate), self.empty(*shape)
+        parts = None
+        if self.config.segments > 1:
+            parts = self._parts(1 if ds is None else 2)
             self._walk(blocks, s, ds, parts, first=True)
         if s.blocks is not None:
             self._walk(blocks, s, ds, parts, first=False)
         return parts
 
-    def _walk(self, blocks: Sums, s: Side, ds: Side | None, parts: Parts | None, first: bool) -> None:
+    def _parts(self, sides: int) -> Parts:
+        """Room for what segments make."""
+        p, segments = self.problem, self.segments
+        shape = sides, self.tokens // segments.tokens + self.rows if segments.packed else self.rows * segments.number, p.nheads
+        return self.empty(*shape, p.headdim, p.dstate), self.empty(*shape)
+
+    def _walk(
+        self, blocks: Sums, s: Side, ds: Side | None, parts: Parts | None, first: bool, last: bool = False
+    ) -> None:  # fmt: skip
         p, t, z, nothing, u, w = self.problem, self.term, self.sizes, self.q, self.slot("rows"), self.slot("cols")
-        segments = self.config.segments
         (k, q), tiles = alike(self.k, self.q, p.dtype), ceil_div(p.headdim, z.rows) * ceil_div(p.dstate, z.state)
         other = ds or s
         self.run(
-            STATES, (p.nheads * tiles * self.rows, 1 if ds is None else 2, parts[0].shape[1] if parts else segments),
+            STATES, self._grid(p.nheads * tiles, 1 if ds is None else 2, parts),
             (
                 s.x, k, other.x, q, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *blocks,
                 or_else(s.entering, nothing), or_else(other.entering, nothing), or_else(s.blocks, nothing),
@@ -182,20 +197,29 @@ class Scan:
             ),
             (
                 *self.packing, p.nheads // p.v_heads, p.nheads // p.k_heads, p.nheads // p.q_heads, self.scale,
-                self.per_segment(segments),
+                self.segments.blocks,
                 *strides(s.x), *strides(k), *strides(other.x), *strides(q), *strides(u), *strides(w),
             ),
             BLOCK=z.block, PORTION=z.portion, P=p.headdim, BP=z.rows, BN=z.state, CAUSAL=t.causal, ROWS=u is not None,
             COLS=w is not None, BOTH=ds is not None, ENTERING=s.entering is not None and not first,
             DLEAVING=ds is not None and ds.entering is not None and not first,
             DENTERING=ds is not None and ds.leaving is not None and not first,
-            PARTS=first, SEGMENTS=parts is not None and not first,
+            PARTS=first, LAST=last, SEGMENTS=parts is not None and not first,
             STAGES=z.stages + 1, **self.common, num_warps=4,
         )  # fmt: skip
 
-    def per_segment(self, segments: int) -> int:
-        """Blocks of a segment, of so many."""
-        return ceil_div(ceil_div(self.problem.seqlen, self.sizes.block), segments)
+    @cached_property
+    def segments(self) -> Segments:
+        """How rows are cut by the config; of packed rows, as a row of all their tokens would be."""
+        blocks, size = ceil_div(self.problem.seqlen, self.sizes.block), self.sizes.block
+        each = max(ceil_div(blocks, self.config.segments), 1)
+        return Segments(max(ceil_div(blocks, each), 1), each, each * size, self.cu is not None)
+
+    def _grid(self, runners: int, sides: int, parts: Parts | None) -> Grid:
+        """Programs of a walk, `runners` for each row and segment (`kernels/rows.py`)."""
+        if parts is not None and self.segments.packed:
+            return (runners * parts[1].shape[1], sides, 1)
+        return (runners * self.rows, sides, 1 if parts is None else self.segments.number)
 
     # --- passes ---------------------------------------------------------------------------------------------------------
 
@@ -210,16 +234,16 @@ class Scan:
         return Output(y, state, every=None if blocks is None else self._every(blocks, state))
 
     def _scan(self, y: Tensor, state: Tensor | None, blocks: Tensor | None) -> None:
-        p, t, z, nothing, segments = self.problem, self.term, self.sizes, self.q, self.config.segments
+        p, t, z, nothing, each = self.problem, self.term, self.sizes, self.q, self.segments.blocks
         runners, turns, handed = p.nheads * ceil_div(p.headdim, z.rows), None, None
-        relay = relay_of(p, self.rows * runners) if segments == 1 and self.cu is None else 1
+        relay = relay_of(p, self.rows * runners) if self.config.segments == 1 and self.cu is None else 1
         if relay > 1:
-            turns, segments = self.empty(self.rows, runners, dtype=torch.int32), relay
+            turns, each = self.empty(self.rows, runners, dtype=torch.int32), ceil_div(each, relay)
             handed = self.empty(self.rows, p.nheads, p.headdim, p.dstate)
         prepared, initial = self.prepare(chunks=True, blocks=self.config.segments > 1, turns=turns), contiguous(self.x.initial)
         parts, u, w = self.walk(prepared.blocks, Side(self.v)), self.slot("rows"), self.slot("cols")
         self.run(
-            SCAN, (runners * self.rows, 1, segments),
+            SCAN, (runners * self.rows, 1, relay) if relay > 1 else self._grid(runners, 1, parts),
             (
                 self.q, self.k, self.v, y, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing),
                 prepared.scores, *prepared.chunks, prepared.center, or_else(initial, nothing), or_else(state, nothing),
@@ -227,7 +251,7 @@ class Scan:
             ),
             (
                 *self.packing, self.groups, p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
-                self.per_segment(segments) * (z.block // z.chunk),
+                each * (z.block // z.chunk),
                 *strides(self.q), *strides(self.k), *strides(self.v), *strides(y), *strides(u), *strides(w),
             ),
             L=z.chunk, BLOCK=p.state_every or z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
@@ -239,16 +263,29 @@ class Scan:
 
     def final_state(self) -> Tensor:
         """The final states alone, of a config with as many segments as fill the device: what each makes, then their sum."""
-        p, segments = self.problem, self.config.segments
-        shape = (1, segments + 1, self.rows, p.nheads)  # the last makes nothing, as nobody starts from it
-        parts = self.empty(*shape, p.headdim, p.dstate), self.empty(*shape)
+        p, x = self.problem, self.x
         if not (self.rows and self.tokens):
-            return torch.zeros_like(parts[0][0, 0]) if self.x.initial is None else self.x.initial
-        self._walk(self.prepare(chunks=False, blocks=True).blocks, Side(self.v), None, parts, first=True)
-        (made,), (logs,) = parts
-        since = logs.flip(0).cumsum(0).flip(0)  # [segments + 1, rows, nheads], in units of log 2, with the segment's own
-        total = (made[:-1] * since[1:].exp2()[..., None, None]).sum(0)
-        return total if self.x.initial is None else total + self.x.initial * since[0].exp2()[..., None, None]
+            empty = torch.zeros(self.rows, p.nheads, p.headdim, p.dstate, device=self.q.device)
+            return empty if x.initial is None else x.initial
+        parts = self._parts(1)
+        self._walk(self.prepare(chunks=False, blocks=True).blocks, Side(self.v), None, parts, first=True, last=True)
+        made, logs = (self._by_row(part[0]) for part in parts)
+        since = logs.flip(1).cumsum(1).flip(1)  # [rows, segments, nheads], in units of log 2, with the segment's own
+        after = torch.cat([since[:, 1:], torch.zeros_like(since[:, :1])], 1)
+        total = (made * after.exp2()[..., None, None]).sum(1)
+        return total if x.initial is None else total + x.initial * since[:, 0].exp2()[..., None, None]
+
+    def _by_row(self, part: Tensor) -> Tensor:
+        """What there is of slots of segments, `[rows, segments, …]`; of packed rows with fewer segments, 0 after them."""
+        number, size, cu = self.segments.number, self.segments.tokens, self.cu
+        if cu is None:
+            return part.unflatten(0, (self.rows, number))
+        start, stop = cu[:-1].long().clamp(0, self.tokens), cu[1:].long().clamp(0, self.tokens)
+        segment = torch.arange(number, device=part.device)
+        slot = (start // size + torch.arange(self.rows, device=part.device))[:, None] + segment
+        there = (segment == 0) | (segment * size < (stop - start)[:, None])
+        found = part[slot.clamp(max=len(part) - 1)]
+        return torch.where(there.view(*there.shape, *(1,) * (part.ndim - 1)), found, 0.0)
 
     def _blocks(self, size: int) -> Tensor:
         """Room for the state that enters each block of that many tokens, and for one more: [blocks + 1, nheads, P, N]."""

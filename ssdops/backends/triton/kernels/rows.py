@@ -24,7 +24,7 @@ def bounds(cu, row, seqlen, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
-def row_of_slot(cu, slot, n_rows, tokens, at_once, SIZE: tl.constexpr):
+def row_of_slot(cu, slot, n_rows, tokens, at_once, SIZE):
     """The packed row whose slots a slot belongs to: the last one whose first slot is not after it."""
     found = 0
     for first in range(0, n_rows, at_once.shape[0]):
@@ -62,6 +62,24 @@ def first_slot(start, row, seqlen, SIZE: tl.constexpr, PACKED: tl.constexpr):
     else:
         slot = row.to(tl.int64) * ((seqlen + SIZE - 1) // SIZE)
     return slot
+
+
+@triton.jit
+def segment_of(cu, at, n_rows, tokens, SIZE, PACKED: tl.constexpr, SPLIT: tl.constexpr):
+    """The row and the segment of `SIZE` tokens that a program walks, and the slot of the row's first segment.
+
+    Packed rows that are SPLIT have a program for each slot of that size, which `at` counts: so however long each of them
+    is, few programs have nothing to do. Else it counts rows, and the last axis of the grid segments.
+    """
+    if PACKED and SPLIT:
+        row = row_of_slot(cu, at, n_rows, tokens, tl.arange(0, 256), SIZE)
+        start = tl.minimum(tl.maximum(tl.load(cu + row).to(tl.int64), 0), tokens)
+        slot0 = (start // SIZE).to(tl.int32) + row
+        segment = at - slot0
+    else:
+        row, segment = at, tl.program_id(2)
+        slot0 = row * tl.num_programs(2)
+    return row, segment, slot0.to(tl.int64)
 
 
 @triton.jit

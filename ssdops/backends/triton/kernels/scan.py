@@ -13,7 +13,7 @@ between chunks.
 import triton
 import triton.language as tl
 
-from .rows import any_wide, bounds, first_slot, remembered
+from .rows import any_wide, bounds, first_slot, remembered, segment_of
 
 
 @triton.jit
@@ -27,23 +27,30 @@ def scan(
     LEAVING: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, RELAY: tl.constexpr, ALIGN: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows · heads · tiles of P, 1, segments).
+    """Grid: (rows · heads · tiles of P, 1, segments), or of SEGMENTS of packed rows (slots · heads · tiles of P): `segment_of`.
 
     Args:
         scale: the factor of Y.
         per_segment: chunks of a segment, a multiple of ALIGN, which segments begin at.
-        parts, part_totals: the state that each segment makes from zero, and its E (`states`): read if SEGMENTS.
+        parts, part_totals: the state that each segment makes from zero, `[slots of segments, nheads, P, N]`, and its E
+            (`states`): read if SEGMENTS.
         handed, turns: where, in a RELAY, a segment leaves the state to the next one, and whose turn it is (0 before:
             `prepare`), of `[rows, nheads, P, N]` and of each program of a segment.
         CAUSAL: whether chunks are walked from the left.
         BLOCKS: write the state that enters each block of BLOCK tokens.
     """
     tiles: tl.constexpr = (P + BP - 1) // BP
-    row, h = tl.program_id(0) // (nheads * tiles), tl.program_id(0) // tiles % nheads
-    segment = tl.program_id(2)
+    at, h = tl.program_id(0) // (nheads * tiles), tl.program_id(0) // tiles % nheads
+    row, segment, part0 = segment_of(cu, at, n_rows, tokens, per_segment * L, PACKED, SEGMENTS)
     start, stop = bounds(cu, row, seqlen, tokens, PACKED)
     b, t0, length = start // seqlen, start % seqlen, (stop - start).to(tl.int32)
     chunks = (length + L - 1) // L
+    empty = 0 if CAUSAL else (chunks + ALIGN - 1) // ALIGN * ALIGN - chunks  # chunks at the right end that have no tokens
+    lo = tl.maximum(segment * per_segment - empty, 0)
+    hi = tl.minimum((segment + 1) * per_segment - empty, chunks)
+    if SEGMENTS:
+        if (lo >= chunks) & (segment > 0):
+            return
     slot0 = first_slot(start, row, seqlen, L, PACKED)
     block0 = first_slot(start, row, seqlen, BLOCK, PACKED)
     row, nheads64 = row.to(tl.int64), tl.cast(nheads, tl.int64)
@@ -68,11 +75,11 @@ def scan(
         if BN2:
             s2 += tl.load(entering + state + n2[None, :], mask=inside_p & inside_n2, other=0.0).to(tl.float32)
     if SEGMENTS:
-        kept, _ = remembered(part_totals + row * nheads64 + h, n_rows * nheads64, 0, segment)
+        kept, _ = remembered(part_totals + part0 * nheads64 + h, nheads64, 0, segment)
         if kept > 0:
             s, s2 = tl.zeros_like(s), tl.zeros_like(s2)
         for earlier in range(kept, segment):
-            part = (earlier * n_rows + row) * nheads64 + h
+            part = (part0 + earlier) * nheads64 + h
             decay = tl.exp2(tl.load(part_totals + part))
             place = parts + part * P * N + p[:, None] * N
             s = s * decay + tl.load(place + n[None, :], mask=inside_p & inside_n, other=0.0)
@@ -86,9 +93,6 @@ def scan(
             s = tl.load(handed + state + n[None, :], mask=inside_p & inside_n, other=0.0, cache_modifier=".cg")
             if BN2:
                 s2 = tl.load(handed + state + n2[None, :], mask=inside_p & inside_n2, other=0.0, cache_modifier=".cg")
-    empty = 0 if CAUSAL else (chunks + ALIGN - 1) // ALIGN * ALIGN - chunks  # chunks at the right end that have no tokens
-    lo = tl.maximum(segment * per_segment - empty, 0)
-    hi = tl.minimum((segment + 1) * per_segment - empty, chunks)
     if FACTORED:
         leftmost = lo if CAUSAL else chunks - hi
         if any_wide(center, (slot0 + leftmost) * nheads64 + h, nheads64, hi - lo):
@@ -120,7 +124,7 @@ def scan(
             tl.debug_barrier()
             tl.atomic_xchg(turns, segment + 1, sem="release")
     if LEAVING:
-        if segment == tl.num_programs(2) - 1:
+        if hi == chunks:
             tl.store(leaving + state + n[None, :], s.to(leaving.dtype.element_ty), mask=inside_p & inside_n)
             if BN2:
                 tl.store(leaving + state + n2[None, :], s2.to(leaving.dtype.element_ty), mask=inside_p & inside_n2)

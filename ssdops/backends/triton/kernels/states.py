@@ -12,7 +12,7 @@ last state of a segment is wanted, what it does not remember is not read.
 import triton
 import triton.language as tl
 
-from .rows import bounds, first_slot, remembered
+from .rows import bounds, first_slot, remembered, segment_of
 
 
 @triton.jit
@@ -23,10 +23,11 @@ def states(
     BLOCK: tl.constexpr, PORTION: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PACKED: tl.constexpr, BOTH: tl.constexpr, ENTERING: tl.constexpr, DLEAVING: tl.constexpr, DENTERING: tl.constexpr,
-    PARTS: tl.constexpr, SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, LAST: tl.constexpr, SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows · heads · tiles of P and N, 2 if BOTH or 1 for S alone, segments).
+    """Grid: (rows · heads · tiles of P and N, 2 if BOTH or 1 for S alone, segments), or of packed rows in segments
+    (slots · heads · tiles, 2 or 1): `segment_of`.
 
     Args:
         rho, kappa, total: sums of log decays by blocks (`prepare`).
@@ -34,23 +35,31 @@ def states(
         dentering: dS before the first block.
         blocks, dblocks: S and dS as they enter each block, `[blocks, nheads, P, N]`: written unless PARTS.
         per_segment: blocks of a segment.
-        parts, part_totals: the state that each segment makes from zero, `[sides, segments, rows, nheads, P, N]`, and its E:
-            written if PARTS, read if SEGMENTS.
+        parts, part_totals: the state that each segment makes from zero, `[sides, slots of segments, nheads, P, N]`, and its
+            E: written if PARTS, but of a row's last segment only if LAST, and read if SEGMENTS.
     """
     tiles_p: tl.constexpr = (P + BP - 1) // BP
     tiles: tl.constexpr = tiles_p * ((N + BN - 1) // BN)
     portions: tl.constexpr = BLOCK // PORTION
-    row, h = tl.program_id(0) // (nheads * tiles), tl.program_id(0) // tiles % nheads
-    tile, segment = tl.program_id(0) % tiles, tl.program_id(2)
+    at, h, tile = tl.program_id(0) // (nheads * tiles), tl.program_id(0) // tiles % nheads, tl.program_id(0) % tiles
+    row, segment, part0 = segment_of(cu, at, n_rows, tokens, per_segment * BLOCK, PACKED, PARTS or SEGMENTS)
     start, stop = bounds(cu, row, seqlen, tokens, PACKED)
     batch, t0, length = start // seqlen, start % seqlen, (stop - start).to(tl.int32)
+    whole = (length + BLOCK - 1) // BLOCK * portions  # the last of them may be empty
+    lo, hi = segment * per_segment * portions, tl.minimum((segment + 1) * per_segment * portions, whole)
+    if PARTS and not LAST:
+        if hi >= whole:  # nobody starts from what it leaves
+            return
+    if SEGMENTS:
+        if (lo >= whole) & (segment > 0):
+            return
     slot0 = first_slot(start, row, seqlen, BLOCK, PACKED)
     row, nheads64 = row.to(tl.int64), tl.cast(nheads, tl.int64)
     p, n, i = (tile % tiles_p) * BP + tl.arange(0, BP), (tile // tiles_p) * BN + tl.arange(0, BN), tl.arange(0, PORTION)
     inside_p, inside_n = p < P, n < N
     inside = inside_p[:, None] & inside_n[None, :]
     place, state = p[:, None] * N + n[None, :], (row * nheads64 + h) * P * N
-    reads, from_left, factor, part0 = False, CAUSAL, 1.0, row * nheads64 + h
+    reads, from_left, factor, part0 = False, CAUSAL, 1.0, part0 * nheads64 + h
     x = v + batch * v_b + t0 * v_t + (h // v_share) * v_h
     b = k + batch * k_b + t0 * k_t + (h // k_share) * k_h
     if BOTH:  # the other side's tensors instead
@@ -65,28 +74,25 @@ def states(
         elif DLEAVING:
             entering = dleaving
         kappa = tl.where(reads, rho, kappa)
-        part0 += tl.where(reads, tl.num_programs(2) * n_rows * nheads64, 0)
+        places = tl.num_programs(0) // (nheads * tiles)
+        part0 += tl.where(reads, places.to(tl.int64) * tl.num_programs(2) * nheads64, 0)
     s = tl.zeros([BP, BN], tl.float32)
     if ENTERING or DLEAVING:
         given = tl.where(reads, DLEAVING, ENTERING) if BOTH else ENTERING
         s += tl.load(entering + state + place, mask=inside & given, other=0.0).to(tl.float32)
     if SEGMENTS:
-        kept, _ = remembered(part_totals + part0, n_rows * nheads64, 0, segment)
+        kept, _ = remembered(part_totals + part0, nheads64, 0, segment)
         s = tl.where(kept > 0, 0.0, s)
         for earlier in range(kept, segment):
-            part = part0 + earlier * n_rows * nheads64
+            part = part0 + earlier * nheads64
             s = s * tl.exp2(tl.load(part_totals + part)) + tl.load(parts + part * P * N + place, mask=inside, other=0.0)
-    whole = (length + BLOCK - 1) // BLOCK * portions  # the last of them may be empty
-    lo, hi = segment * per_segment * portions, tl.minimum((segment + 1) * per_segment * portions, whole)
     if PARTS:
         passed = 0.0
         if DECAY:
             walk = total + slot0 * nheads64 + h + tl.where(from_left, 0, (whole // portions - 1) * nheads64)
             kept, passed = remembered(walk, tl.where(from_left, nheads64, -nheads64), lo // portions, hi // portions)
             lo = kept * portions
-        if segment == tl.num_programs(2) - 1:  # nobody starts from what the last one leaves
-            hi = lo
-        tl.store(part_totals + part0 + segment * n_rows * nheads64, passed)
+        tl.store(part_totals + part0 + segment * nheads64, passed)
     for step in tl.range(lo, hi, num_stages=STAGES):
         c = tl.where(from_left, step, whole - 1 - step)
         first = c % portions == tl.where(from_left, 0, portions - 1)
@@ -111,7 +117,6 @@ def states(
             weight *= tl.load(w + batch * w_b + t * w_t + h * w_h, mask=here & (reads == 0), other=1.0).to(tl.float32)
         s = tl.dot((xt.to(tl.float32) * weight[None, :]).to(DOT), bt, acc=s, input_precision=PRECISION)
     if PARTS:
-        tl.store(parts + (part0 + segment * n_rows * nheads64) * P * N + place, s, mask=inside)
+        tl.store(parts + (part0 + segment * nheads64) * P * N + place, s, mask=inside)
     if DENTERING:
-        last = segment == tl.num_programs(2) - 1
-        tl.store(dentering + state + place, s, mask=inside & last & reads)
+        tl.store(dentering + state + place, s, mask=inside & (hi == whole) & reads)
