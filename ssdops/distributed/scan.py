@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import api, arguments, masks
+from .. import api, arguments, masks, ops, run
 from ..arguments import State
+from ..autotune import policy
 from ..errors import ShapeError, SsdopsError, UnsupportedError
 from ..ir import nodes as n
 from ..ir.contraction import Contraction
@@ -21,7 +22,7 @@ from ..masks import Mask
 from ..plan import state_terms
 from .agree import Team, team_of
 from .decays import Slice
-from .exchange import Pair, exchange
+from .exchange import Exchange, Pair
 from .settle import settled
 
 
@@ -99,9 +100,9 @@ def ssd(
         found = options.ssd(q, k, v, mask, initial_state, return_state)
         return found if return_state else found[0]
     given = Given(q, k, v, mask, initial_state, return_state)
-    part, lengths = _agreed(team, given, options)
+    part, lengths, learnt = _agreed(team, given, options)
     mask = settled(mask, part.problem, team, lengths)
-    y, states = _run(team, replace(part, operands=mask.operands), mask, given, options)
+    y, states = _run(team, part, given, mask, options, learnt)
     return (y, states) if return_state else y
 
 
@@ -125,6 +126,15 @@ class Options:
         )  # fmt: skip
         return (found, ()) if isinstance(found, Tensor) else (found[0], found[1])
 
+    @property
+    def state_name(self) -> str | None:
+        """The dtype of final states, by name."""
+        return None if self.state_dtype is None else str(self.state_dtype).removeprefix("torch.")
+
+    def program(self, tree: n.Node) -> tuple[str, tuple[str, ...]]:
+        """Of a slice, whose states are in the accumulation dtype, as text; and the names of its operands in order."""
+        return arguments.text(tree, True, None, self.backend, self.chunk_size, None, self.tune)
+
     def of_states(self, tree: n.Node) -> Contraction:
         """Those of a pass that only makes states: no call of the user's, and not worth measuring."""
         return Contraction(
@@ -144,8 +154,9 @@ class Given:
     return_state: bool
 
 
-def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int]]:
-    """This rank's part of the call, and seqlen of every rank's, once all have found theirs to be in order and of one call."""
+def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int], bool]:
+    """Once all ranks have found theirs to be in order and of one call: this rank's part, seqlen of every rank's, and whether
+    gradients are wanted."""
     facts: dict[str, Any] = {}
     part = error = None
     try:
@@ -154,7 +165,7 @@ def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int
         error = found
     everyone = team.agree(facts, _shapes(given), error)
     assert part is not None  # or else all have raised
-    return part, [one["own"] for one in everyone]
+    return part, [one["own"] for one in everyone], facts["whether gradients are wanted"]
 
 
 def _shapes(given: Given) -> str:
@@ -168,6 +179,9 @@ def _described(team: Team, given: Given, options: Options) -> tuple[Slice, dict[
     mask, return_state = given.mask, given.return_state
     arguments.check_types(given.q, given.k, given.v, mask)
     arguments.check_options(options.scale, return_state, options.state_dtype, options.backend)
+    arguments.check_counts(options.chunk_size, None)
+    if options.tune is not None:
+        policy.checked(options.tune, "tune")
     team.check_device(given.q.device)
     q, k, v = arguments.autocast(given.q, given.k, given.v)
     states = arguments.states(given.initial, "initial_state")
@@ -177,7 +191,7 @@ def _described(team: Team, given: Given, options: Options) -> tuple[Slice, dict[
             "the state of trapezoidal() holds the last token's k and v, and is not passed into or out of a split sequence; "
             "split the whole of it, or write it as decays with scaled columns"
         )
-    p = problem_of(mask.tree, q, k, v, mask.operands, states)
+    p = problem_of(mask.tree, q, k, v, mask.operands, states, options.state_name)
     if terms and p.n_states is None:
         raise UnsupportedError(
             "documents that are split over ranks pass states on by their number: documents(segment_ids=…, n_segments=…)"
@@ -195,97 +209,109 @@ def _described(team: Team, given: Given, options: Options) -> tuple[Slice, dict[
     }  # fmt: skip
 
 
-def _run(team: Team, part: Slice, mask: Mask, given: Given, options: Options) -> tuple[Tensor, State]:
+def _run(team: Team, part: Slice, given: Given, mask: Mask, options: Options, learnt: bool) -> tuple[Tensor, State]:
     """State pass, exchange, output pass."""
-    q, k, v, terms = part.q, part.k, part.v, state_terms(mask.tree)
+    terms = state_terms(mask.tree)
     if not terms:  # diagonals alone: tokens do not see one another
-        return options.ssd(q, k, v, mask, None, False)
+        return options.ssd(part.q, part.k, part.v, mask, None, False)
+    program, names = options.program(mask.tree)
     initial = arguments.states(given.initial, "initial_state")
-    with torch.no_grad():
-        decays = [part.total_decay(term) for term in terms]
-        pairs = [
-            Pair(a, part.leaving(term), term.causal, _end(team, term, initial, i, a.dtype))
-            for i, (term, a) in enumerate(zip(terms, decays, strict=True))
-        ]
-        entering, finals = zip(*exchange(pairs, team), strict=True)
-    y, left = options.ssd(q, k, v, mask, entering, True)
-    left = left if isinstance(left, tuple) else (left,)
-    finals = tuple(x.to(state.dtype) for x, state in zip(finals, left, strict=True)) if given.return_state else ()
-    context = Context(team, part, terms, len(initial), len(finals))
-    kept = [x.detach() for x in (q, k, *part.operands.values(), *decays)]
-    joined = Joined.apply(context.without_tensors(), y, *left, *initial, *finals, *kept)  # type: ignore[no-untyped-call]  # as torch has it
-    return joined[0], joined[1] if len(joined) == 2 else joined[1:]
-
-
-def _end(team: Team, term: Linear, initial: list[Tensor], index: int, dtype: torch.dtype) -> Tensor | None:
-    """This rank's part of the state that enters the whole sequence: all of it where that is, zeros elsewhere."""
-    if not initial:
-        return None
-    state = initial[index].detach().to(dtype)
-    return state if team.rank == (0 if term.causal else team.size - 1) else torch.zeros_like(state)
+    tensors = (part.q, part.k, part.v, *(mask.operands[name] for name in names), *initial)
+    context = Context(team, part.without_tensors(names), terms, program, len(initial), given.return_state, learnt)
+    y, *finals = Split.apply(context, *tensors)  # type: ignore[no-untyped-call]  # as torch has it
+    return y, finals[0] if len(finals) == 1 else tuple(finals)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the backward pass of a split call needs besides tensors.
+    """What a split call is, besides its tensors.
 
     Attributes:
         part: the slice; its tensors come and go with autograd's, so that checkpointing can drop them.
-        n_initial, n_finals: how many initial states there are, and final ones that are wanted.
+        program: of the slice's `ssd`, as text.
+        n_initial: how many initial states there are.
+        return_state: whether the final states are wanted.
+        learnt: whether a backward pass will follow, on any rank.
     """
 
     team: Team
     part: Slice
     terms: tuple[Linear, ...]
+    program: str
     n_initial: int
-    n_finals: int
+    return_state: bool
+    learnt: bool
 
-    def without_tensors(self) -> Context:
-        """The same, of a slice of no tensors."""
-        nothing = self.part.q.new_empty(0)
-        names = dict.fromkeys(self.part.operands, nothing)
-        return replace(self, part=replace(self.part, q=nothing, k=nothing, v=nothing, operands=names))
+    def with_tensors(self, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor]) -> Slice:
+        """The slice again."""
+        return replace(self.part, q=q, k=k, v=v, operands=dict(zip(self.part.operands, operands, strict=True)))
 
-    def with_tensors(self, q: Tensor, k: Tensor, operands: Sequence[Tensor]) -> Slice:
-        """The slice again, but for v, which nothing asks for."""
-        named = dict(zip(self.part.operands, operands, strict=True))
-        return replace(self.part, q=q, k=k, operands=named)
+    def call(self, part: Slice, states: list[Tensor]) -> run.Call:
+        """The slice's `ssd`, from the states that enter it."""
+        return run.Call(part.q, part.k, part.v, list(part.operands.values()), states, self.program, part.scale)
 
     def enters(self, term: Linear) -> bool:
         """Whether the whole sequence's initial state enters at this rank."""
         return self.team.rank == (0 if term.causal else self.team.size - 1)
 
+    def end(self, term: Linear, initial: Tensor, dtype: torch.dtype) -> Tensor:
+        """This rank's part of the state that enters the whole sequence: all of it where that is, zeros elsewhere."""
+        return initial.to(dtype) if self.enters(term) else torch.zeros_like(initial, dtype=dtype)
 
-class Joined(torch.autograd.Function):
-    """The outputs of a slice as outputs of the whole: here the cotangents of states cross from rank to rank.
 
-    Forward hands on Y and the final states of the whole. Backward takes the cotangent of Y to that of the state which the slice
-    leaves (through the slices after it), before autograd goes on into the slice's own `ssd`.
-    """
+class Split(torch.autograd.Function):
+    """A slice's `ssd`, begun before the states that enter it have come, and its backward pass before their cotangents have."""
 
     @staticmethod
-    def forward(ctx: Any, c: Context, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        left, rest = rest[: len(c.terms)], rest[len(c.terms) :]
-        initial, finals, kept = rest[: c.n_initial], rest[c.n_initial :][: c.n_finals], rest[c.n_initial + c.n_finals :]
-        ctx.context, ctx.left, ctx.initial = c, [x.dtype for x in left], [x.dtype for x in initial]
-        ctx.save_for_backward(*kept)
-        return y.view_as(y), *(x.view_as(x) for x in finals)
+    def forward(ctx: Any, c: Context, *tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *rest = tensors
+        operands, initial = rest[: len(rest) - c.n_initial], rest[len(rest) - c.n_initial :]
+        part, acc = c.with_tensors(q, k, v, operands), c.part.problem.accumulate
+        save = c.learnt and ops.worth_saving(q)
+        with ops.no_autocast(q):
+            states = [q.new_empty(c.part.state_shape, dtype=acc) for _ in c.terms]
+            begun = run.begin(c.call(part, states), c.learnt)
+            decays = [
+                part.total_decay(term) if x.decay is None else x.decay for term, x in zip(c.terms, begun.begun, strict=True)
+            ]
+            ends = [c.end(term, x, acc) for term, x in zip(c.terms, initial, strict=False)]
+            pairs = [
+                Pair(decays[i], x.state, term.causal, ends[i] if ends else None)
+                for i, (term, x) in enumerate(zip(c.terms, begun.begun, strict=True))
+            ]
+            exchange = Exchange(pairs, c.team, states, whole=c.return_state)
+            y, *others = begun.finish(save, exchange.arrive)
+            exchange.arrive()  # a slice of no documents has asked for none
+        finals = [x.to(c.part.problem.state_dtype, copy=True) for x in exchange.last]
+        if c.learnt:
+            ctx.context, ctx.mode, ctx.initial = c, policy.current(), [x.dtype for x in initial]
+            ctx.counts = len(operands), len(c.terms)
+            ctx.save_for_backward(q, k, v, *operands, *states, *decays, *others[len(c.terms) :])
+        return y, *finals
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *dfinals: Tensor) -> tuple[Tensor | None, ...]:
         c: Context = ctx.context
-        q, k, *operands = ctx.saved_tensors
-        decays = [operands.pop() for _ in c.terms][::-1]
-        part, acc = c.with_tensors(q, k, operands), c.part.problem.accumulate
-        pairs = [
-            Pair(a, part.arriving(term, dy), not term.causal, dfinals[i].to(acc) if dfinals else None)
-            for i, (term, a) in enumerate(zip(c.terms, decays, strict=True))
-        ]
-        arriving, first = zip(*exchange(pairs, c.team), strict=True)
-        of_left = [x.to(dtype) for x, dtype in zip(arriving, ctx.left, strict=True)]
+        n_operands, n_terms = ctx.counts
+        q, k, v, *kept = ctx.saved_tensors
+        operands, states, decays, saved = (
+            kept[:n_operands], kept[n_operands:][:n_terms], kept[n_operands + n_terms :][:n_terms],
+            kept[n_operands + 2 * n_terms :],
+        )  # fmt: skip
+        part, acc = c.with_tensors(q, k, v, operands), c.part.problem.accumulate
+        with policy.resume(ctx.mode), ops.no_autocast(q):  # on a GPU this is a thread of autograd's
+            pairs = [
+                Pair(a, part.arriving(term, dy), not term.causal, dfinals[i].to(acc) if dfinals else None)
+                for i, (term, a) in enumerate(zip(c.terms, decays, strict=True))
+            ]
+            dstates = [torch.empty_like(x) for x in states]
+            exchange = Exchange(pairs, c.team, dstates, whole=c.n_initial > 0)
+            grads = run.backward(c.call(part, states), [dy, *dstates], saved, exchange.arrive)
+            exchange.arrive()
         of_initial = [
             (x if c.enters(term) else torch.zeros_like(x)).to(dtype)
-            for x, term, dtype in zip(first, c.terms, ctx.initial, strict=False)
+            for x, term, dtype in zip(exchange.last, c.terms, ctx.initial, strict=False)
         ]
-        return None, dy, *of_left, *of_initial, *(None,) * (c.n_finals + 2 + len(c.part.operands) + len(c.terms))
+        of_inputs = [x if needed else None for x, needed in zip(grads, ctx.needs_input_grad[1 : 4 + n_operands], strict=False)]
+        return None, *of_inputs, *of_initial

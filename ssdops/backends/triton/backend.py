@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import config as environment
 from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
-from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
+from ..base import BOTH, Begun, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
 from . import tiles
 from .sizes import CHUNKS, MAX_DIM, RESIDENT, channel_chunks, chunks, rounds, sizes
@@ -130,6 +130,8 @@ class Triton:
             return diagonal_backward(term, x, cotangents.y)
         if isinstance(term, Quadratic):
             return tiles.backward(term, x, cotangents)
+        if term.channel is not None and cotangents.arrive is not None:
+            cotangents.arrive()
         return _passes(term.channel is not None)[1](term, x, config, cotangents)
 
     def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
@@ -140,11 +142,24 @@ class Triton:
             return state
         from .replay import final_state  # imports triton, which need not be there
 
+        return final_state(term, x, self._filling(x, config))
+
+    def begin(self, term: Linear, x: Inputs, config: Config) -> Begun | None:
+        """What `final_state` launches; the scan goes on from it if it has segments, which are then its own."""
+        tokens = x.problem.batch * x.problem.seqlen
+        if term.channel is not None or not tokens or (x.boundaries is not None and x.boundaries.numel() < 2):
+            return None
+        from .replay import begin  # imports triton, which need not be there
+
+        return begin(term, x, config if config.segments > 1 else self._filling(x, config), config)
+
+    def _filling(self, x: Inputs, config: Config) -> Config:
+        """With as many segments as fill the device."""
         rows = x.problem.batch if x.boundaries is None else x.boundaries.numel() - 1
         programs = max(rows, 1) * self._programs(replace(x.problem, batch=1))
         segments = 2 * RESIDENT * x.problem.target.multiprocessors // programs
         blocks = -(-x.problem.seqlen // sizes(x.problem, config.chunk_size).block)
-        return final_state(term, x, replace(config, segments=max(min(segments, blocks // 4), 1)))
+        return replace(config, segments=max(min(segments, blocks // 4), 1))
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""

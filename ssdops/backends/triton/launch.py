@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
@@ -67,9 +67,9 @@ Parts: TypeAlias = tuple[Tensor, Tensor]
 class Scan:
     """A linear term on its tensors."""
 
-    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
+    def __init__(self, term: Linear, x: Inputs, config: Config, arrive: Callable[[], None] | None = None) -> None:
         p = x.problem
-        self.term, self.x, self.config, self.problem = term, x, config, p
+        self.term, self.x, self.config, self.problem, self.arrive = term, x, config, p, arrive
         self.sizes = sizes(p, config.chunk_size)
         self.groups = common_heads(p)
         self.scale = float(term.sign * x.scale)
@@ -112,6 +112,11 @@ class Scan:
     ) -> None:
         """Launch a kernel; `replay.py` takes notes here."""
         kernel(grid, tensors, numbers, **constants)
+
+    def wait(self) -> None:
+        """What is to be there only from now on comes; `replay.py` takes notes here, too."""
+        if self.arrive is not None:
+            self.arrive()
 
     # --- launches -------------------------------------------------------------------------------------------------------
 
@@ -164,6 +169,7 @@ class Scan:
             parts = self.empty(*shape, p.headdim, p.dstate), self.empty(*shape)
             self._walk(blocks, s, ds, parts, first=True)
         if s.blocks is not None:
+            self.wait()
             self._walk(blocks, s, ds, parts, first=False)
         return parts
 
@@ -199,25 +205,27 @@ class Scan:
 
     # --- passes ---------------------------------------------------------------------------------------------------------
 
-    def forward(self) -> Output:
-        """Y, the final states, and those between."""
+    def forward(self, parts: Parts | None = None) -> Output:
+        """Y, the final states, and those between; with parts, from what `begin` has made."""
         p, x = self.problem, self.x
         y = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=x.out)
         state = self.empty(self.rows, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype) if x.wants_state else None
         blocks = None if p.state_every is None else self._blocks(p.state_every)
         if self.rows and (self.tokens or state is not None):
-            self._scan(y, state, blocks)
+            self._scan(y, state, blocks, parts)
         return Output(y, state, every=None if blocks is None else self._every(blocks, state))
 
-    def _scan(self, y: Tensor, state: Tensor | None, blocks: Tensor | None) -> None:
+    def _scan(self, y: Tensor, state: Tensor | None, blocks: Tensor | None, parts: Parts | None) -> None:
         p, t, z, nothing, segments = self.problem, self.term, self.sizes, self.q, self.config.segments
         runners, turns, handed = p.nheads * ceil_div(p.headdim, z.rows), None, None
         relay = relay_of(p, self.rows * runners) if segments == 1 and self.cu is None else 1
         if relay > 1:
             turns, segments = self.empty(self.rows, runners, dtype=torch.int32), relay
             handed = self.empty(self.rows, p.nheads, p.headdim, p.dstate)
-        prepared, initial = self.prepare(chunks=True, blocks=self.config.segments > 1, turns=turns), contiguous(self.x.initial)
-        parts, u, w = self.walk(prepared.blocks, Side(self.v)), self.slot("rows"), self.slot("cols")
+        prepared = self.prepare(chunks=True, blocks=self.config.segments > 1 and parts is None, turns=turns)
+        parts = self.walk(prepared.blocks, Side(self.v)) if parts is None else parts
+        self.wait()
+        initial, u, w = contiguous(self.x.initial), self.slot("rows"), self.slot("cols")
         self.run(
             SCAN, (runners * self.rows, 1, segments),
             (
@@ -237,18 +245,21 @@ class Scan:
             **self.common, num_warps=4, maxnreg=z.registers if blocks is None else None,
         )  # fmt: skip
 
-    def final_state(self) -> Tensor:
-        """The final states alone, of a config with as many segments as fill the device: what each makes, then their sum."""
-        p, segments = self.problem, self.config.segments
-        shape = (1, segments + 1, self.rows, p.nheads)  # the last makes nothing, as nobody starts from it
+    def begin(self) -> Parts:
+        """What each segment makes from no state, the last one too: of a config with as many segments as fill the device."""
+        p = self.problem
+        shape = (1, self.config.segments + 1, self.rows, p.nheads)  # one more makes nothing, as nobody starts from it
         parts = self.empty(*shape, p.headdim, p.dstate), self.empty(*shape)
-        if not (self.rows and self.tokens):
-            return torch.zeros_like(parts[0][0, 0]) if self.x.initial is None else self.x.initial
         self._walk(self.prepare(chunks=False, blocks=True).blocks, Side(self.v), None, parts, first=True)
-        (made,), (logs,) = parts
-        since = logs.flip(0).cumsum(0).flip(0)  # [segments + 1, rows, nheads], in units of log 2, with the segment's own
-        total = (made[:-1] * since[1:].exp2()[..., None, None]).sum(0)
-        return total if self.x.initial is None else total + self.x.initial * since[0].exp2()[..., None, None]
+        return parts
+
+    def final_state(self) -> Tensor:
+        """The final states alone."""
+        initial, p = self.x.initial, self.problem
+        if not (self.rows and self.tokens):
+            return self.empty(self.rows, p.nheads, p.headdim, p.dstate).zero_() if initial is None else initial
+        state, decay = passed(self.begin())
+        return state if initial is None else state + initial * decay
 
     def _blocks(self, size: int) -> Tensor:
         """Room for the state that enters each block of that many tokens, and for one more: [blocks + 1, nheads, P, N]."""
@@ -267,6 +278,13 @@ class Scan:
         if p.seqlen and p.seqlen % size == 0:
             every[:, -1] = final  # nothing comes after it
         return every
+
+
+def passed(parts: Parts) -> tuple[Tensor, Tensor]:
+    """What all segments make from no state, `[rows, nheads, P, N]`, and the factor on one that enters, of that many axes."""
+    (made,), (logs,) = parts
+    since = logs.flip(0).cumsum(0).flip(0).exp2()[..., None, None]  # [segments + 1, rows, nheads, 1, 1], with the segment's own
+    return (made[:-1] * since[1:]).sum(0), since[0]
 
 
 def ceil_div(a: int, b: int) -> int:
