@@ -22,6 +22,9 @@ from torch import Tensor
 
 from .agree import Team
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Into one tensor, by the name that torch has for it since 2.13, or by that of before."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -47,7 +50,7 @@ class Gathering:
         self._team, self._given = team, x.contiguous()
         self._room = x.new_empty((team.size, *x.shape))
         try:
-            self._work = dist.all_gather_into_tensor(self._room.view(-1), self._given.view(-1), group=team.group, async_op=True)
+            self._work = _all_gather(self._room.view(-1), self._given.view(-1), group=team.group, async_op=True)
         except RuntimeError as error:
             raise team.lost(error) from error
 
