@@ -1,4 +1,4 @@
-"""Jobs of a few ranks on one machine, of gloo on CPUs or of NCCL with a GPU each: each runs functions of modules in this folder."""
+"""Jobs of a few ranks on one machine, of gloo on CPUs or of NCCL with a GPU each; what they run are modules here, by name."""
 
 from __future__ import annotations
 
