@@ -45,7 +45,7 @@ def test_they_are_those_of_the_whole_pass(backend: str, name: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")
 @pytest.mark.parametrize("name", ["decay", "scale T", "decay * documents(segment_ids)"])
 def test_triton_sums_what_segments_make(name: str) -> None:
-    from ssdops.backends.triton.launch import Scan
+    from ssdops.backends.triton.replay import final_state
 
     make = Make(seqlen=330, dstate=16, headdim=16, dtype=torch.float32)
     mask = STRUCTURES[name](make)
@@ -57,7 +57,7 @@ def test_triton_sums_what_segments_make(name: str) -> None:
     (term,) = terms_of(case.mask.tree)
     assert isinstance(term, Linear)
     x = bind(term, p, case.q, case.k, case.v, case.mask.operands, case.initial[0], case.scale)
-    found = Scan(term, x, Config(segments=3)).final_state()
+    found = final_state(term, x, Config(segments=3))
     assert_close(found, outputs(case, True)["state[0]"], output_bounds(case, True)["state[0]"], "the final state")
     backend = get("triton")
     assert isinstance(backend, Summarizer)

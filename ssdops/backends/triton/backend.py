@@ -136,8 +136,8 @@ class Triton:
 
     def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
         """Two launches, in as many segments as fill the device: none waits for another."""
-        if term.channel is not None:
-            state = _passes(True)[0](term, x, config).state
+        if term.channel is not None or not self._rows(x):
+            state = _passes(term.channel is not None)[0](term, replace(x, wants_state=True), config).state
             assert state is not None  # a linear term has one
             return state
         from .replay import final_state  # imports triton, which need not be there
@@ -146,20 +146,23 @@ class Triton:
 
     def begin(self, term: Linear, x: Inputs, config: Config) -> Begun | None:
         """What `final_state` launches; the scan goes on from it if it has segments, which are then its own."""
-        tokens = x.problem.batch * x.problem.seqlen
-        if term.channel is not None or not tokens or (x.boundaries is not None and x.boundaries.numel() < 2):
+        if term.channel is not None or not self._rows(x):
             return None
         from .replay import begin  # imports triton, which need not be there
 
         return begin(term, x, config if config.segments > 1 else self._filling(x, config), config)
 
+    def _rows(self, x: Inputs) -> int:
+        """How many rows there are to walk; 0 where there are no tokens."""
+        rows = x.problem.batch if x.boundaries is None else x.boundaries.numel() - 1
+        return rows if x.problem.batch * x.problem.seqlen else 0
+
     def _filling(self, x: Inputs, config: Config) -> Config:
         """With as many segments as fill the device."""
-        rows = x.problem.batch if x.boundaries is None else x.boundaries.numel() - 1
-        programs = max(rows, 1) * self._programs(replace(x.problem, batch=1))
+        programs = self._rows(x) * self._programs(replace(x.problem, batch=1))
         segments = 2 * RESIDENT * x.problem.target.multiprocessors // programs
         blocks = -(-x.problem.seqlen // sizes(x.problem, config.chunk_size).block)
-        return replace(config, segments=max(min(segments, blocks // 4), 1))
+        return _config(config.chunk_size, max(min(segments, blocks // 4), 1))
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""
@@ -180,6 +183,12 @@ class Triton:
         from .step import run  # imports triton, which need not be there
 
         run(terms, problem, x)
+
+
+@cache
+def _config(chunk_size: int | None, segments: int) -> Config:
+    """One object for each, as launches are known by it (`replay.py`)."""
+    return Config(chunk_size, segments)
 
 
 def _between_chunks(every: int, size: int) -> Support:

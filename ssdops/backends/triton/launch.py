@@ -253,14 +253,6 @@ class Scan:
         self._walk(self.prepare(chunks=False, blocks=True).blocks, Side(self.v), None, parts, first=True)
         return parts
 
-    def final_state(self) -> Tensor:
-        """The final states alone."""
-        initial, p = self.x.initial, self.problem
-        if not (self.rows and self.tokens):
-            return self.empty(self.rows, p.nheads, p.headdim, p.dstate).zero_() if initial is None else initial
-        state, decay = passed(self.begin())
-        return state if initial is None else state + initial * decay
-
     def _blocks(self, size: int) -> Tensor:
         """Room for the state that enters each block of that many tokens, and for one more: [blocks + 1, nheads, P, N]."""
         p, count = self.problem, self.slots_of(size) + 1

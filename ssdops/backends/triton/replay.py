@@ -112,21 +112,34 @@ _MAX_REPLAYS = 4096
 
 
 def begin(term: Linear, x: Inputs, config: Config, reads: Config) -> Begun:
-    """A forward pass up to where it needs `x.initial`: what segments make from no state, by a config with as many as fill the
-    device, from which the scan goes on where it reads the same segments."""
+    """A forward pass up to where it needs `x.initial`: what segments make from no state.
+
+    Args:
+        config: of these segments; reads: of the scan, which goes on from them if it has segments, as these are its own then.
+    """
+    parts = _parts(term, x, config)
+    kept = parts if reads.segments > 1 else None
+    return Begun(*passed(parts), lambda save, arrive: forward(term, x, reads, kept, arrive))
+
+
+def final_state(term: Linear, x: Inputs, config: Config) -> Tensor:
+    """The final states alone, of a config with as many segments as fill the device: what each makes, summed."""
+    state, decay = passed(_parts(term, x, config))
+    return state if x.initial is None else state + x.initial * decay
+
+
+def _parts(term: Linear, x: Inputs, config: Config) -> Parts:
     with Launching(x.problem, x.q.device):
         key, addresses = _key(term, x, config, ())
         replay = _replays.get(("begin", *key))
         if replay is not None:
             made, logs = replay(addresses, x.q.device)
             assert made is not None and logs is not None  # they always are
-            parts = made, logs
-        else:
-            scan = Notes(term, x, config)
-            parts = scan.begin()
-            _keep(("begin", *key), scan.replay(addresses, parts))
-        kept = parts if config == reads else None
-        return Begun(*passed(parts), lambda save, arrive: forward(term, x, reads, kept, arrive))
+            return made, logs
+        scan = Notes(term, x, config)
+        parts = scan.begin()
+        _keep(("begin", *key), scan.replay(addresses, parts))
+        return parts
 
 
 def forward(
@@ -146,12 +159,6 @@ def forward(
         out = scan.forward(parts)
         _keep(key, scan.replay(addresses, (out.y, out.state)))
         return out
-
-
-def final_state(term: Linear, x: Inputs, config: Config) -> Tensor:
-    """The final states alone."""
-    with Launching(x.problem, x.q.device):
-        return Scan(term, x, config).final_state()
 
 
 def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
