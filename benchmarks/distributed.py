@@ -299,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, path = Console(quiet=ranks.rank > 0, width=150), options.json or (None if options.tiny else RESULTS)
     facts = {**environment(options.commit), **machine.facts(), "devices": ranks.world, "backend": options.backend}
     facts |= {"shape": str(shape), "tiny": options.tiny}
+    facts |= {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "TORCH_NCCL_"))}
     console.print(facts)
     sections: list[Section] = []
     missed = False
