@@ -90,7 +90,7 @@ def on_two(check: Callable[..., None]) -> Callable[..., None]:
     return lambda rank, world, **given: check(rank, world, **given) if world == 2 else None
 
 
-def structure(rank: int, world: int, name: str, make: Make, device: str = "cpu") -> None:
+def structure(rank: int, world: int, name: str, make: Make, device: str = "cpu", backend: str = "auto") -> None:
     """One structure, with states in and out where it has them."""
     case = make.case({**STRUCTURES, **MORE}[name](make))
     case = case if device == "cpu" else replace(case, operands=make.dtype)  # tensor cores take products of these
@@ -99,7 +99,7 @@ def structure(rank: int, world: int, name: str, make: Make, device: str = "cpu")
         assert p.n_states is not None
         shape = (p.n_states, p.nheads, p.headdim, p.dstate)
         case = replace(case, initial=tuple(make.normal(*shape).flip(0) * (i + 1) for i in range(len(case.carried))))
-    check(case, rank, world, states=bool(case.carried), device=device)
+    check(case, rank, world, states=bool(case.carried), device=device, backend=backend)
 
 
 def refused(rank: int, world: int, name: str) -> None:
@@ -131,6 +131,12 @@ def backends(rank: int, world: int, backend: str, dtype: torch.dtype, device: st
     """Every backend serves."""
     size = 32 if backend == "chunked" else None
     check(long_case(dtype), rank, world, states=True, backend=backend, chunk_size=size, device=device)
+
+
+def interpreted(rank: int, world: int) -> None:
+    """Triton's passes, both ways, which go on while the exchange is under way; on GPUs `distributed_cuda.py` has them."""
+    if config.triton_interpreted():
+        structure(rank, world, "quasiseparable", Make(seqlen=40, headdim=16, dstate=16, dtype=torch.float32), backend="triton")
 
 
 def unlike_slices(rank: int, world: int) -> None:
@@ -254,7 +260,7 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
         f"{backend} in {dtype}": partial(on_two(backends), backend=backend, dtype=dtype)
         for backend, dtype in (("chunked", torch.float32), ("chunked", torch.bfloat16), ("recurrent", torch.float32))
     },
-    "one plan": one_plan, "checkpointed": checkpointed,
+    "triton": on_two(interpreted), "one plan": one_plan, "checkpointed": checkpointed,
     "unlike slices": unlike_slices, "a bad slice": bad_slice, "other masks": other_masks,
     "foreign device": foreign_device, "subgroups": subgroups,
 }  # fmt: skip
