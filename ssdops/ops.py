@@ -128,7 +128,7 @@ def _fake_y(c: Call, slots: int | None) -> tuple[Tensor, Problem, int]:
 
 
 def _forward(*args: Any) -> list[Tensor]:  # torch leaves `save` out where it is the default
-    with _no_autocast(args[0]):
+    with no_autocast(args[0]):
         return run.forward(Call(*args[:7]), *args[7:])
 
 
@@ -136,24 +136,24 @@ def _backward(cotangents: list[Tensor], saved: list[Tensor], *args: Any) -> list
     # a dispatch mode (a FLOP counter, checkpointing) calls this with autograd switched off, and it is needed here
     with (
         torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _excluded_but_autograd()),
-        _no_autocast(args[0]),
+        no_autocast(args[0]),
     ):
         return run.backward(Call(*args), cotangents, saved)
 
 
 def _step(*args: Any) -> list[Tensor]:
-    with _no_autocast(args[0]):
+    with no_autocast(args[0]):
         y, states, every = decode.step(Call(*args[:7]), None, args[7])
     return [y, *states, *every]
 
 
 def _step_in_place(*args: Any) -> Tensor:
     *call, slots, rooms = args
-    with _no_autocast(args[0]):
+    with no_autocast(args[0]):
         return decode.step(Call(*call), slots, bool(rooms), rooms).y
 
 
-def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(q: Tensor) -> AbstractContextManager[Any]:
     """Autocast casts what users pass (`api.ssd`); inside, it would take the float32 out of accumulation."""
     return torch.autocast(q.device.type, enabled=False) if autocasts(q) else nullcontext()
 
@@ -209,7 +209,7 @@ class _Differentiable(torch.autograd.Function):
         args = (q, k, v, rest[: ctx.n_operands], rest[ctx.n_operands :], ctx.program, ctx.scale)
         grads: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            with _no_autocast(q):
+            with no_autocast(q):
                 grads = differentiable_backward(call, Call(*args), given)
         elif _is_plain((*given, *kept)):
             with policy.resume(ctx.mode):  # on a GPU this is a thread of autograd's

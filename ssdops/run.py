@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import config
 from .autotune import policy, store
 from .backends import registry
-from .backends.base import Config, Cotangents, Gradients, Inputs, Summarizer, bind
+from .backends.base import Begun, Config, Cotangents, Gradients, Inputs, Output, Starter, Summarizer, bind
 from .ir import nodes as n
 from .ir.contraction import Contraction, parse_contraction
 from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
@@ -138,12 +138,17 @@ def step(call: Call) -> list[Tensor]:
 
 def forward_as(prepared: Prepared, call: Call, save: bool) -> list[Tensor]:
     """`forward` by a plan that is made."""
+    outputs = (registry.get(step.backend).forward(step.term, x, step.config, save) for _, step, x in _bound(prepared, call))
+    return _summed(prepared, outputs, save, call.q.device)
+
+
+def _summed(prepared: Prepared, outputs: Iterable[Output], save: bool, device: torch.device) -> list[Tensor]:
+    """What `forward` gives, of the outputs of every step."""
     p, total = prepared.problem, None
     finals: list[Tensor] = []
     every: list[Tensor] = []
     saved: list[tuple[Tensor, ...]] = []
-    for _, step, x in _bound(prepared, call):
-        out = registry.get(step.backend).forward(step.term, x, step.config, save)
+    for step, out in zip(prepared.plan.steps, outputs, strict=True):
         total = out.y if total is None else total.add_(out.y)
         saved.append(out.saved)
         if isinstance(step.term, Linear) and prepared.contraction.return_state:
@@ -153,7 +158,7 @@ def forward_as(prepared: Prepared, call: Call, save: bool) -> list[Tensor]:
             assert out.every is not None  # likewise
             every.append(out.every.to(p.state_dtype).contiguous())
     if total is None:
-        total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=call.q.device)
+        total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=device)
     total = total if total.dtype == p.dtype else total.to(p.dtype)  # a call that does nothing takes a microsecond, too
     public = [total.contiguous(), *finals, *every]  # as tracing has been told
     return [*public, *_packed(prepared.plan, saved)] if save else public
@@ -163,17 +168,64 @@ def final_states(call: Call) -> list[Tensor]:
     """What `forward` gives of a program that returns states, but Y: in the accumulation dtype, by a pass of its own where a
     backend has one."""
     prepared = prepare(call)
-    out = []
-    for _, step, x in _bound(prepared, call):
-        if isinstance(step.term, Linear):
-            backend = registry.get(step.backend)
-            if isinstance(backend, Summarizer):
-                out.append(backend.final_state(step.term, x, step.config))
-            else:
-                state = backend.forward(step.term, x, step.config).state
-                assert state is not None  # every backend returns the state of a linear term
-                out.append(state)
-    return [state.to(prepared.problem.accumulate) for state in out]
+    return [_final_state(step, x) for index, step, x in _bound(prepared, call) if index >= 0]
+
+
+def _final_state(step: Step, x: Inputs) -> Tensor:
+    backend = registry.get(step.backend)
+    assert isinstance(step.term, Linear)
+    if isinstance(backend, Summarizer):
+        state = backend.final_state(step.term, x, step.config)
+    else:
+        given = backend.forward(step.term, x, step.config).state
+        assert given is not None  # every backend returns the state of a linear term
+        state = given
+    return state.to(x.problem.accumulate)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A forward pass that waits for the states that enter, for which `Call.states` has the room.
+
+    Attributes:
+        steps: those of the plan, bound.
+        begun: of each linear step, in order, what it leaves and how it goes on.
+    """
+
+    prepared: Prepared
+    steps: list[tuple[int, Step, Inputs]]
+    begun: list[Begun]
+
+    def finish(self, save: bool, arrive: Callable[[], None]) -> list[Tensor]:
+        """What `forward` gives; `arrive` fills the states of the call, and is called once work that needs none is under way."""
+        outputs = (
+            registry.get(step.backend).forward(step.term, x, step.config, save)
+            if index < 0
+            else self.begun[index].finish(save, arrive)
+            for index, step, x in self.steps
+        )
+        return _summed(self.prepared, outputs, save, self.steps[0][2].q.device)
+
+
+def begin(call: Call, learnt: bool) -> Started:
+    """`forward` of a call whose states are not there yet; `learnt` as for it."""
+    prepared = prepare(call, "backward" if learnt else "forward")
+    steps = _bound(prepared, call)
+    return Started(prepared, steps, [_begun(step, x) for index, step, x in steps if index >= 0])
+
+
+def _begun(step: Step, x: Inputs) -> Begun:
+    backend = registry.get(step.backend)
+    assert isinstance(step.term, Linear)
+    begun = backend.begin(step.term, x, step.config) if isinstance(backend, Starter) else None
+    if begun is not None:
+        return begun
+
+    def finish(save: bool, arrive: Callable[[], None]) -> Output:
+        arrive()
+        return backend.forward(step.term, x, step.config, save)
+
+    return Begun(_final_state(step, replace(x, initial=None)), None, finish)
 
 
 def _packed(plan: Plan, saved: list[tuple[Tensor, ...]]) -> list[Tensor]:
@@ -218,12 +270,20 @@ def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
     return out
 
 
-def backward(call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v, the operands (empty for integers) and the states."""
-    return backward_as(prepare(call, "backward"), call, cotangents, saved)
+def backward(
+    call: Call, cotangents: list[Tensor], saved: list[Tensor], arrive: Callable[[], None] | None = None
+) -> list[Tensor]:
+    """Gradients of q, k, v, the operands (empty for integers) and the states.
+
+    Args:
+        arrive: fills the cotangents of states, if they are not there yet.
+    """
+    return backward_as(prepare(call, "backward"), call, cotangents, saved, arrive)
 
 
-def backward_as(prepared: Prepared, call: Call, cotangents: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+def backward_as(
+    prepared: Prepared, call: Call, cotangents: list[Tensor], saved: list[Tensor], arrive: Callable[[], None] | None = None
+) -> list[Tensor]:
     """`backward` by a plan that is made, or by the one that saved what it is to use."""
     prepared, parts = _unpacked(prepared, saved)
     dy, dstates = cotangents[0], cotangents[1:]
@@ -233,7 +293,13 @@ def backward_as(prepared: Prepared, call: Call, cotangents: list[Tensor], saved:
     dinitial: list[Tensor] = []
     for (index, step, x), kept in zip(_bound(prepared, call), parts, strict=True):
         dstate = dstates[index] if index >= 0 and dstates else None
-        grads = registry.get(step.backend).backward(step.term, x, step.config, Cotangents(dy, dstate, kept))
+        backend, pending = registry.get(step.backend), None
+        if arrive is not None and dstate is not None:
+            if isinstance(backend, Starter):
+                pending = arrive
+            else:
+                arrive()
+        grads = backend.backward(step.term, x, step.config, Cotangents(dy, dstate, kept, pending))
         if total is None:
             total = grads
         else:

@@ -1,4 +1,4 @@
-"""Jobs of a few gloo ranks on one machine: what they run is a function of this folder's modules, by name."""
+"""Jobs of a few ranks on one machine, of gloo on CPUs or of NCCL with a GPU each; what they run are modules here, by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ TIMEOUT = 60.0
 """Seconds that a rank waits for another, where a test does not ask for less."""
 
 
-def run(modules: Sequence[str], world: int, folder: Path, timeout: float = TIMEOUT) -> list[dict[str, str]]:
+def run(
+    modules: Sequence[str], world: int, folder: Path, timeout: float = TIMEOUT, backend: str = "gloo"
+) -> list[dict[str, str]]:
     """What each rank of a job found: for every check of some modules the reason why it failed, or nothing.
 
     A module has `CHECKS`, functions of (rank, world) by name; every rank runs all of them in order. One job runs many modules,
@@ -26,19 +28,25 @@ def run(modules: Sequence[str], world: int, folder: Path, timeout: float = TIMEO
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     places = [folder / f"rank{rank}.json" for rank in range(world)]
-    command = [sys.executable, __file__, ",".join(modules), str(world), str(store.port), str(timeout)]
+    command = [sys.executable, __file__, ",".join(modules), str(world), str(store.port), str(timeout), backend]
     ranks = [subprocess.Popen([*command, str(rank), str(place)]) for rank, place in enumerate(places)]
-    for rank in ranks:
-        rank.wait(timeout=300)
+    try:
+        for rank in ranks:
+            rank.wait(timeout=300)
+    finally:
+        for rank in ranks:
+            rank.kill()
     return [json.loads(place.read_text()) if place.exists() else {"ended": "without a word"} for place in places]
 
 
 def main() -> None:
-    modules, world, port, timeout, rank, place = sys.argv[1:]
+    modules, world, port, timeout, backend, rank, place = sys.argv[1:]
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(int(rank))
     store = dist.TCPStore("127.0.0.1", int(port), is_master=False)
     dist.init_process_group(
-        "gloo", store=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=float(timeout))
+        backend, store=store, rank=int(rank), world_size=int(world), timeout=timedelta(seconds=float(timeout))
     )
     found = {}
     for module in modules.split(","):

@@ -44,12 +44,14 @@ def cuts(seqlen: int, world: int) -> list[tuple[int, int]]:
     return list(pairwise([0, *inner, seqlen]))
 
 
-def check(case: Case, rank: int, world: int, states: bool, backend: str = "auto", chunk_size: int | None = None) -> None:
+def check(
+    case: Case, rank: int, world: int, states: bool, backend: str = "auto", chunk_size: int | None = None, device: str = "cpu"
+) -> None:
     """The slice of Y, the final states of the whole, and every gradient are those of the oracle, by the tolerance formula."""
     start, stop = cuts(case.q.shape[1], world)[rank]
     mine = part(case, start, stop)
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in mine.floats().items()}
-    given = mine.map(lambda name, x: leaves.get(name, x))
+    leaves = {name: x.to(device, copy=True).requires_grad_() for name, x in mine.floats().items()}
+    given = mine.map(lambda name, x: leaves[name] if name in leaves else x.to(device))
     out = distributed.ssd(
         given.q, given.k, given.v, given.mask, scale=given.scale, initial_state=given.initial or None, return_state=states,
         backend=backend, chunk_size=chunk_size,
@@ -58,15 +60,15 @@ def check(case: Case, rank: int, world: int, states: bool, backend: str = "auto"
     finals = finals if isinstance(finals, tuple) else (finals,)
     expected, allowed = oracle.outputs(case, states), oracle.output_bounds(case, states)
     assert y.dtype == case.problem.dtype
-    assert_close(y, expected["y"][:, start:stop], allowed["y"], "y")
+    assert_close(y.cpu(), expected["y"][:, start:stop], allowed["y"], "y")
     for i, state in enumerate(finals):
-        assert_close(state, expected[f"state[{i}]"], allowed[f"state[{i}]"], f"state[{i}]")
+        assert_close(state.cpu(), expected[f"state[{i}]"], allowed[f"state[{i}]"], f"state[{i}]")
     like = {"y": expected["y"].to(y.dtype)} | {
         name: x.to(case.problem.state_dtype) for name, x in expected.items() if name != "y"
     }
     of_rank = [[noise(x, 10 * r + i) for i, x in enumerate(like.values())] for r in range(world)]  # every rank has a loss
     found = torch.autograd.grad(
-        [y, *finals], list(leaves.values()), [of_rank[0][0][:, start:stop], *of_rank[rank][1:]],
+        [y, *finals], list(leaves.values()), [x.to(device) for x in (of_rank[0][0][:, start:stop], *of_rank[rank][1:])],
         allow_unused=True, materialize_grads=True,
     )  # fmt: skip
     cotangents = [
@@ -80,7 +82,7 @@ def check(case: Case, rank: int, world: int, states: bool, backend: str = "auto"
         total = grad.double()
         if x.shape == case.floats()[name].shape:  # of the whole: each rank has the part of its tokens
             dist.all_reduce(total)
-        assert_close(total, x, bounds[name], f"the gradient of {name}")
+        assert_close(total.cpu(), x, bounds[name], f"the gradient of {name}")
 
 
 def on_two(check: Callable[..., None]) -> Callable[..., None]:
@@ -88,15 +90,16 @@ def on_two(check: Callable[..., None]) -> Callable[..., None]:
     return lambda rank, world, **given: check(rank, world, **given) if world == 2 else None
 
 
-def structure(rank: int, world: int, name: str, make: Make) -> None:
+def structure(rank: int, world: int, name: str, make: Make, device: str = "cpu", backend: str = "auto") -> None:
     """One structure, with states in and out where it has them."""
     case = make.case({**STRUCTURES, **MORE}[name](make))
+    case = case if device == "cpu" else replace(case, operands=make.dtype)  # tensor cores take products of these
     if case.carried:
         p = case.problem
         assert p.n_states is not None
         shape = (p.n_states, p.nheads, p.headdim, p.dstate)
         case = replace(case, initial=tuple(make.normal(*shape).flip(0) * (i + 1) for i in range(len(case.carried))))
-    check(case, rank, world, states=bool(case.carried))
+    check(case, rank, world, states=bool(case.carried), device=device, backend=backend)
 
 
 def refused(rank: int, world: int, name: str) -> None:
@@ -124,9 +127,16 @@ def long_case(dtype: torch.dtype, seqlen: int = 150, decay: float = 0.05) -> Cas
     return Case(q, k, v, mask, 0.3, (normal(2, 4, 8, 8), normal(2, 4, 8, 8)))
 
 
-def backends(rank: int, world: int, backend: str, dtype: torch.dtype) -> None:
+def backends(rank: int, world: int, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """Every backend serves."""
-    check(long_case(dtype), rank, world, states=True, backend=backend, chunk_size=32 if backend == "chunked" else None)
+    size = 32 if backend == "chunked" else None
+    check(long_case(dtype), rank, world, states=True, backend=backend, chunk_size=size, device=device)
+
+
+def interpreted(rank: int, world: int) -> None:
+    """Triton's passes, both ways, which go on while the exchange is under way; on GPUs `distributed_cuda.py` has them."""
+    if config.triton_interpreted():
+        structure(rank, world, "quasiseparable", Make(seqlen=40, headdim=16, dstate=16, dtype=torch.float32), backend="triton")
 
 
 def unlike_slices(rank: int, world: int) -> None:
@@ -250,7 +260,7 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
         f"{backend} in {dtype}": partial(on_two(backends), backend=backend, dtype=dtype)
         for backend, dtype in (("chunked", torch.float32), ("chunked", torch.bfloat16), ("recurrent", torch.float32))
     },
-    "one plan": one_plan, "checkpointed": checkpointed,
+    "triton": on_two(interpreted), "one plan": one_plan, "checkpointed": checkpointed,
     "unlike slices": unlike_slices, "a bad slice": bad_slice, "other masks": other_masks,
     "foreign device": foreign_device, "subgroups": subgroups,
 }  # fmt: skip

@@ -19,6 +19,8 @@ from ssdops import masks, run, ssd
 from ssdops.backends.triton import backend, backward, calls, launch, replay
 from ssdops.backends.triton.calls import Kernel
 from ssdops.backends.triton.launch import Scan
+from ssdops.ir.contraction import Contraction
+from ssdops.ir.nodes import operand_names
 from ssdops.masks import Mask
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
@@ -125,6 +127,12 @@ def check(inputs: list[Tensor], mask: Callable[[Tensor], Mask] = decay, **option
     torch.testing.assert_close(found, wanted, atol=close, rtol=close)
 
 
+def call_of(qkv: list[Tensor], mask: Mask, states: list[Tensor]) -> run.Call:
+    """As `ssd` makes it, for 'triton'."""
+    program = str(Contraction(mask.tree, return_state=True, backend="triton"))
+    return run.Call(*qkv, [mask.operands[name] for name in operand_names(mask.tree)], states, program, 1.0)
+
+
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("mask", [decay, without, later, everything])
 def test_launched_again_it_gives_what_it_would_anew(
@@ -134,6 +142,35 @@ def test_launched_again_it_gives_what_it_would_anew(
     for seed in range(3):
         check(drawn(seed), mask)
     assert seen.passes == 1 and len(seen.streams) == 2 * (1 + segments)
+
+
+@pytest.mark.parametrize(("mask", "segments"), [(decay, 2), (later, 1)])
+def test_one_that_begins_before_its_states_are_there(
+    mask: Callable[[Tensor], Mask], segments: int, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched again, it too calls for them between its launches, and in time; going back likewise."""
+    monkeypatch.setattr(backend.Triton, "_splits", lambda *args: [backend.Config(16, segments)])
+    for seed in range(2):
+        q, k, v, log_a = (x[:1, :40].contiguous() for x in drawn(seed, 16))  # of sizes that are not filled up
+        shape = (2, 1, NHEADS, 16, 16)
+        wanted, given = torch.full(shape, seed + 1.0), torch.full(shape, torch.nan)
+        calls, launched = [call_of([q, k, v], mask(log_a), [x]) for x in (wanted[0], given[0])], []
+
+        def arrive(wanted: Tensor = wanted, given: Tensor = given, launched: list[int] = launched) -> None:
+            launched.append(len(seen.streams))
+            given.copy_(wanted)
+
+        started = run.begin(calls[1], learnt=True)
+        before, found = len(seen.streams), started.finish(False, arrive)
+        assert seed == 0 or (launched == [before + 1] and len(seen.streams) == before + 2)
+        torch.testing.assert_close(found, run.forward(calls[0]), atol=1e-3, rtol=1e-3)
+        expected = run.backward(calls[0], [q.new_ones(v.shape), wanted[1]], [])
+        given.fill_(torch.nan)
+        given[0] = wanted[0]
+        launched.clear()
+        before = len(seen.streams)
+        torch.testing.assert_close(run.backward(calls[1], [q.new_ones(v.shape), given[1]], [], arrive), expected)
+        assert seed == 0 or launched == [before + segments]
 
 
 def unaligned(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ autograd, or of other backends. Tensors of one term come as `Inputs`; cotangents
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -145,6 +145,21 @@ class Output:
     every: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A forward pass of a linear term, up to where it needs the states that enter.
+
+    Attributes:
+        state: what its tokens leave from no state, `(n_states, nheads, headdim, dstate)` in the accumulation dtype.
+        decay: the factor on a state that passes all tokens, `(n_states, nheads, 1, 1)`; None: not worked out.
+        finish: the rest of the pass, given whether to save and what to call before it reads `Inputs.initial`.
+    """
+
+    state: Tensor
+    decay: Tensor | None
+    finish: Callable[[bool, Callable[[], None]], Output]
+
+
 @dataclass(frozen=True)
 class Cotangents:
     """What a backward pass starts from.
@@ -153,11 +168,14 @@ class Cotangents:
         y: the cotangent of Y.
         state: the cotangent of the final states; None is 0.
         saved: what `forward` saved, if anything.
+        arrive: fills `state`, which is contiguous and in the accumulation dtype then; to be called before it is read. None: it
+            is there. Only a `Starter` is given one, and may call it more than once.
     """
 
     y: Tensor
     state: Tensor | None = None
     saved: Sequence[Tensor] = ()
+    arrive: Callable[[], None] | None = None
 
 
 @dataclass
@@ -241,6 +259,15 @@ class Summarizer(Protocol):
 
     def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
         """The final states, `(n_states, nheads, headdim, dstate)`."""
+        ...
+
+
+@runtime_checkable
+class Starter(Protocol):
+    """A backend whose passes begin before the states that enter are there, as do those of a slice of a split sequence."""
+
+    def begin(self, term: Linear, x: Inputs, config: Config) -> Begun | None:
+        """A forward pass as far as it goes without `x.initial`; None: not of this term."""
         ...
 
 

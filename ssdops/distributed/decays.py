@@ -1,8 +1,8 @@
-"""What a slice does to the states that pass it: its total decay, and what its tokens leave, of S and of its cotangent."""
+"""What a slice does to the states that pass it: its total decay, and what its tokens leave of the cotangent."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,11 +36,23 @@ class Slice:
     options: Contraction
     scale: float
 
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of every state, `(n_states, nheads, headdim, dstate)`."""
+        p = self.problem
+        assert p.n_states is not None  # a mask whose documents are not counted has been refused
+        return p.n_states, p.nheads, p.headdim, p.dstate
+
+    def without_tensors(self, names: Sequence[str]) -> Slice:
+        """The same, of operands of these names, without any tensors."""
+        nothing = self.q.new_empty(0)
+        return replace(self, q=nothing, k=nothing, v=nothing, operands=dict.fromkeys(names, nothing))
+
     def total_decay(self, term: Linear) -> Tensor:
         """exp(E) for every state, `(n_states, nheads, 1, 1)`, or with dstate for the last axis; ones where nothing decays."""
         p, wide = self.problem, exponent_dtype(self.problem)
         x = bind(term, p, self.q, self.k, self.v, self.operands, None, 1.0, factored=True)
-        total = torch.zeros(p.batch if p.n_states is None else p.n_states, p.nheads, 1, dtype=wide, device=self.q.device)
+        total = torch.zeros(self.state_shape[0], p.nheads, 1, dtype=wide, device=self.q.device)
         if (log_a := x.per_head("log_a")) is not None:
             total = total + self._summed(term, log_a)[..., None]
         if (channel := x.per_head("channel")) is not None:
@@ -59,24 +71,16 @@ class Slice:
         sums = torch.cat([x.new_zeros(1, *x.shape[2:], dtype=wide), x.flatten(0, 1).cumsum(0, dtype=wide)])
         return sums[ends[1:]] - sums[ends[:-1]]
 
-    def leaving(self, term: Linear) -> Tensor:
-        """s, what the tokens leave from no state, `(n_states, nheads, headdim, dstate)`."""
-        bare = replace(term, rows=None, sign=1)
-        return self._final(bare, self.q, self.k, self.v)
-
     def arriving(self, term: Linear, dy: Tensor) -> Tensor:
         """The cotangent of the state that enters, from that of Y alone: `dS = Σ_i scale · u_i · exp(ρ_i) dy_i q_iᵀ`.
 
         It is what the transposed term leaves of q and dy.
         """
         bare = replace(term, cols=None, log_cols=None, sign=1).transpose()
-        return self._final(bare, self.k, self.q, dy) * (term.sign * self.scale)
-
-    def _final(self, term: Linear, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tree = term.node()
-        acc = self.problem.accumulate
-        v = v.to(acc) if acc == torch.float64 else v  # what makes it so may not be among this term's operands
+        tree, acc = bare.node(), self.problem.accumulate
+        dy = dy.to(acc) if acc == torch.float64 else dy  # what makes it so may not be among this term's operands
         program = str(replace(self.options, mask=tree, return_state=True))
-        call = Call(q, k, v, [self.operands[name] for name in n.operand_names(tree)], [], program, 1.0)
+        call = Call(self.k, self.q, dy, [self.operands[name] for name in n.operand_names(tree)], [], program, 1.0)
         (state,) = final_states(call)
-        return repeat_heads(state, self.problem.nheads, 1)  # one term may have fewer heads than the mask
+        # one term may have fewer heads than the mask
+        return repeat_heads(state, self.problem.nheads, 1) * (term.sign * self.scale)

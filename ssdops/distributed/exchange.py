@@ -5,7 +5,9 @@ what its tokens make from zero. Composing such maps is associative, and of a pre
 
     (A₂, s₂) ∘ (A₁, s₁) = (A₂ A₁, A₂ s₁ + s₂)
 
-The cotangents of states obey the same rule from the other end, with the same decays, so that one exchange serves both passes.
+Every rank gathers the pairs of all and composes those before it: one collective, where a tree would have log₂(ranks) of them,
+each as late as this one. The cotangents of states obey the same rule from the other end, with the same decays, so that one
+exchange serves both passes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .agree import Team
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Into one tensor, by the name that torch has for it since 2.13, or by that of before."""
 
 
 @dataclass(frozen=True)
@@ -38,52 +43,87 @@ class Pair:
     end: Tensor | None = None
 
 
+class Gathering:
+    """x of every rank, on its way: all of one shape. On a GPU it moves beside what is launched until it is waited for."""
+
+    def __init__(self, x: Tensor, team: Team) -> None:
+        self._team, self._given = team, x.contiguous()
+        self._room = x.new_empty((team.size, *x.shape))
+        try:
+            self._work = _all_gather(self._room.view(-1), self._given.view(-1), group=team.group, async_op=True)
+        except RuntimeError as error:
+            raise team.lost(error) from error
+
+    def wait(self) -> Tensor:
+        """`(ranks, …)`: there for what is launched from now on; the host waits where tensors are its own.
+
+        Raises:
+            RankError: a rank is gone.
+        """
+        try:
+            if self._work is not None:
+                self._work.wait()
+        except RuntimeError as error:
+            raise self._team.lost(error) from error
+        return self._room
+
+
 def gather(x: Tensor, team: Team) -> list[Tensor]:
     """x of every rank, in their order: all of one shape.
 
     Raises:
         RankError: a rank is gone.
     """
-    room = x.new_empty((team.size, *x.shape))
-    found = list(room.unbind(0))
-    try:
-        dist.all_gather(found, x.contiguous(), group=team.group)
-    except RuntimeError as error:
-        raise team.lost(error) from error
-    return found
+    return list(Gathering(x, team).wait().unbind(0))
 
 
-def exchange(pairs: Sequence[Pair], team: Team) -> list[tuple[Tensor, Tensor]]:
+class Exchange:
     """For every pair the state that enters this rank's slice, and the one that leaves the last slice: one collective.
 
-    Moves to each rank, from each other, as many numbers as the pairs have, whatever the number of tokens.
+    Moves to each rank, from each other, as many numbers as the pairs have, whatever the number of tokens. It begins when it
+    is made.
+
+    Args:
+        entering: where the states that enter go, which are there once `arrive` has been called.
+        whole: whether the states that leave the last slice are wanted, too.
+
+    Attributes:
+        last: the states that leave the last slice, from then on.
     """
-    parts = [x for pair in pairs for x in (pair.decay, pair.state, pair.end) if x is not None]
-    flat = torch.cat([x.reshape(-1) for x in parts])
-    found = [x.split([part.numel() for part in parts]) for x in gather(flat, team)]
-    by_part = iter([[x.view(part.shape) for x in column] for part, column in zip(parts, zip(*found, strict=True), strict=True)])
-    out = []
-    for pair in pairs:
-        decays, states = next(by_part), next(by_part)
-        ends = None if pair.end is None else next(by_part)
-        out.append(_walk(decays, states, ends, team.rank, pair.forward))
-    return out
+
+    def __init__(self, pairs: Sequence[Pair], team: Team, entering: Sequence[Tensor], whole: bool) -> None:
+        self.last: list[Tensor] = []
+        self._entering = entering
+        self._pairs, self._rank, self._whole, self._arrived = pairs, team.rank, whole, False
+        self._parts = [x for pair in pairs for x in (pair.decay, pair.state, pair.end) if x is not None]
+        self._gathering = Gathering(torch.cat([x.reshape(-1) for x in self._parts]), team)
+
+    def arrive(self) -> None:
+        """Wait for the other ranks' pairs and compose them; the second time, nothing."""
+        if self._arrived:
+            return
+        self._arrived = True
+        columns = self._gathering.wait().split([part.numel() for part in self._parts], dim=1)
+        found = iter([x.unflatten(1, part.shape) for x, part in zip(columns, self._parts, strict=True)])
+        for pair, entering in zip(self._pairs, self._entering, strict=True):
+            decays, states = next(found), next(found)
+            end = None if pair.end is None else next(found).sum(0)
+            order = range(len(states)) if pair.forward else range(len(states) - 1, -1, -1)
+            at = order.index(self._rank)
+            before = _composed(decays, states, end, order[:at])
+            entering.zero_() if before is None else entering.copy_(before)
+            if self._whole:
+                last = _composed(decays, states, before, order[at:])
+                assert last is not None  # this rank's own is among them
+                self.last.append(last)
 
 
-def _walk(
-    decays: list[Tensor], states: list[Tensor], ends: list[Tensor] | None, rank: int, forward: bool
-) -> tuple[Tensor, Tensor]:
-    """The state before `rank`, and after the last one, in the order in which states go."""
-    running = None if ends is None else torch.stack(ends).sum(0)
-    entering = torch.zeros_like(states[0])
-    order = range(len(states))
-    for at in order if forward else reversed(order):
-        if at == rank and running is not None:
-            entering = running
+def _composed(decays: Tensor, states: Tensor, running: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
+    """The state that a state becomes on its way through the slices of some ranks; None is no state."""
+    for at in ranks:
         # from no state on nothing is multiplied: 0 · inf, where a slice grows without bound, would be NaN
         running = states[at] if running is None else torch.addcmul(states[at], decays[at], running)
-    assert running is not None  # a group has ranks
-    return entering, running
+    return running
 
 
 def predicted_bytes(state: Sequence[int], decay: int, itemsize: int, ranks: int) -> int:

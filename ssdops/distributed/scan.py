@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import api, arguments, masks
+from .. import api, arguments, masks, run
 from ..arguments import State
+from ..autotune import policy
 from ..errors import ShapeError, SsdopsError, UnsupportedError
 from ..ir import nodes as n
 from ..ir.contraction import Contraction
-from ..ir.problem import check_states, problem_of
-from ..ir.terms import Linear
+from ..ir.problem import Problem, check_states, problem_of
 from ..masks import Mask
 from ..plan import state_terms
 from .agree import Team, team_of
 from .decays import Slice
-from .exchange import Pair, exchange
 from .settle import settled
+from .split import Context, Split
 
 
 @overload
@@ -58,8 +57,8 @@ def ssd(
         y(r) = ssd(q(r), k(r), v(r), mask(r), initial_state=S_in(r))
 
     The ranks' slices follow one another, rank 0 first, and need not be of one length. A pass over the slice gives s; one
-    collective moves the pairs (A, s), whose size does not depend on seqlen; a scan over ranks combines them. The backward pass
-    does the same from the other end. An anticausal term runs from the last rank to the first.
+    collective moves the pairs (A, s), whose size does not depend on seqlen, beside what of y needs no state; a scan over ranks
+    combines them. The backward pass does the same from the other end. An anticausal term runs from the last rank to the first.
 
     Args:
         q, k: `(batch, seqlen of the slice, heads, dstate)`, as for `ssdops.ssd`.
@@ -99,9 +98,9 @@ def ssd(
         found = options.ssd(q, k, v, mask, initial_state, return_state)
         return found if return_state else found[0]
     given = Given(q, k, v, mask, initial_state, return_state)
-    part, lengths = _agreed(team, given, options)
+    part, lengths, learnt = _agreed(team, given, options)
     mask = settled(mask, part.problem, team, lengths)
-    y, states = _run(team, replace(part, operands=mask.operands), mask, given, options)
+    y, states = _run(team, part, given, mask, options, learnt)
     return (y, states) if return_state else y
 
 
@@ -125,6 +124,15 @@ class Options:
         )  # fmt: skip
         return (found, ()) if isinstance(found, Tensor) else (found[0], found[1])
 
+    @property
+    def state_name(self) -> str | None:
+        """The dtype of final states, by name."""
+        return None if self.state_dtype is None else str(self.state_dtype).removeprefix("torch.")
+
+    def program(self, tree: n.Node) -> tuple[str, tuple[str, ...]]:
+        """Of a slice, whose states are in the accumulation dtype, as text; and the names of its operands in order."""
+        return arguments.text(tree, True, None, self.backend, self.chunk_size, None, self.tune)
+
     def of_states(self, tree: n.Node) -> Contraction:
         """Those of a pass that only makes states: no call of the user's, and not worth measuring."""
         return Contraction(
@@ -144,8 +152,9 @@ class Given:
     return_state: bool
 
 
-def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int]]:
-    """This rank's part of the call, and seqlen of every rank's, once all have found theirs to be in order and of one call."""
+def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int], bool]:
+    """Once all ranks have found theirs to be in order and of one call: this rank's part, seqlen of every rank's, and whether
+    gradients are wanted."""
     facts: dict[str, Any] = {}
     part = error = None
     try:
@@ -154,7 +163,7 @@ def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int
         error = found
     everyone = team.agree(facts, _shapes(given), error)
     assert part is not None  # or else all have raised
-    return part, [one["own"] for one in everyone]
+    return part, [one["own"] for one in everyone], facts["whether gradients are wanted"]
 
 
 def _shapes(given: Given) -> str:
@@ -163,11 +172,19 @@ def _shapes(given: Given) -> str:
     return ", ".join(f"{name} {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}" for name, x in named.items())
 
 
+_problems: dict[tuple[Any, ...], Problem] = {}
+"""Of calls whose tensors have been found to fit: looking again takes a tenth of a millisecond."""
+_MAX_PROBLEMS = 4096
+
+
 def _described(team: Team, given: Given, options: Options) -> tuple[Slice, dict[str, Any]]:
     """This rank's part of the call, checked, and what must be the same on all ranks."""
     mask, return_state = given.mask, given.return_state
     arguments.check_types(given.q, given.k, given.v, mask)
     arguments.check_options(options.scale, return_state, options.state_dtype, options.backend)
+    arguments.check_counts(options.chunk_size, None)
+    if options.tune is not None:
+        policy.checked(options.tune, "tune")
     team.check_device(given.q.device)
     q, k, v = arguments.autocast(given.q, given.k, given.v)
     states = arguments.states(given.initial, "initial_state")
@@ -177,7 +194,13 @@ def _described(team: Team, given: Given, options: Options) -> tuple[Slice, dict[
             "the state of trapezoidal() holds the last token's k and v, and is not passed into or out of a split sequence; "
             "split the whole of it, or write it as decays with scaled columns"
         )
-    p = problem_of(mask.tree, q, k, v, mask.operands, states)
+    program, names = options.program(mask.tree)
+    signature = (run.Call(q, k, v, [mask.operands[x] for x in names], states, program, 1.0).signature(), options.state_name)
+    p = _problems.get(signature)
+    if p is None:
+        if len(_problems) >= _MAX_PROBLEMS:
+            _problems.clear()
+        p = _problems[signature] = problem_of(mask.tree, q, k, v, mask.operands, states, options.state_name)
     if terms and p.n_states is None:
         raise UnsupportedError(
             "documents that are split over ranks pass states on by their number: documents(segment_ids=…, n_segments=…)"
@@ -195,97 +218,14 @@ def _described(team: Team, given: Given, options: Options) -> tuple[Slice, dict[
     }  # fmt: skip
 
 
-def _run(team: Team, part: Slice, mask: Mask, given: Given, options: Options) -> tuple[Tensor, State]:
+def _run(team: Team, part: Slice, given: Given, mask: Mask, options: Options, learnt: bool) -> tuple[Tensor, State]:
     """State pass, exchange, output pass."""
-    q, k, v, terms = part.q, part.k, part.v, state_terms(mask.tree)
+    terms = state_terms(mask.tree)
     if not terms:  # diagonals alone: tokens do not see one another
-        return options.ssd(q, k, v, mask, None, False)
+        return options.ssd(part.q, part.k, part.v, mask, None, False)
+    program, names = options.program(mask.tree)
     initial = arguments.states(given.initial, "initial_state")
-    with torch.no_grad():
-        decays = [part.total_decay(term) for term in terms]
-        pairs = [
-            Pair(a, part.leaving(term), term.causal, _end(team, term, initial, i, a.dtype))
-            for i, (term, a) in enumerate(zip(terms, decays, strict=True))
-        ]
-        entering, finals = zip(*exchange(pairs, team), strict=True)
-    y, left = options.ssd(q, k, v, mask, entering, True)
-    left = left if isinstance(left, tuple) else (left,)
-    finals = tuple(x.to(state.dtype) for x, state in zip(finals, left, strict=True)) if given.return_state else ()
-    context = Context(team, part, terms, len(initial), len(finals))
-    kept = [x.detach() for x in (q, k, *part.operands.values(), *decays)]
-    joined = Joined.apply(context.without_tensors(), y, *left, *initial, *finals, *kept)  # type: ignore[no-untyped-call]  # as torch has it
-    return joined[0], joined[1] if len(joined) == 2 else joined[1:]
-
-
-def _end(team: Team, term: Linear, initial: list[Tensor], index: int, dtype: torch.dtype) -> Tensor | None:
-    """This rank's part of the state that enters the whole sequence: all of it where that is, zeros elsewhere."""
-    if not initial:
-        return None
-    state = initial[index].detach().to(dtype)
-    return state if team.rank == (0 if term.causal else team.size - 1) else torch.zeros_like(state)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the backward pass of a split call needs besides tensors.
-
-    Attributes:
-        part: the slice; its tensors come and go with autograd's, so that checkpointing can drop them.
-        n_initial, n_finals: how many initial states there are, and final ones that are wanted.
-    """
-
-    team: Team
-    part: Slice
-    terms: tuple[Linear, ...]
-    n_initial: int
-    n_finals: int
-
-    def without_tensors(self) -> Context:
-        """The same, of a slice of no tensors."""
-        nothing = self.part.q.new_empty(0)
-        names = dict.fromkeys(self.part.operands, nothing)
-        return replace(self, part=replace(self.part, q=nothing, k=nothing, v=nothing, operands=names))
-
-    def with_tensors(self, q: Tensor, k: Tensor, operands: Sequence[Tensor]) -> Slice:
-        """The slice again, but for v, which nothing asks for."""
-        named = dict(zip(self.part.operands, operands, strict=True))
-        return replace(self.part, q=q, k=k, operands=named)
-
-    def enters(self, term: Linear) -> bool:
-        """Whether the whole sequence's initial state enters at this rank."""
-        return self.team.rank == (0 if term.causal else self.team.size - 1)
-
-
-class Joined(torch.autograd.Function):
-    """The outputs of a slice as outputs of the whole: here the cotangents of states cross from rank to rank.
-
-    Forward hands on Y and the final states of the whole. Backward takes the cotangent of Y to that of the state which the slice
-    leaves (through the slices after it), before autograd goes on into the slice's own `ssd`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, c: Context, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        left, rest = rest[: len(c.terms)], rest[len(c.terms) :]
-        initial, finals, kept = rest[: c.n_initial], rest[c.n_initial :][: c.n_finals], rest[c.n_initial + c.n_finals :]
-        ctx.context, ctx.left, ctx.initial = c, [x.dtype for x in left], [x.dtype for x in initial]
-        ctx.save_for_backward(*kept)
-        return y.view_as(y), *(x.view_as(x) for x in finals)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, *dfinals: Tensor) -> tuple[Tensor | None, ...]:
-        c: Context = ctx.context
-        q, k, *operands = ctx.saved_tensors
-        decays = [operands.pop() for _ in c.terms][::-1]
-        part, acc = c.with_tensors(q, k, operands), c.part.problem.accumulate
-        pairs = [
-            Pair(a, part.arriving(term, dy), not term.causal, dfinals[i].to(acc) if dfinals else None)
-            for i, (term, a) in enumerate(zip(c.terms, decays, strict=True))
-        ]
-        arriving, first = zip(*exchange(pairs, c.team), strict=True)
-        of_left = [x.to(dtype) for x, dtype in zip(arriving, ctx.left, strict=True)]
-        of_initial = [
-            (x if c.enters(term) else torch.zeros_like(x)).to(dtype)
-            for x, term, dtype in zip(first, c.terms, ctx.initial, strict=False)
-        ]
-        return None, dy, *of_left, *of_initial, *(None,) * (c.n_finals + 2 + len(c.part.operands) + len(c.terms))
+    tensors = (part.q, part.k, part.v, *(mask.operands[name] for name in names), *initial)
+    context = Context(team, part.without_tensors(names), terms, program, len(initial), given.return_state, learnt)
+    y, *finals = Split.apply(context, *tensors)  # type: ignore[no-untyped-call]  # as torch has it
+    return y, finals[0] if len(finals) == 1 else tuple(finals)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import config as environment
 from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
-from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
+from ..base import BOTH, Begun, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
 from . import fenwick, tiles
 from .sizes import CHUNKS, MAX_DIM, RESIDENT, channel_chunks, chunks, rounds, sizes
@@ -143,21 +143,39 @@ class Triton:
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
             return tiles.backward(term, x, cotangents) if found is None else fenwick.backward(found, x, config, cotangents)
+        if term.channel is not None and cotangents.arrive is not None:
+            cotangents.arrive()
         return _passes(term.channel is not None)[1](term, x, config, cotangents)
 
     def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
         """Two launches, in as many segments as fill the device: none waits for another."""
-        if term.channel is not None:
-            state = _passes(True)[0](term, x, config).state
+        if term.channel is not None or not self._rows(x):
+            state = _passes(term.channel is not None)[0](term, replace(x, wants_state=True), config).state
             assert state is not None  # a linear term has one
             return state
         from .replay import final_state  # imports triton, which need not be there
 
+        return final_state(term, x, self._filling(x, config))
+
+    def begin(self, term: Linear, x: Inputs, config: Config) -> Begun | None:
+        """What `final_state` launches; the scan goes on from it if it has segments, which are then its own."""
+        if term.channel is not None or not self._rows(x):
+            return None
+        from .replay import begin  # imports triton, which need not be there
+
+        return begin(term, x, config if config.segments > 1 else self._filling(x, config), config)
+
+    def _rows(self, x: Inputs) -> int:
+        """How many rows there are to walk; 0 where there are no tokens."""
         rows = x.problem.batch if x.boundaries is None else x.boundaries.numel() - 1
-        programs = max(rows, 1) * self._programs(replace(x.problem, batch=1))
+        return rows if x.problem.batch * x.problem.seqlen else 0
+
+    def _filling(self, x: Inputs, config: Config) -> Config:
+        """With as many segments as fill the device."""
+        programs = self._rows(x) * self._programs(replace(x.problem, batch=1))
         segments = 2 * RESIDENT * x.problem.target.multiprocessors // programs
         blocks = -(-x.problem.seqlen // sizes(x.problem, config.chunk_size).block)
-        return final_state(term, x, replace(config, segments=max(min(segments, blocks // 4), 1)))
+        return _config(config.chunk_size, max(min(segments, blocks // 4), 1))
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""
@@ -178,6 +196,12 @@ class Triton:
         from .step import run  # imports triton, which need not be there
 
         run(terms, problem, x)
+
+
+@cache
+def _config(chunk_size: int | None, segments: int) -> Config:
+    """One object for each, as launches are known by it (`replay.py`)."""
+    return Config(chunk_size, segments)
 
 
 def _between_chunks(every: int, size: int) -> Support:

@@ -68,6 +68,8 @@ def in_whole(x: Inputs, cotangents: Cotangents) -> tuple[Inputs, Cotangents]:
     q, k, v, dy = filled(x.q, dstate), filled(x.k, dstate), filled(x.v, headdim), filled(cotangents.y, headdim)
     if dy is cotangents.y and q is x.q and k is x.k and v is x.v:
         return x, cotangents
+    if cotangents.arrive is not None:
+        cotangents.arrive()
     initial, final = (
         None if state is None else pad(state, (0, dstate - p.dstate, 0, headdim - p.headdim))
         for state in (x.initial, cotangents.state)
@@ -85,6 +87,8 @@ def filled(x: Tensor, size: int) -> Tensor:
 
 def in_turns(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
     """Gradients of everything, from any tensors, of as many rows of the batch at a time as there is room for states."""
+    if cotangents.arrive is not None:
+        cotangents.arrive()
     (whole, given), p = in_whole(x, cotangents), x.problem
     every = Backward(term, whole, config)
     rows = every.rows_at_once

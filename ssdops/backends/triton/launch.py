@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -19,6 +19,7 @@ from .calls import Grid, Kernel
 from .kernels.prepare import prepare
 from .kernels.scan import scan
 from .kernels.states import states
+from .segments import Parts, Segments, segments
 from .sizes import padded, relay_of, sizes
 
 PREPARE, SCAN, STATES = Kernel(prepare), Kernel(scan), Kernel(states)
@@ -44,15 +45,6 @@ class Prepared(NamedTuple):
     blocks: Sums
 
 
-class Segments(NamedTuple):
-    """How rows are cut: into how many, of how many blocks, or tokens; and whether rows are packed, of any length up to that."""
-
-    number: int
-    blocks: int
-    tokens: int
-    packed: bool
-
-
 @dataclass(frozen=True)
 class Side:
     """What a walk of states reads and leaves: of S over V, or of dS over dY.
@@ -69,16 +61,12 @@ class Side:
     blocks: Tensor | None = None
 
 
-Parts: TypeAlias = tuple[Tensor, Tensor]
-"""What each segment makes from zero, `[sides, slots, nheads, P, N]`, and its E (`kernels/states.py`)."""
-
-
 class Scan:
     """A linear term on its tensors."""
 
-    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
+    def __init__(self, term: Linear, x: Inputs, config: Config, arrive: Callable[[], None] | None = None) -> None:
         p = x.problem
-        self.term, self.x, self.config, self.problem = term, x, config, p
+        self.term, self.x, self.config, self.problem, self.arrive = term, x, config, p, arrive
         self.sizes = sizes(p, config.chunk_size)
         self.groups = common_heads(p)
         self.scale = float(term.sign * x.scale)
@@ -121,6 +109,11 @@ class Scan:
     ) -> None:
         """Launch a kernel; `replay.py` takes notes here."""
         kernel(grid, tensors, numbers, **constants)
+
+    def wait(self) -> None:
+        """What is to be there only from now on comes; `replay.py` takes notes here, too."""
+        if self.arrive is not None:
+            self.arrive()
 
     # --- launches -------------------------------------------------------------------------------------------------------
 
@@ -172,13 +165,14 @@ class Scan:
             parts = self._parts(1 if ds is None else 2)
             self._walk(blocks, s, ds, parts, first=True)
         if s.blocks is not None:
+            self.wait()
             self._walk(blocks, s, ds, parts, first=False)
         return parts
 
     def _parts(self, sides: int) -> Parts:
         """Room for what segments make."""
-        p, segments = self.problem, self.segments
-        shape = sides, self.tokens // segments.tokens + self.rows if segments.packed else self.rows * segments.number, p.nheads
+        p = self.problem
+        shape = sides, self.segments.slots(self.rows, self.tokens), p.nheads
         return self.empty(*shape, p.headdim, p.dstate), self.empty(*shape)
 
     def _walk(
@@ -210,10 +204,8 @@ class Scan:
 
     @cached_property
     def segments(self) -> Segments:
-        """How rows are cut by the config; of packed rows, as a row of all their tokens would be."""
-        blocks, size = ceil_div(self.problem.seqlen, self.sizes.block), self.sizes.block
-        each = max(ceil_div(blocks, self.config.segments), 1)
-        return Segments(max(ceil_div(blocks, each), 1), each, each * size, self.cu is not None)
+        """How rows are cut by the config."""
+        return segments(self.problem, self.config, self.cu is not None)
 
     def _grid(self, runners: int, sides: int, parts: Parts | None) -> Grid:
         """Programs of a walk, `runners` for each row and segment (`kernels/rows.py`)."""
@@ -223,25 +215,27 @@ class Scan:
 
     # --- passes ---------------------------------------------------------------------------------------------------------
 
-    def forward(self) -> Output:
-        """Y, the final states, and those between."""
+    def forward(self, parts: Parts | None = None) -> Output:
+        """Y, the final states, and those between; with parts, from what `begin` has made."""
         p, x = self.problem, self.x
         y = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=x.out)
         state = self.empty(self.rows, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype) if x.wants_state else None
         blocks = None if p.state_every is None else self._blocks(p.state_every)
         if self.rows and (self.tokens or state is not None):
-            self._scan(y, state, blocks)
+            self._scan(y, state, blocks, parts)
         return Output(y, state, every=None if blocks is None else self._every(blocks, state))
 
-    def _scan(self, y: Tensor, state: Tensor | None, blocks: Tensor | None) -> None:
+    def _scan(self, y: Tensor, state: Tensor | None, blocks: Tensor | None, parts: Parts | None) -> None:
         p, t, z, nothing, each = self.problem, self.term, self.sizes, self.q, self.segments.blocks
         runners, turns, handed = p.nheads * ceil_div(p.headdim, z.rows), None, None
         relay = relay_of(p, self.rows * runners) if self.config.segments == 1 and self.cu is None else 1
         if relay > 1:
             turns, each = self.empty(self.rows, runners, dtype=torch.int32), ceil_div(each, relay)
             handed = self.empty(self.rows, p.nheads, p.headdim, p.dstate)
-        prepared, initial = self.prepare(chunks=True, blocks=self.config.segments > 1, turns=turns), contiguous(self.x.initial)
-        parts, u, w = self.walk(prepared.blocks, Side(self.v)), self.slot("rows"), self.slot("cols")
+        prepared = self.prepare(chunks=True, blocks=self.config.segments > 1 and parts is None, turns=turns)
+        parts = self.walk(prepared.blocks, Side(self.v)) if parts is None else parts
+        self.wait()
+        initial, u, w = contiguous(self.x.initial), self.slot("rows"), self.slot("cols")
         self.run(
             SCAN, (runners * self.rows, 1, relay) if relay > 1 else self._grid(runners, 1, parts),
             (
@@ -261,31 +255,11 @@ class Scan:
             **self.common, num_warps=4, maxnreg=z.registers if blocks is None else None,
         )  # fmt: skip
 
-    def final_state(self) -> Tensor:
-        """The final states alone, of a config with as many segments as fill the device: what each makes, then their sum."""
-        p, x = self.problem, self.x
-        if not (self.rows and self.tokens):
-            empty = torch.zeros(self.rows, p.nheads, p.headdim, p.dstate, device=self.q.device)
-            return empty if x.initial is None else x.initial
+    def begin(self) -> Parts:
+        """What each segment makes from no state, the last one too: of a config with as many segments as fill the device."""
         parts = self._parts(1)
         self._walk(self.prepare(chunks=False, blocks=True).blocks, Side(self.v), None, parts, first=True, last=True)
-        made, logs = (self._by_row(part[0]) for part in parts)
-        since = logs.flip(1).cumsum(1).flip(1)  # [rows, segments, nheads], in units of log 2, with the segment's own
-        after = torch.cat([since[:, 1:], torch.zeros_like(since[:, :1])], 1)
-        total = (made * after.exp2()[..., None, None]).sum(1)
-        return total if x.initial is None else total + x.initial * since[:, 0].exp2()[..., None, None]
-
-    def _by_row(self, part: Tensor) -> Tensor:
-        """What there is of slots of segments, `[rows, segments, …]`; of packed rows with fewer segments, 0 after them."""
-        number, size, cu = self.segments.number, self.segments.tokens, self.cu
-        if cu is None:
-            return part.unflatten(0, (self.rows, number))
-        start, stop = cu[:-1].long().clamp(0, self.tokens), cu[1:].long().clamp(0, self.tokens)
-        segment = torch.arange(number, device=part.device)
-        slot = (start // size + torch.arange(self.rows, device=part.device))[:, None] + segment
-        there = (segment == 0) | (segment * size < (stop - start)[:, None])
-        found = part[slot.clamp(max=len(part) - 1)]
-        return torch.where(there.view(*there.shape, *(1,) * (part.ndim - 1)), found, 0.0)
+        return parts
 
     def _blocks(self, size: int) -> Tensor:
         """Room for the state that enters each block of that many tokens, and for one more: [blocks + 1, nheads, P, N]."""

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ...ir.terms import Linear
-from ..base import Config, Cotangents, Gradients, Inputs, Output
+from ..base import Begun, Config, Cotangents, Gradients, Inputs, Output
 from .backward import Backward, Results, in_turns, in_whole
 from .calls import Grid, Kernel, Launch, Launching, stream_of
 from .launch import Scan, ceil_div
+from .segments import Parts, passed
 
 ALIGNMENT = 256
 """Bytes that every part of the room begins at a multiple of: no less than kernels were compiled for."""
@@ -35,6 +36,7 @@ class Replay:
         offsets: where in one room the tensors are that kernels hand on, in bytes.
         size: of the room.
         launches: each with the addresses that it takes, out of all.
+        waits: before which of them what was not there yet must have come.
     """
 
     keeps: tuple[Any, ...]
@@ -42,14 +44,19 @@ class Replay:
     offsets: tuple[int, ...]
     size: int
     launches: tuple[tuple[Launch, Callable[[Sequence[int]], tuple[int, ...]]], ...]
+    waits: int
 
-    def __call__(self, inputs: list[int], device: torch.device) -> list[Tensor | None]:
+    def __call__(
+        self, inputs: list[int], device: torch.device, arrive: Callable[[], None] | None = None
+    ) -> list[Tensor | None]:
         """Launch on the device's current stream. The room is free for others when this returns, and they come after."""
         outputs = [None if like is None else torch.empty(like[0], dtype=like[1], device=device) for like in self.outputs]
         room = torch.empty(self.size, dtype=torch.uint8, device=device)
         start, stream = room.data_ptr(), stream_of(device)
         addresses = [*inputs, *[x.data_ptr() for x in outputs if x is not None], *[start + offset for offset in self.offsets]]
-        for launch, picked in self.launches:
+        for i, (launch, picked) in enumerate(self.launches):
+            if arrive is not None and i == self.waits:
+                arrive()
             launch(picked(addresses), stream)
         return outputs
 
@@ -57,8 +64,9 @@ class Replay:
 class Notes(Scan):
     """A linear term on its tensors, with notes of the memory it takes and of what it launches."""
 
-    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
-        super().__init__(term, x, config)
+    def __init__(self, term: Linear, x: Inputs, config: Config, arrive: Callable[[], None] | None = None) -> None:
+        super().__init__(term, x, config, arrive)
+        self._waits = -1
         self._made: list[Tensor] = []
         self._launched: list[tuple[Launch | None, Sequence[Tensor]]] = []
 
@@ -72,6 +80,11 @@ class Notes(Scan):
     ) -> None:
         """As `Scan` does, and noted."""
         self._launched.append((kernel(grid, tensors, numbers, **constants), tensors))
+
+    def wait(self) -> None:
+        """As `Scan` does, and noted."""
+        super().wait()
+        self._waits = len(self._launched)
 
     def replay(self, inputs: list[int], outputs: Sequence[Tensor | None]) -> Replay | None:
         """Of what has been launched. None if that was nothing, or interpreted, or read a copy of an input."""
@@ -88,7 +101,7 @@ class Notes(Scan):
         *offsets, size = accumulate((ceil_div(x.nbytes, ALIGNMENT) * ALIGNMENT for x in handed_on), initial=0)
         shapes = tuple(None if x is None else (x.shape, x.dtype) for x in outputs)
         keeps = (self.term, self.problem, self.config)
-        return Replay(keeps, shapes, tuple(offsets), size, tuple(launches)) if launches else None
+        return Replay(keeps, shapes, tuple(offsets), size, tuple(launches), self._waits) if launches else None
 
 
 class BackwardNotes(Notes, Backward):
@@ -99,27 +112,54 @@ _replays: dict[tuple[Any, ...], Replay] = {}
 _MAX_REPLAYS = 4096
 
 
-def forward(term: Linear, x: Inputs, config: Config) -> Output:
-    """Y, the final states, and those between."""
-    with Launching(x.problem, x.q.device):
-        if x.problem.state_every is not None:  # states between are put in order after the launches
-            return Scan(term, x, config).forward()
-        key, addresses = _key(term, x, config, ())
-        replay = _replays.get(key)
-        if replay is not None:
-            y, state = replay(addresses, x.q.device)
-            assert y is not None  # it always is
-            return Output(y, state)
-        scan = Notes(term, x, config)
-        out = scan.forward()
-        _keep(key, scan.replay(addresses, (out.y, out.state)))
-        return out
+def begin(term: Linear, x: Inputs, config: Config, reads: Config) -> Begun:
+    """A forward pass up to where it needs `x.initial`: what segments make from no state.
+
+    Args:
+        config: of these segments; reads: of the scan, which goes on from them if it has segments, as these are its own then.
+    """
+    parts = _parts(term, x, config)
+    kept = parts if reads.segments > 1 else None
+    return Begun(*passed(parts, x, config), lambda save, arrive: forward(term, x, reads, kept, arrive))
 
 
 def final_state(term: Linear, x: Inputs, config: Config) -> Tensor:
-    """The final states alone."""
+    """The final states alone, of a config with as many segments as fill the device: what each makes, summed."""
+    state, decay = passed(_parts(term, x, config), x, config)
+    return state if x.initial is None else state + x.initial * decay
+
+
+def _parts(term: Linear, x: Inputs, config: Config) -> Parts:
     with Launching(x.problem, x.q.device):
-        return Scan(term, x, config).final_state()
+        key, addresses = _key(term, x, config, ())
+        replay = _replays.get(("begin", *key))
+        if replay is not None:
+            made, logs = replay(addresses, x.q.device)
+            assert made is not None and logs is not None  # they always are
+            return made, logs
+        scan = Notes(term, x, config)
+        parts = scan.begin()
+        _keep(("begin", *key), scan.replay(addresses, parts))
+        return parts
+
+
+def forward(
+    term: Linear, x: Inputs, config: Config, parts: Parts | None = None, arrive: Callable[[], None] | None = None
+) -> Output:
+    """Y, the final states, and those between; from what `begin` has made, and with initial states that are yet to arrive."""
+    with Launching(x.problem, x.q.device):
+        if x.problem.state_every is not None:  # states between are put in order after the launches
+            return Scan(term, x, config, arrive).forward(parts)
+        key, addresses = _key(term, x, config, parts or ())
+        replay = _replays.get(key)
+        if replay is not None:
+            y, state = replay(addresses, x.q.device, arrive)
+            assert y is not None  # it always is
+            return Output(y, state)
+        scan = Notes(term, x, config, arrive)
+        out = scan.forward(parts)
+        _keep(key, scan.replay(addresses, (out.y, out.state)))
+        return out
 
 
 def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
@@ -128,9 +168,9 @@ def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) ->
         key, addresses = _key(term, x, config, (cotangents.y, cotangents.state))
         replay = _replays.get(key)
         if replay is not None:
-            return Results(*replay(addresses, x.q.device)).gradients(x)
+            return Results(*replay(addresses, x.q.device, cotangents.arrive)).gradients(x)
         whole, given = in_whole(x, cotangents)
-        scan = BackwardNotes(term, whole, config)
+        scan = BackwardNotes(term, whole, config, given.arrive)
         if whole is not x or scan.rows_at_once < x.problem.batch:  # tensors are copied before the launches, or between them
             return in_turns(term, x, config, cotangents)
         out = scan.backward(given)
