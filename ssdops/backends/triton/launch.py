@@ -72,6 +72,7 @@ class Scan:
         self.scale = float(term.sign * x.scale)
         self.q, self.k, self.v = (dense_last(t) for t in (x.q, x.k, x.v))
         self.cu = x.boundaries
+        self.places: Tensor | None = None  # of packed rows, once they are prepared
         self.rows = p.batch if self.cu is None else self.cu.numel() - 1
         self.tokens = p.batch * p.seqlen
         self.slots = self.slots_of(self.sizes.chunk)
@@ -129,15 +130,18 @@ class Scan:
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
         heads, groups = min(16, padded(p.nheads)), self.groups if chunks else 0
         parts = groups + (ceil_div(p.nheads, heads) if self.decays else 0)
+        if self.cu is not None:
+            self.places = self.empty(self.segments.slots(self.rows, self.tokens), dtype=torch.int32)
+            parts = max(parts, 1)
         if slots and parts:
             self.run(
                 PREPARE, (slots if chunks else coarse, parts, 1),
                 (
                     self.q, self.k, or_else(log_a, self.q), or_else(log_cols, self.q), or_else(self.cu, self.q), scores,
-                    *by_chunk, center, *by_block, or_else(turns, self.q),
+                    *by_chunk, center, *by_block, or_else(turns, self.q), or_else(self.places, self.q),
                 ),
                 (
-                    *self.packing, groups, coarse, self.groups // p.q_heads, self.groups // p.k_heads,
+                    *self.packing, groups, coarse, *self._places(), self.groups // p.q_heads, self.groups // p.k_heads,
                     *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
                 ),
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
@@ -146,6 +150,10 @@ class Scan:
                 **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return Prepared(scores, by_chunk, center, by_block)
+
+    def _places(self) -> tuple[int, int]:
+        """How many slots of segments there are of packed rows, and the tokens of one."""
+        return (0, 1) if self.places is None else (len(self.places), self.segments.tokens)
 
     def _sums(self, slots: int, size: int) -> Sums:
         """Room for sums of so many chunks or blocks; ρ is κ where no flag of the term tells them apart."""
@@ -187,7 +195,7 @@ class Scan:
                 s.x, k, other.x, q, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *blocks,
                 or_else(s.entering, nothing), or_else(other.entering, nothing), or_else(s.blocks, nothing),
                 or_else(other.blocks, nothing), or_else(other.leaving, nothing),
-                *(parts or (nothing, nothing)),
+                *(parts or (nothing, nothing)), or_else(self.places, nothing),
             ),
             (
                 *self.packing, p.nheads // p.v_heads, p.nheads // p.k_heads, p.nheads // p.q_heads, self.scale,
@@ -241,7 +249,8 @@ class Scan:
             (
                 self.q, self.k, self.v, y, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing),
                 prepared.scores, *prepared.chunks, prepared.center, or_else(initial, nothing), or_else(state, nothing),
-                or_else(blocks, nothing), *(parts or (nothing, nothing)), or_else(handed, nothing), or_else(turns, nothing),
+                or_else(blocks, nothing), *(parts or (nothing, nothing)),
+                *(or_else(x, nothing) for x in (self.places, handed, turns)),
             ),
             (
                 *self.packing, self.groups, p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,

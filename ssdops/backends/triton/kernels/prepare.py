@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from .rows import first_slot, slot_bounds
+from .rows import first_slot, row_of_slot, slot_bounds
 
 
 @triton.jit
 def prepare(
-    q, k, log_a, log_cols, cu, scores, rho, kappa, total, center, block_rho, block_kappa, block_total, turns,
-    n_rows, seqlen, tokens, nheads, groups, blocks, q_share, k_share,
+    q, k, log_a, log_cols, cu, scores, rho, kappa, total, center, block_rho, block_kappa, block_total, turns, places,
+    n_rows, seqlen, tokens, nheads, groups, blocks, n_places, segment, q_share, k_share,
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h,
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
@@ -30,8 +30,13 @@ def prepare(
         center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is.
         block_rho, block_kappa, block_total: the same of blocks, if BLOCKS.
         turns: `[rows, groups, RUNNERS]`, put to 0 for a relay of as many programs of the scan for each row and group.
+        places, n_places: whose the slots of segments of `segment` tokens are, of packed rows: `[n_places]`, no more than there
+            are chunks or blocks.
     """
     slot, part = tl.program_id(0), tl.program_id(1)
+    if PACKED:
+        if (part == 0) & (slot < n_places):
+            tl.store(places + slot, row_of_slot(cu, slot, n_rows, tokens, tl.arange(0, 256), segment))
     if part < groups:
         row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), L, PACKED)
         if first < stop:

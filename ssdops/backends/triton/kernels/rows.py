@@ -65,14 +65,15 @@ def first_slot(start, row, seqlen, SIZE: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def segment_of(cu, at, n_rows, tokens, SIZE, PACKED: tl.constexpr, SPLIT: tl.constexpr):
+def segment_of(places, cu, at, tokens, SIZE, PACKED: tl.constexpr, SPLIT: tl.constexpr):
     """The row and the segment of `SIZE` tokens that a program walks, and the slot of the row's first segment.
 
     Packed rows that are SPLIT have a program for each slot of that size, which `at` counts: so however long each of them
-    is, few programs have nothing to do. Else it counts rows, and the last axis of the grid segments.
+    is, few programs have nothing to do. Whose slot it is `prepare` has put into places: to look for it here would take
+    registers of the whole walk. Else `at` counts rows, and the last axis of the grid segments.
     """
     if PACKED and SPLIT:
-        row = row_of_slot(cu, at, n_rows, tokens, tl.arange(0, 256), SIZE)
+        row = tl.load(places + at)
         start = tl.minimum(tl.maximum(tl.load(cu + row).to(tl.int64), 0), tokens)
         slot0 = (start // SIZE).to(tl.int32) + row
         segment = at - slot0

@@ -18,8 +18,8 @@ from .rows import any_wide, bounds, first_slot, remembered, segment_of
 
 @triton.jit
 def scan(
-    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals, handed, turns,
-    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_segment,
+    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals, places,
+    handed, turns, n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BN2: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
@@ -34,6 +34,7 @@ def scan(
         per_segment: chunks of a segment, a multiple of ALIGN, which segments begin at.
         parts, part_totals: the state that each segment makes from zero, `[slots of segments, nheads, P, N]`, and its E
             (`states`): read if SEGMENTS.
+        places: the row of each slot of segments, of packed rows in SEGMENTS (`prepare`).
         handed, turns: where, in a RELAY, a segment leaves the state to the next one, and whose turn it is (0 before:
             `prepare`), of `[rows, nheads, P, N]` and of each program of a segment.
         CAUSAL: whether chunks are walked from the left.
@@ -41,7 +42,7 @@ def scan(
     """
     tiles: tl.constexpr = (P + BP - 1) // BP
     at, h = tl.program_id(0) // (nheads * tiles), tl.program_id(0) // tiles % nheads
-    row, segment, part0 = segment_of(cu, at, n_rows, tokens, per_segment * L, PACKED, SEGMENTS)
+    row, segment, part0 = segment_of(places, cu, at, tokens, per_segment * L, PACKED, SEGMENTS)
     start, stop = bounds(cu, row, seqlen, tokens, PACKED)
     b, t0, length = start // seqlen, start % seqlen, (stop - start).to(tl.int32)
     chunks = (length + L - 1) // L

@@ -18,7 +18,7 @@ from .rows import bounds, first_slot, remembered, segment_of
 @triton.jit
 def states(
     v, k, dy, q, u, w, cu, rho, kappa, total, entering, dleaving, blocks, dblocks, dentering, parts, part_totals,
-    n_rows, seqlen, tokens, nheads, v_share, k_share, q_share, scale, per_segment,
+    places, n_rows, seqlen, tokens, nheads, v_share, k_share, q_share, scale, per_segment,
     v_b, v_t, v_h, k_b, k_t, k_h, y_b, y_t, y_h, q_b, q_t, q_h, u_b, u_t, u_h, w_b, w_t, w_h,
     BLOCK: tl.constexpr, PORTION: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -37,12 +37,13 @@ def states(
         per_segment: blocks of a segment.
         parts, part_totals: the state that each segment makes from zero, `[sides, slots of segments, nheads, P, N]`, and its
             E: written if PARTS, but of a row's last segment only if LAST, and read if SEGMENTS.
+        places: the row of each slot of segments, of packed rows in segments (`prepare`).
     """
     tiles_p: tl.constexpr = (P + BP - 1) // BP
     tiles: tl.constexpr = tiles_p * ((N + BN - 1) // BN)
     portions: tl.constexpr = BLOCK // PORTION
     at, h, tile = tl.program_id(0) // (nheads * tiles), tl.program_id(0) // tiles % nheads, tl.program_id(0) % tiles
-    row, segment, part0 = segment_of(cu, at, n_rows, tokens, per_segment * BLOCK, PACKED, PARTS or SEGMENTS)
+    row, segment, part0 = segment_of(places, cu, at, tokens, per_segment * BLOCK, PACKED, PARTS or SEGMENTS)
     start, stop = bounds(cu, row, seqlen, tokens, PACKED)
     batch, t0, length = start // seqlen, start % seqlen, (stop - start).to(tl.int32)
     whole = (length + BLOCK - 1) // BLOCK * portions  # the last of them may be empty
