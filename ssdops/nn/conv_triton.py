@@ -20,9 +20,9 @@ CONV, GRADIENTS, WINDOWS, STEP = (
 )
 TOKENS = 16
 """Of a block: what is read twice is then little, and the loads of a program are enough to keep memory busy."""
-LONGEST = 256
+LONGEST = 128
 """Tokens of a span at most: what is summed per span is then little beside x."""
-RESIDENT = 8
+RESIDENT = 16
 """Programs that each multiprocessor should have before spans grow."""
 
 
