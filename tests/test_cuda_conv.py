@@ -1,6 +1,7 @@
-"""The causal convolution on a GPU: the laws that the interpreter is asked too, bits, CUDA graphs, streams and long tensors.
+"""The convolution and the gated norm on a GPU: the laws that the interpreter is asked too, bits, CUDA graphs, long tensors.
 
-Without a GPU these are skipped, and `test_nn_conv.py` holds the same code to the same laws in Triton's interpreter.
+Without a GPU these are skipped; `test_nn_conv.py` and `test_nn_norm.py` hold the same code to the same laws in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conv_laws import ConvolutionLaws, drawn
+from norm_laws import NormLaws
 from torch import Tensor
 
 from ssdops import masks
-from ssdops.nn import Mamba2, causal_conv1d
+from ssdops.nn import Mamba2, causal_conv1d, gated_rms_norm
 from ssdops.testing.tolerance import assert_same
 
 pytestmark = [
@@ -35,6 +37,16 @@ class TestTriton(ConvolutionLaws):
 
 class TestAuto(ConvolutionLaws):
     backend = "auto"
+    device = "cuda"
+
+
+class TestNormOnTorch(NormLaws):
+    backend = "torch"
+    device = "cuda"
+
+
+class TestNormOnTriton(NormLaws):
+    backend = "triton"
     device = "cuda"
 
 
@@ -116,6 +128,24 @@ def test_packed_needs_no_look_at_the_host() -> None:
         alone, last = causal_conv1d(x[:, start:stop], weight, return_window=True)
         assert_same(y[:, start:stop], alone, f"document {row}")
         assert_same(after[row, None], last, f"the window of document {row}")
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(1536, 1), (5120, 1), (8192, 8), (8192, 1)])
+def test_norms_of_models_sizes(channels: int, groups: int) -> None:
+    """Forward and backward as in float32 by torch, with the same bits again."""
+    wide = drawn(3, 700, 3 * channels, dtype=torch.bfloat16, device="cuda")
+    y, z, x = (part.detach().requires_grad_() for part in wide.split(channels, -1))
+    weight, D = (drawn(size, dtype=torch.float32, device="cuda").requires_grad_() for size in (channels, channels // 64))
+    given, dout = (y, z, weight, D, x), drawn(*y.shape, dtype=torch.bfloat16, seed=5, device="cuda")
+
+    def run(backend: str) -> list[Tensor]:
+        out = gated_rms_norm(y, z, weight, groups=groups, skip=(D, x), backend=backend)
+        return [out, *torch.autograd.grad(out, given, dout)]
+
+    first = run("triton")
+    for once, again, plain in zip(first, run("auto"), run("torch"), strict=True):
+        assert_same(again, once, "bits")
+        assert (once.float() - plain.float()).norm() <= 4e-3 * plain.float().norm()
 
 
 @pytest.mark.parametrize("backend", ["inductor", "cudagraphs"])

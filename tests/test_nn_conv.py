@@ -1,21 +1,14 @@
-"""The causal convolution on each backend, and the gated norm, are their formulas; arguments that do not fit say why."""
+"""The causal convolution on each backend, and arguments that do not fit."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from conv_laws import CU, DTYPES, IDS, ConvolutionLaws, drawn
+from conv_laws import CU, IDS, ConvolutionLaws, drawn
 
-import ssdops
 from ssdops import config, masks
 from ssdops.errors import DtypeError, MaskError, ShapeError, UnsupportedError, ValueRangeError
-from ssdops.nn import GatedRMSNorm, causal_conv1d, conv, gated_rms_norm
+from ssdops.nn import causal_conv1d, conv, launching
 from ssdops.testing import assert_close, tolerance
 from ssdops.testing.tolerance import assert_same
 
@@ -24,7 +17,7 @@ class TestTorch(ConvolutionLaws):
     backend = "torch"
 
 
-@pytest.mark.skipif(not conv.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(not launching.HAS_TRITON, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_conv.py tests the compiled kernels here")
 class TestTriton(ConvolutionLaws):
     """In Triton's interpreter."""
@@ -71,35 +64,13 @@ class TestTriton(ConvolutionLaws):
             assert_same(dx, found[0][1], "dx")
             assert_close(dweight, found[0][2], tolerance(torch.float32, torch.float32, 74, 74 * 4.0), "dweight")
 
-    @pytest.mark.slow
-    def test_compiled_for_sm_80_and_sm_90_it_is_lean(self) -> None:
-        """Loads and stores of four channels at once, and no spills."""
-        script = Path(__file__).with_name("conv_ptx.py")
-        env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(ssdops.__file__).parents[1])}
-        done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        facts = [json.loads(line) for line in done.stdout.splitlines()]
-        assert {fact["kernel"] for fact in facts} == {"conv", "conv_gradients", "window_gradients", "conv_step"}
-        for fact in facts:
-            rare = fact["kernel"] == "conv_gradients" and (fact["window"] or fact["width"] > 4)
-            assert fact["spilt"] <= (256 if rare else 0), fact
-            if fact["kernel"] in ("conv", "conv_gradients"):
-                rows = 16 + 3 if fact["kernel"] == "conv" else 16 + 6 + 16 + 3
-                assert fact["width"] != 4 or (fact["wide loads"] >= rows and fact["wide stores"] >= 16), fact
-
-
-def test_the_norm_is_float32_rounded_once() -> None:
-    x, weight = drawn(1, 13, 3, dtype=torch.bfloat16), drawn(3, dtype=torch.bfloat16)
-    low, wide = (gated_rms_norm(*t, groups=3) for t in ((x, x.flip(1), weight), (x.float(), x.flip(1).float(), weight.float())))
-    assert_same(low, wide.bfloat16(), "the norm")
-
 
 def test_backends_that_do_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = drawn(1, 13, 3), drawn(3, 9)
     with pytest.raises(UnsupportedError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"):
         causal_conv1d(x, weight, backend="cuda")
     assert_same(causal_conv1d(x, weight), causal_conv1d(x, weight, backend="torch"), "auto")
-    monkeypatch.setattr(conv, "HAS_TRITON", True)
+    monkeypatch.setattr(launching, "HAS_TRITON", True)
     with monkeypatch.context() as patch:
         patch.setattr(config, "triton_interpreted", lambda: True)
         with pytest.raises(UnsupportedError, match="width=9 exceeds 8; backend='torch' does"):
@@ -108,9 +79,9 @@ def test_backends_that_do_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.func.grad(lambda x: causal_conv1d(x, weight[:, :4], backend="triton").sum())(x)
     with monkeypatch.context() as patch:
         patch.setattr(config, "triton_interpreted", lambda: False)
-        with pytest.raises(UnsupportedError, match="it runs on GPUs, and x is on cpu"):
+        with pytest.raises(UnsupportedError, match="on GPUs, and the tensors are on cpu"):
             causal_conv1d(x, weight[:, :4], backend="triton")
-        patch.setattr(conv, "HAS_TRITON", False)
+        patch.setattr(launching, "HAS_TRITON", False)
         with pytest.raises(UnsupportedError, match="triton is not installed"):
             causal_conv1d(x, weight[:, :4], backend="triton")
 
@@ -154,46 +125,3 @@ def test_convolutions_that_do_not_fit() -> None:
     ]:
         with pytest.raises(error, match=message):
             call()
-
-
-# --- the norm ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_norm_is_its_formula(dtype: torch.dtype, groups: int, before: bool) -> None:
-    y, z, weight = drawn(2, 3, 6, dtype=dtype), drawn(2, 3, 6, dtype=dtype, seed=1), drawn(6, dtype=dtype)
-    out = gated_rms_norm(y, z, weight, eps=0.1, groups=groups, norm_before_gate=before)
-    gate = z.double() / (1 + torch.exp(-z.double()))
-    value, size = y.double() * (1 if before else gate), 6 // groups
-    for start in range(0, 6, size):
-        part = value[..., start : start + size].clone()
-        value[..., start : start + size] = part / ((part**2).sum(-1, keepdim=True) / size + 0.1).sqrt()
-    value = value * weight.double() * (gate if before else 1)
-    assert out.dtype == dtype
-    # Eight operations in the accumulation dtype, each with its rounding, and the sum of squares.
-    limit = tolerance(dtype, torch.promote_types(dtype, torch.float32), 8 + size, value.abs().max().item())
-    assert_close(out, value, limit, "the norm")
-
-
-def test_the_norm_has_gradients_and_a_module() -> None:
-    y, z, weight = (x.requires_grad_() for x in (drawn(2, 4), drawn(2, 4, seed=1), drawn(4)))
-    for before in (False, True):
-        assert torch.autograd.gradcheck(lambda *x, b=before: gated_rms_norm(*x, groups=2, norm_before_gate=b), (y, z, weight))
-    norm = GatedRMSNorm(4, 0.5, groups=2, norm_before_gate=True, dtype=torch.float64)
-    assert (norm.weight == 1).all() and "groups=2" in repr(norm)
-    torch.nn.init.normal_(norm.weight)
-    assert_same(norm(y, z), gated_rms_norm(y, z, norm.weight, eps=0.5, groups=2, norm_before_gate=True), "the module")
-
-
-def test_norms_that_do_not_fit() -> None:
-    y = drawn(2, 6)
-    with pytest.raises(ShapeError, match=r"z must have the shape of y, \(2, 6\), got \(2, 3\)"):
-        gated_rms_norm(y, y[:, :3], y[0])
-    with pytest.raises(ShapeError, match=r"weight must be \(channels,\) = \(6,\), got \(2, 6\)"):
-        gated_rms_norm(y, y, y)
-    with pytest.raises(ShapeError, match="groups must divide channels=6, got 4"):
-        gated_rms_norm(y, y, y[0], groups=4)
-    with pytest.raises(ShapeError, match="groups must divide channels=6, got 0"):
-        GatedRMSNorm(6, groups=0)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import config
 from ..backends.base import Support
 from ..errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from ..masks import Mask
 from . import conv_ops  # noqa: F401  # which defines the operators
 from .conv_torch import convolve, window_after
+from .launching import on_triton
 from .packing import Packing, packing
 
-BACKENDS = ("auto", "triton", "torch")
 WIDEST = 8
 """The most taps that the kernel has registers for."""
-HAS_TRITON = find_spec("triton") is not None
 ACTIVATIONS = (None, "silu", "swish")
 
 
@@ -98,7 +94,9 @@ def causal_conv1d(
         _check_window(window, x, weight, packed)
         window = None if window is None else window.to(x.dtype)
     silu, count = activation is not None, weight.shape[1] - 1
-    if not _on_triton(x, weight, backend):
+    fits = weight.shape[1] <= WIDEST
+    limits = Support.yes() if fits else Support.no(f"width={weight.shape[1]} exceeds {WIDEST}")
+    if not on_triton(x, backend, limits):
         y = convolve(x, weight, bias, window, packed, silu)
     elif window is not None and return_window and _is_step(x, weight, bias, window, packed):
         y, after = torch.ops.ssdops.conv_step(x, weight, bias, window, silu)
@@ -107,29 +105,6 @@ def causal_conv1d(
         before = window if count else None
         y = torch.ops.ssdops.conv(x, weight, bias, before, [] if packed is None else packed.tensors, silu)
     return (y, window_after(x, count, window, packed)) if return_window else y
-
-
-def _on_triton(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether to launch the kernel; a backend that is named runs or raises."""
-    if backend not in BACKENDS:
-        raise UnsupportedError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    found = Support.no("") if backend == "torch" else supports(x, weight, interpreted=backend == "triton")
-    if backend == "triton" and not found.ok:
-        raise UnsupportedError(f"'triton' does not convolve this: {found.reason}; backend='torch' does")
-    return found.ok
-
-
-def supports(x: Tensor, weight: Tensor, interpreted: bool = False) -> Support:
-    """Whether the kernel takes x, or why not; `interpreted` is whether Triton's interpreter will do."""
-    if not HAS_TRITON:
-        return Support.no("triton is not installed")
-    if x.device.type != "cuda" and not (interpreted and config.triton_interpreted()):
-        return Support.no(f"it runs on GPUs, and x is on {x.device}")
-    if weight.shape[1] > WIDEST:
-        return Support.no(f"width={weight.shape[1]} exceeds {WIDEST}")
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return Support.no("it has no rules for torch.func and forward-mode derivatives")
-    return Support.yes()
 
 
 def _is_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, packed: Packing | None) -> bool:

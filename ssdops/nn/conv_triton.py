@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..backends.triton.calls import Kernel
 from .kernels import conv as kernels
+from .launching import dense_last, on, processors
 
 CONV, GRADIENTS, WINDOWS, STEP = (
     Kernel(fn) for fn in (kernels.conv, kernels.conv_gradients, kernels.window_gradients, kernels.conv_step)
@@ -51,13 +51,13 @@ class Convolution:
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, packed: Sequence[Tensor], silu: bool
     ) -> None:
-        self.x, self.align, self.x_strides = _dense_last(x)
+        self.x, self.align, self.x_strides = dense_last(x)
         self.weight, self.bias = weight.contiguous(), x if bias is None else bias.contiguous()
         self.window = x if window is None else window.contiguous()
         self.position, self.documents, self.starts, self.stops = [t.contiguous() for t in packed] or (x, x, x, x)
         self.batch, self.seqlen, self.channels = x.shape
         self.width = weight.shape[1]
-        self.tile = tile_of(*x.shape, self.width, _processors(x.device))
+        self.tile = tile_of(*x.shape, self.width, processors(x.device))
         wide = torch.promote_types(x.dtype, weight.dtype) == torch.float64
         self.dtype = torch.float64 if wide else torch.float32
         self.switches = {"SILU": silu, "BIAS": bias is not None}
@@ -82,7 +82,7 @@ class Convolution:
         """y."""
         y = self.x.new_empty(self.x.shape)
         if y.numel():
-            with _on(y.device):
+            with on(y.device):
                 CONV(
                     self.grid(self.spans),
                     (self.x, self.weight, self.bias, self.window, self.position, self.documents, y),
@@ -97,8 +97,8 @@ class Convolution:
         if not dx.numel():
             return dx, dx.new_zeros(self.width + 1, self.channels, dtype=self.dtype)
         sums = dx.new_empty(self.spans, self.width + 1, self.channels, dtype=self.dtype)
-        dy, align, strides = _dense_last(dy)
-        with _on(dx.device):
+        dy, align, strides = dense_last(dy)
+        with on(dx.device):
             GRADIENTS(
                 self.grid(self.spans),
                 (dy, self.x, self.weight, self.bias, self.window, self.position, self.documents, dx, sums),
@@ -117,8 +117,8 @@ class Convolution:
         if not self.packing["PACKED"]:
             starts = torch.zeros(self.batch, dtype=torch.int64, device=dy.device)
             stops = torch.full_like(starts, self.seqlen)
-        dy, align, strides = _dense_last(dy)
-        with _on(dy.device):
+        dy, align, strides = dense_last(dy)
+        with on(dy.device):
             WINDOWS(
                 self.grid(len(dwindow)),
                 (dy, self.x, self.weight, self.bias, self.window, starts, stops, dwindow),
@@ -131,7 +131,7 @@ class Convolution:
         """y of one token of each row, and the window after it."""
         y, after = self.x.new_empty(self.x.shape), torch.empty_like(self.window)
         if y.numel():
-            with _on(y.device):
+            with on(y.device):
                 STEP(
                     self.grid(self.batch),
                     (self.x, self.weight, self.bias, self.window, y, after),
@@ -139,25 +139,3 @@ class Convolution:
                     **self.sizes, ALIGN=self.align, **self.switches, **self.acc,
                 )  # fmt: skip
         return y, after
-
-
-def _dense_last(x: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
-    """x with unit stride along channels, itself wherever it can be; and its other strides in units of so many elements."""
-    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-    row, token = (stride if size > 1 else 0 for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True))
-    align = 16
-    while row % align or token % align:
-        align //= 2
-    return x, align, (row // align, token // align)
-
-
-@lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
