@@ -1,4 +1,4 @@
-"""The causal convolution on a GPU against its bytes, and beside its peers: `PYTHONPATH=.:.peers python benchmarks/conv.py`.
+"""The causal convolution and the gated norm on a GPU against their bytes: `PYTHONPATH=.:.peers python benchmarks/conv.py`.
 
 The least that a pass can take is its bytes over the rate of a copy in the same run: forward x and y, backward x, dy and dx.
 x is a slice of a projection's output, as a Mamba-2 block has it, in bfloat16; weights are float32; silu and bias are on board.
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssdops import masks
-from ssdops.nn import causal_conv1d
+from ssdops.nn import causal_conv1d, gated_rms_norm
 
 RESULTS = Path(__file__).parent / "results" / "gpu_conv.json"
 AT_MOST = 1.3
@@ -137,7 +137,7 @@ def backward(machine: Machine, copy: float) -> Iterator[Figure]:
         yield _over_bytes(f"{name} {load} forward + backward", row, 5 * _nbytes(x), copy, None)
 
 
-def _both(run: Side, leaves: list[Tensor], dy: Tensor) -> Callable[[], object]:
+def _both(run: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(run(*leaves), leaves, dy)
 
 
@@ -164,6 +164,35 @@ def steps(machine: Machine, copy: float) -> Iterator[Figure]:
             row.measure("ssdops", "ms", lambda step=step: machine.ms(machine.captured(step)))
             row.measure("ssdops, eager", "ms", partial(machine.ms, step))
         yield _over_bytes(f"{load} step", row, 2 * (_nbytes(x) + _nbytes(window)) + taps.nbytes, copy, None)
+
+
+def norms(machine: Machine, copy: float) -> Iterator[Figure]:
+    """The gated norm with the skip connection before it: forward, and backward, as CUDA graphs, beside plain torch."""
+    for name, channels in {"tiny": 64}.items() if machine.tiny else {"130m": 1536, "2.7b": 5120}.items():
+        options = {"device": machine.device, "generator": machine.generator(0)}
+        rows, heads = (20 if machine.tiny else 8 * 4096), channels // 64
+        wide = torch.randn(rows, 2 * channels + 256 + heads, dtype=torch.bfloat16, **options)
+        z, x = wide[:, :channels], wide[:, channels : 2 * channels]
+        y, dout = (torch.randn(rows, channels, dtype=torch.bfloat16, **options) for _ in range(2))
+        weight, D = torch.ones(channels, device=machine.device), torch.ones(heads, device=machine.device)
+        given = [t.detach().requires_grad_() for t in (y, z, weight, D, x)]
+        row, back = Row(), Row()
+        for side, backend in {"ssdops": "triton" if machine.cuda else "torch", "plain torch": "torch"}.items():
+            run = partial(_norm, backend)
+            with torch.no_grad():
+                row.measure(side, "ms", lambda run=run, given=given: machine.ms(machine.captured(partial(run, *given))))
+            both = _both(run, given, dout)
+            back.measure(f"{side}, forward + backward", "ms", partial(machine.ms, both))
+            machine.free()
+        if machine.cuda:
+            alone = partial(torch.ops.ssdops.gated_norm_backward, dout, y, z, weight, x, D, 1e-5, 1, False)
+            back.measure("ssdops", "ms", lambda alone=alone: machine.ms(machine.captured(alone)))
+        yield _over_bytes(f"norm, {name} ({rows}, {channels}) forward", row, 4 * _nbytes(y), copy, None)
+        yield _over_bytes(f"norm, {name} ({rows}, {channels}) backward", back, 7 * _nbytes(y), copy, None)
+
+
+def _norm(backend: str, y: Tensor, z: Tensor, weight: Tensor, D: Tensor, x: Tensor) -> Tensor:
+    return gated_rms_norm(y, z, weight, skip=(D, x), backend=backend)
 
 
 def sweep(machine: Machine, copy: float) -> Iterator[Figure]:
@@ -201,7 +230,7 @@ def _over_bytes(name: str, row: Row, moved: int, copy: float, target: float | No
     return Figure(name, ratio, "× bytes / copy", "at most", target, row.parts, row.notes, stretch=None if target else AT_MOST)
 
 
-SECTIONS = {run.__name__: run for run in (errors, forward, backward, packed, steps)}
+SECTIONS = {run.__name__: run for run in (errors, forward, backward, packed, steps, norms)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
