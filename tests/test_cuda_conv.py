@@ -35,11 +35,6 @@ class TestTriton(ConvolutionLaws):
     device = "cuda"
 
 
-class TestAuto(ConvolutionLaws):
-    backend = "auto"
-    device = "cuda"
-
-
 class TestNormOnTorch(NormLaws):
     backend = "torch"
     device = "cuda"
