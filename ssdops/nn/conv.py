@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from ..backends.base import Support
 from ..errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from ..masks import Mask
-from . import conv_ops  # noqa: F401  # which defines the operators
+from . import conv_ops
 from .conv_torch import convolve, window_after
-from .launching import on_triton
+from .launching import is_learnt, on_triton
 from .packing import Packing, packing
 
 WIDEST = 8
@@ -99,19 +98,17 @@ def causal_conv1d(
     if not on_triton(x, backend, limits):
         y = convolve(x, weight, bias, window, packed, silu)
     elif window is not None and return_window and _is_step(x, weight, bias, window, packed):
-        y, after = torch.ops.ssdops.conv_step(x, weight, bias, window, silu)
-        return y, after
+        return conv_ops.step(x, weight, bias, window, silu)
     else:
         before = window if count else None
-        y = torch.ops.ssdops.conv(x, weight, bias, before, [] if packed is None else packed.tensors, silu)
+        y = conv_ops.conv(x, weight, bias, before, [] if packed is None else packed.tensors, silu)
     return (y, window_after(x, count, window, packed)) if return_window else y
 
 
 def _is_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, packed: Packing | None) -> bool:
     """Whether this is a token of each sequence, from which nothing is learnt."""
-    given = [x, weight, window, *(() if bias is None else (bias,))]
-    learnt = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return packed is None and x.shape[1] == 1 and window.shape[2] > 0 and not learnt
+    one = packed is None and x.shape[1] == 1 and window.shape[2] > 0
+    return one and not is_learnt((x, weight, bias, window))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

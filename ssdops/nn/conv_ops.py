@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .conv_torch import convolve
+from .launching import is_learnt, is_plain
 from .packing import Packing
 
 LIBRARY = torch.library.Library("ssdops", "FRAGMENT")
@@ -21,6 +22,25 @@ _CALL = f"{_ARGS}, Tensor[] packed, bool silu"
 LIBRARY.define(f"conv({_CALL}) -> Tensor")
 LIBRARY.define(f"conv_backward(Tensor dy, {_CALL}, bool of_window) -> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(f"conv_step({_ARGS.replace('Tensor? window', 'Tensor window')}, bool silu) -> (Tensor, Tensor)")
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, packed: list[Tensor], silu: bool) -> Tensor:
+    """`ssdops::conv`, in the shortest way in."""
+    given = (x, weight, bias, window)
+    if not is_plain(given):
+        y: Tensor = torch.ops.ssdops.conv(*given, packed, silu)
+    elif is_learnt(given):
+        y = _Eager.apply(*given, silu, *packed)  # type: ignore[no-untyped-call]  # as torch has it
+    else:
+        y = _conv(*given, packed, silu)
+    return y
+
+
+def step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    """`ssdops::conv_step`, likewise; it has no derivative."""
+    run = _conv_step if is_plain((x, weight, bias, window)) else torch.ops.ssdops.conv_step
+    y, after = run(x, weight, bias, window, silu)
+    return y, after
 
 
 def _conv(*args: Any) -> Tensor:
@@ -63,7 +83,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, *rest = ctx.saved_tensors
+    kept = ctx.saved_tensors  # once: activation checkpointing gives them up when they are asked for
+    x, weight, *rest = kept
     bias, window = (rest.pop(0) if given else None for given in ctx.given)
     learnt = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():  # the gradient is itself differentiated: by autograd, of plain torch
@@ -73,9 +94,26 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
         grads = [next(found) if needed else None for needed in learnt]
     else:
-        out = torch.ops.ssdops.conv_backward(dy, x, weight, bias, window, rest, ctx.silu, learnt[3])
+        run = _conv_backward if is_plain((dy, *kept)) else torch.ops.ssdops.conv_backward
+        out = run(dy, x, weight, bias, window, rest, ctx.silu, learnt[3])
         grads = [grad if needed else None for grad, needed in zip(out, learnt, strict=True)]
     return (*grads, [None] * len(rest), None)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without torch.library, whose wrapping takes longer than a short kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *given, silu = args[:5]
+        inputs = (*given, list(args[5:]), silu)
+        _keep(ctx, inputs, given[0])
+        return _conv(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        *grads, of_packed, _ = _differentiate(ctx, dy)
+        return (*grads, None, *of_packed)
 
 
 LIBRARY.impl("conv", _conv, "CompositeExplicitAutograd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -40,6 +41,21 @@ def _supports(x: Tensor, interpreted: bool) -> Support:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Support.no("its kernels have no rules for torch.func and forward-mode derivatives")
     return Support.yes()
+
+
+def is_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the dispatcher would only lead to the launcher, so that its time can be saved: nothing traces or wraps."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all([x is None or (type(x) in _PLAIN and x.device.type in ("cpu", "cuda")) for x in tensors])  # noqa: C419  # quicker
+
+
+def is_learnt(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient of one of them is wanted."""
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])  # noqa: C419
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,12 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .launching import is_learnt, is_plain
 from .norm_torch import norm
 
 LIBRARY = torch.library.Library("ssdops", "FRAGMENT")
 _CALL = "Tensor y, Tensor z, Tensor weight, Tensor? x, Tensor? D, float eps, int groups, bool before"
 LIBRARY.define(f"gated_norm({_CALL}) -> Tensor")
 LIBRARY.define(f"gated_norm_backward(Tensor dout, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+
+
+def gated_norm(*args: Any) -> Tensor:
+    """`ssdops::gated_norm`, in the shortest way in."""
+    if not is_plain(args[:5]):
+        out: Tensor = torch.ops.ssdops.gated_norm(*args)
+    elif is_learnt(args[:5]):
+        out = _Eager.apply(*args)  # type: ignore[no-untyped-call]  # as torch has it
+    else:
+        out = _norm(*args)
+    return out
 
 
 def _norm(*args: Any) -> Tensor:
@@ -50,16 +62,30 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    given = (*ctx.saved_tensors, *(() if ctx.skips else (None, None)))
+    given = (*ctx.saved_tensors, *(() if ctx.skips else (None, None)))  # asked for once, as activation checkpointing has it
     learnt = ctx.needs_input_grad[:5]
     if torch.is_grad_enabled():  # the gradient is itself differentiated: by autograd, of plain torch
         wanted = [x for x, needed in zip(given, learnt, strict=True) if needed]
         found = iter(torch.autograd.grad(norm(*given, *ctx.options), wanted, dout, create_graph=True))
         grads = [next(found) if needed else None for needed in learnt]
     else:
-        out = torch.ops.ssdops.gated_norm_backward(dout, *given, *ctx.options)
+        run = _norm_backward if is_plain((dout, *given)) else torch.ops.ssdops.gated_norm_backward
+        out = run(dout, *given, *ctx.options)
         grads = [grad if needed else None for grad, needed in zip(out, learnt, strict=True)]
     return (*grads, None, None, None)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without torch.library, whose wrapping takes longer than a short kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _keep(ctx, args, args[0])
+        return _norm(*args)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        return _differentiate(ctx, dout)
 
 
 LIBRARY.impl("gated_norm", _norm, "CompositeExplicitAutograd")
