@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-PACKAGES = ("mamba-ssm", "fla-core", "einops")
+PACKAGES = ("mamba-ssm", "fla-core", "einops", "causal-conv1d")
 MAMBA_CHUNK = 256  # mamba_ssm's own default
 
 
@@ -119,3 +119,22 @@ def mamba_step(operands: Operands, state: Tensor) -> Callable[[], Tensor]:
     a = a[:, None, None].expand(-1, headdim, dstate)
     x, b, c = x[:, 0], b[:, 0], c[:, 0]
     return lambda: update(state, x, dt, a, b, c, D=zeros, dt_bias=zeros)
+
+
+def mamba_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, **given: object) -> Tensor | tuple[Tensor, Tensor]:
+    """mamba_ssm's scan as its block calls it: bias and softplus of dt, the skip connection and, if asked, the state inside."""
+    scan = mamba_module("ops.triton.ssd_combined").mamba_chunk_scan_combined
+    return scan(x, dt, a, b, c, chunk_size=MAMBA_CHUNK, dt_softplus=True, **given)
+
+
+def fla_conv(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """fla's causal convolution, with silu."""
+    return fla_module("modules.causal_conv1d").causal_conv1d(x, taps, bias, activation="silu")[0]
+
+
+def dao_conv(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """The package causal_conv1d, compiled, with channels last in memory, with silu."""
+    if find_spec("causal_conv1d") is None:
+        raise MissingPeerError("causal_conv1d is not installed")
+    convolve = import_module("causal_conv1d").causal_conv1d_fn
+    return convolve(x.mT, taps.to(x.dtype), bias.to(x.dtype), activation="silu").mT

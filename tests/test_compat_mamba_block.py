@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from compat_loops import BATCH, IDS, G, H, N, P, T, close, draw, loops
 from torch import Tensor
 
 from ssdops.compat.mamba_ssm import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from ssdops.errors import DtypeError, ShapeError, UnsupportedError
+from ssdops.nn import causal_conv1d
 
 DIM, WIDTH, MLP, OUT = H * P, 4, 6, 7
 CHANNELS = DIM + 2 * G * N
@@ -135,7 +135,7 @@ def test_low_precision_has_the_bits_of_its_parts() -> None:
     out = mamba_split_conv1d_scan_combined(**given, chunk_size=16, ngroups=G)
     zxbcdt, weight, bias, *_ = given.values()
     z, mixed, dt = zxbcdt.split([DIM, CHANNELS, H], -1)
-    mixed = F.silu(F.conv1d(F.pad(mixed.mT, (WIDTH - 1, 0)), weight[:, None], bias, groups=CHANNELS).mT)
+    mixed = causal_conv1d(mixed, weight, bias, activation="silu")
     x, B, C = mixed[..., :DIM], mixed[..., DIM : DIM + G * N], mixed[..., DIM + G * N :]
     x, z, B, C = (t.unflatten(-1, (n, -1)) for t, n in ((x, H), (z, H), (B, G), (C, G)))
     y = mamba_chunk_scan_combined(x, dt, given["A"], B, C, 16, given["D"], z, given["dt_bias"], dt_softplus=True)

@@ -1,134 +1,89 @@
-"""The causal convolution and the gated norm are their formulas; windows and documents cut nothing and leak nothing."""
+"""The causal convolution on each backend, and arguments that do not fit."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
-from torch import Tensor
+from conv_laws import CU, IDS, ConvolutionLaws, drawn
 
-from ssdops import masks
+from ssdops import config, masks
 from ssdops.errors import DtypeError, MaskError, ShapeError, UnsupportedError, ValueRangeError
-from ssdops.nn import GatedRMSNorm, causal_conv1d, gated_rms_norm
+from ssdops.nn import causal_conv1d, conv, launching
 from ssdops.testing import assert_close, tolerance
 from ssdops.testing.tolerance import assert_same
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-LENGTHS = (4, 0, 1, 2, 6)
-CU = torch.tensor([0, 4, 4, 5, 7, 13])
-IDS = torch.arange(5).repeat_interleave(torch.tensor(LENGTHS))[None]
+
+class TestTorch(ConvolutionLaws):
+    backend = "torch"
 
 
-def drawn(*sizes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(sizes))
-    return torch.randn(sizes, dtype=torch.float64, generator=generator).to(dtype)
+@pytest.mark.skipif(not launching.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_conv.py tests the compiled kernels here")
+class TestTriton(ConvolutionLaws):
+    """In Triton's interpreter."""
+
+    backend = "triton"
+    rounds_once = False
+
+    def test_a_step_is_one_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where nothing is learnt; and what it gives is what the other kernels give."""
+        x, weight, bias, window = (drawn(*size, dtype=torch.float32) for size in ((3, 1, 5), (5, 4), (5,), (3, 5, 3)))
+        given = {"activation": "silu", "window": window, "return_window": True, "backend": "triton"}
+        wanted = causal_conv1d(x, weight.clone().requires_grad_(), bias, **given)
+        with monkeypatch.context() as patch:
+            patch.setattr("ssdops.nn.conv_triton.CONV", None)
+            y, after = causal_conv1d(x, weight, bias, **given)
+        assert_close(y, wanted[0], tolerance(torch.float32, torch.float32, 4, 8.0), "y")
+        assert_same(after, wanted[1], "the window")
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_opcheck(self, packed: bool) -> None:
+        x, weight, bias = (drawn(*size, dtype=torch.float32) for size in ((1, 13, 6), (6, 4), (6,)))
+        window = drawn(5 if packed else 1, 6, 3, dtype=torch.float32)
+        documents = conv.packing(masks.documents(CU), x).tensors if packed else []
+        given = [t.requires_grad_() for t in (x, weight, bias, window)]
+        torch.library.opcheck(torch.ops.ssdops.conv.default, (*given, documents, True))
+        plain = [t.detach() for t in given]
+        torch.library.opcheck(torch.ops.ssdops.conv_backward.default, (plain[0], *plain, documents, True, True))
+        if not packed:
+            torch.library.opcheck(torch.ops.ssdops.conv_step.default, (plain[0][:, :1], *plain[1:], True))
+
+    def test_how_it_is_cut_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not even the bits, but for sums over tokens."""
+        from ssdops.nn import conv_triton
+
+        x, weight = drawn(2, 37, 20, dtype=torch.float32), drawn(20, 4, dtype=torch.float32)
+        found = []
+        for tile in (conv_triton.Tile(32, 16, 16, 1), conv_triton.Tile(16, 4, 32, 1), conv_triton.Tile(8, 1, 3, 1)):
+            monkeypatch.setattr(conv_triton, "tile_of", lambda *sizes, tile=tile: tile)
+            given = [t.clone().requires_grad_() for t in (x, weight)]
+            y = causal_conv1d(*given, activation="silu", backend="triton")
+            found.append((y, *torch.autograd.grad(y.square().sum(), given)))
+        for y, dx, dweight in found[1:]:
+            assert_same(y, found[0][0], "y")
+            assert_same(dx, found[0][1], "dx")
+            assert_close(dweight, found[0][2], tolerance(torch.float32, torch.float32, 74, 74 * 4.0), "dweight")
 
 
-def by_formula(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
-    """The sum, a token and a tap at a time in float64; and what absolute values give."""
-    x, weight, width = x.double(), weight.double(), weight.shape[1]
-    y, size = torch.zeros_like(x), torch.zeros_like(x)
-    for t in range(x.shape[1]):
-        for lag in range(width):
-            before = torch.zeros_like(x[:, 0]) if window is None or t >= lag else window[:, :, width - 1 + t - lag].double()
-            term = weight[:, width - 1 - lag] * (x[:, t - lag] if t >= lag else before)
-            y[:, t], size[:, t] = y[:, t] + term, size[:, t] + term.abs()
-    if bias is not None:
-        y, size = y + bias.double(), size + bias.double().abs()
-    return (y / (1 + torch.exp(-y)) if silu else y), size
-
-
-def allowed(dtype: torch.dtype, width: int, size: Tensor) -> float:
-    """silu's slope is less than 1.1, and it rounds once more."""
-    return 1.1 * tolerance(dtype, torch.promote_types(dtype, torch.float32), width + 2, size.max().item())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 2, 4, 7])
-@pytest.mark.parametrize("bare", [False, True])
-def test_the_convolution_is_its_sum(bare: bool, width: int, dtype: torch.dtype) -> None:
-    """Of a view with strides of its own, shorter and longer than the window."""
-    for seqlen in (0, 1, 3, 9):
-        x = drawn(2, 5, seqlen + 2, dtype=dtype).transpose(1, 2)[:, 1 : 1 + seqlen]
-        weight, bias, window = drawn(5, width, dtype=dtype), drawn(5, dtype=dtype), drawn(2, 5, width - 1, dtype=dtype)
-        options = {} if bare else {"bias": bias, "activation": "silu", "window": window}
-        y, after = causal_conv1d(x, weight, return_window=True, **options)
-        value, size = by_formula(x, weight, options.get("bias"), options.get("window"), silu=not bare)
-        assert y.dtype == dtype and y.shape == x.shape
-        if seqlen:
-            assert_close(y, value, allowed(dtype, width, size), f"y of {seqlen} tokens")
-        whole = torch.cat([torch.zeros_like(window) if bare else window, x.transpose(1, 2)], 2)
-        assert_same(after, whole[:, :, seqlen:], "the window")
-
-
-@pytest.mark.parametrize("entering", [False, True])
-@pytest.mark.parametrize("width", [1, 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_is_separate(dtype: torch.dtype, width: int, entering: bool) -> None:
-    x, weight, bias = drawn(1, 13, 3, dtype=dtype), drawn(3, width, dtype=dtype), drawn(3, dtype=dtype)
-    window = drawn(5, 3, width - 1, dtype=dtype) if entering else None
-    for documents in (masks.documents(CU), masks.documents(segment_ids=IDS.int(), n_segments=5)):
-        y, after = causal_conv1d(x, weight, bias, window=window, documents=documents, return_window=True)
-        assert_same(causal_conv1d(x, weight, bias, window=window, documents=documents), y, "y without a window")
-        for row, (start, stop) in enumerate(pairwise(CU.tolist())):
-            own = None if window is None else window[row, None]
-            alone, last = causal_conv1d(x[:, start:stop], weight, bias, window=own, return_window=True)
-            _, size = by_formula(x[:, start:stop], weight, bias, own, silu=False)
-            if start < stop:
-                assert_close(y[:, start:stop], alone, allowed(dtype, width, size), f"document {row}")
-            assert_same(after[row, None], last, f"the window of document {row}")
-
-
-def test_gradients() -> None:
-    """Of everything, in one sequence and in documents; those of a NaN's document stay in it."""
-    x, weight, bias = drawn(1, 13, 2), drawn(2, 3), drawn(2)
-    for documents, rows in ((None, 1), (masks.documents(CU), 5)):
-        inputs = [t.requires_grad_() for t in (x, weight, bias, drawn(rows, 2, 2))]
-
-        def run(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents=documents) -> tuple[Tensor, Tensor]:
-            options = {"activation": "silu", "window": window, "documents": documents}
-            return causal_conv1d(x, weight, bias, return_window=True, **options)
-
-        assert torch.autograd.gradcheck(run, inputs)
-    bad = x.detach().clone()
-    bad[0, 5:7] = float("nan")
-    bad.requires_grad_()
-    (slope,) = torch.autograd.grad(causal_conv1d(bad, weight, activation="silu", documents=masks.documents(CU)).sum(), bad)
-    assert slope[0, 5:7].isnan().all() and slope[0, :5].isfinite().all() and slope[0, 7:].isfinite().all()
-
-
-def test_poison_stays_in_its_document() -> None:
-    x, weight, window = drawn(1, 13, 3), drawn(3, 4), drawn(5, 3, 3)
-    bad, bad_window = x.clone(), window.clone()
-    bad[0, 5:7] = float("nan")
-    bad_window[3] = float("inf")
-    documents = masks.documents(CU)
-    clean, after = causal_conv1d(x, weight, window=window, documents=documents, return_window=True)
-    dirty, dirty_after = causal_conv1d(bad, weight, window=bad_window, documents=documents, return_window=True)
-    assert dirty[:, 5:7].isnan().all() and not dirty_after[3].isfinite().any()
-    for at in (slice(0, 5), slice(7, 13)):
-        assert_same(dirty[:, at], clean[:, at], "other documents")
-    assert_same(dirty_after[[0, 1, 2, 4]], after[[0, 1, 2, 4]], "other windows")
-
-
-def test_low_precision_is_float32_rounded_once() -> None:
-    x, weight, bias = (drawn(*sizes, dtype=torch.bfloat16) for sizes in ((1, 13, 3), (3, 4), (3,)))
-    for documents in (None, masks.documents(CU)):
-        y, wide = (causal_conv1d(*t, activation="silu", documents=documents) for t in _both_dtypes(x, weight, bias))
-        assert_same(y, wide.bfloat16(), "the convolution")
-    out, wide = (gated_rms_norm(*t, groups=3) for t in _both_dtypes(x, x.flip(1), bias))
-    assert_same(out, wide.bfloat16(), "the norm")
-
-
-def _both_dtypes(*tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return tensors, tuple(x.float() for x in tensors)
-
-
-def test_windows_take_the_dtype_of_x() -> None:
-    x, weight = drawn(2, 5, 3, dtype=torch.bfloat16), drawn(3, 4, dtype=torch.float32)
-    y, after = causal_conv1d(x, weight, window=drawn(2, 3, 3, dtype=torch.float32), return_window=True)
-    assert y.dtype == after.dtype == torch.bfloat16 and after.is_contiguous()
+def test_backends_that_do_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = drawn(1, 13, 3), drawn(3, 9)
+    with pytest.raises(UnsupportedError, match="backend must be one of 'auto', 'triton', 'torch', got 'cuda'"):
+        causal_conv1d(x, weight, backend="cuda")
+    assert_same(causal_conv1d(x, weight), causal_conv1d(x, weight, backend="torch"), "auto")
+    monkeypatch.setattr(launching, "HAS_TRITON", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "triton_interpreted", lambda: True)
+        with pytest.raises(UnsupportedError, match="width=9 exceeds 8; backend='torch' does"):
+            causal_conv1d(x, weight, backend="triton")
+        with pytest.raises(UnsupportedError, match="no rules for torch"):
+            torch.func.grad(lambda x: causal_conv1d(x, weight[:, :4], backend="triton").sum())(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "triton_interpreted", lambda: False)
+        with pytest.raises(UnsupportedError, match="on GPUs, and the tensors are on cpu"):
+            causal_conv1d(x, weight[:, :4], backend="triton")
+        patch.setattr(launching, "HAS_TRITON", False)
+        with pytest.raises(UnsupportedError, match="triton is not installed"):
+            causal_conv1d(x, weight[:, :4], backend="triton")
 
 
 def test_convolutions_that_do_not_fit() -> None:
@@ -170,46 +125,3 @@ def test_convolutions_that_do_not_fit() -> None:
     ]:
         with pytest.raises(error, match=message):
             call()
-
-
-# --- the norm ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_norm_is_its_formula(dtype: torch.dtype, groups: int, before: bool) -> None:
-    y, z, weight = drawn(2, 3, 6, dtype=dtype), drawn(2, 3, 6, dtype=dtype, seed=1), drawn(6, dtype=dtype)
-    out = gated_rms_norm(y, z, weight, eps=0.1, groups=groups, norm_before_gate=before)
-    gate = z.double() / (1 + torch.exp(-z.double()))
-    value, size = y.double() * (1 if before else gate), 6 // groups
-    for start in range(0, 6, size):
-        part = value[..., start : start + size].clone()
-        value[..., start : start + size] = part / ((part**2).sum(-1, keepdim=True) / size + 0.1).sqrt()
-    value = value * weight.double() * (gate if before else 1)
-    assert out.dtype == dtype
-    # Eight operations in the accumulation dtype, each with its rounding, and the sum of squares.
-    limit = tolerance(dtype, torch.promote_types(dtype, torch.float32), 8 + size, value.abs().max().item())
-    assert_close(out, value, limit, "the norm")
-
-
-def test_the_norm_has_gradients_and_a_module() -> None:
-    y, z, weight = (x.requires_grad_() for x in (drawn(2, 4), drawn(2, 4, seed=1), drawn(4)))
-    for before in (False, True):
-        assert torch.autograd.gradcheck(lambda *x, b=before: gated_rms_norm(*x, groups=2, norm_before_gate=b), (y, z, weight))
-    norm = GatedRMSNorm(4, 0.5, groups=2, norm_before_gate=True, dtype=torch.float64)
-    assert (norm.weight == 1).all() and "groups=2" in repr(norm)
-    torch.nn.init.normal_(norm.weight)
-    assert_same(norm(y, z), gated_rms_norm(y, z, norm.weight, eps=0.5, groups=2, norm_before_gate=True), "the module")
-
-
-def test_norms_that_do_not_fit() -> None:
-    y = drawn(2, 6)
-    with pytest.raises(ShapeError, match=r"z must have the shape of y, \(2, 6\), got \(2, 3\)"):
-        gated_rms_norm(y, y[:, :3], y[0])
-    with pytest.raises(ShapeError, match=r"weight must be \(channels,\) = \(6,\), got \(2, 6\)"):
-        gated_rms_norm(y, y, y)
-    with pytest.raises(ShapeError, match="groups must divide channels=6, got 4"):
-        gated_rms_norm(y, y, y[0], groups=4)
-    with pytest.raises(ShapeError, match="groups must divide channels=6, got 0"):
-        GatedRMSNorm(6, groups=0)

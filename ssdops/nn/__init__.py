@@ -1,4 +1,4 @@
-"""Blocks made of `ssdops.ssd`: the Mamba-2 block with its cache, Hydra, and what it is made of beside the scan."""
+"""Blocks made of `ssdops.ssd`: the Mamba-2 block with its cache, Hydra, what they are made of, and the scan as a layer."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,11 +7,12 @@ from .conv import causal_conv1d
 from .hydra import Hydra
 from .mamba2 import Mamba2
 from .norm import GatedRMSNorm, gated_rms_norm
+from .ssd import SSD
 
 if TYPE_CHECKING:
     from .heads import HeadsParallel
 
-__all__ = ["GatedRMSNorm", "HeadsParallel", "Hydra", "Mamba2", "Mamba2Cache", "causal_conv1d", "gated_rms_norm"]
+__all__ = ["SSD", "GatedRMSNorm", "HeadsParallel", "Hydra", "Mamba2", "Mamba2Cache", "causal_conv1d", "gated_rms_norm"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,34 +1,38 @@
-"""The causal depthwise convolution in front of a scan, in plain torch: the path of CPUs, and right on any device."""
+"""The causal depthwise convolution in front of a scan: a Triton kernel on GPUs, plain torch elsewhere."""
 
 from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..backends.base import Support
 from ..errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from ..masks import Mask
+from . import conv_ops
+from .conv_torch import convolve, window_after
+from .launching import is_learnt, on_triton
 from .packing import Packing, packing
 
+WIDEST = 8
+"""The most taps that the kernel has registers for."""
 ACTIVATIONS = (None, "silu", "swish")
 
 
 @overload
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, activation: str | None = ..., window: Tensor | None = ...,
-    documents: Mask | None = ..., return_window: Literal[False] = ...,
+    documents: Mask | None = ..., return_window: Literal[False] = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, activation: str | None = ..., window: Tensor | None = ...,
-    documents: Mask | None = ..., return_window: Literal[True],
+    documents: Mask | None = ..., return_window: Literal[True], backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, activation: str | None = ..., window: Tensor | None = ...,
-    documents: Mask | None = ..., return_window: bool = ...,
+    documents: Mask | None = ..., return_window: bool = ..., backend: str = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def causal_conv1d(
     x: Tensor,
@@ -39,6 +43,7 @@ def causal_conv1d(
     window: Tensor | None = None,
     documents: Mask | None = None,
     return_window: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A causal convolution of each channel with its own taps.
 
@@ -56,12 +61,16 @@ def causal_conv1d(
             order of their states: `(n_segments, …)`, or `(batch · n_segments, …)` for segment ids. None is zero.
         documents: `masks.documents(…)`: no tap reaches over a document's start.
         return_window: also return the window that leaves, shaped likewise, in the dtype of x.
+        backend: "triton", a kernel for GPUs (in Triton's interpreter also on CPUs) that takes up to 8 taps and is fastest where
+            channels are the last axis in memory: other layouts are copied; "torch", which takes everything; or "auto", the
+            former wherever it can be.
 
     Returns:
         y like x, summed in float32 (float64 if x or weight is); with `return_window`, (y, window).
 
     Raises:
-        ShapeError, DtypeError, DeviceError, UnsupportedError: an argument that does not fit; the message names it.
+        ShapeError, DtypeError, DeviceError, UnsupportedError: an argument that does not fit, or a backend that does not take
+            it; the message names it.
         MaskError, ValueRangeError: what is given as documents is none, or is not in order.
 
     Source: Dao & Gu 2024, "Transformers are SSMs", section 7.1 (the convolution over x, B and C).
@@ -82,61 +91,24 @@ def causal_conv1d(
     packed = None if documents is None else packing(documents, x)
     if window is not None or return_window:
         _check_window(window, x, weight, packed)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    taps, before = weight.to(dtype), None if window is None else window.to(x.dtype).transpose(1, 2)
-    if packed is None:
-        before = x.new_zeros(x.shape[0], taps.shape[1] - 1, x.shape[2]) if before is None else before
-        tokens = torch.cat([before, x], 1)
-        y = _slide(tokens.to(dtype), taps)
+        window = None if window is None else window.to(x.dtype)
+    silu, count = activation is not None, weight.shape[1] - 1
+    fits = weight.shape[1] <= WIDEST
+    limits = Support.yes() if fits else Support.no(f"width={weight.shape[1]} exceeds {WIDEST}")
+    if not on_triton(x, backend, limits):
+        y = convolve(x, weight, bias, window, packed, silu)
+    elif window is not None and return_window and _is_step(x, weight, bias, window, packed):
+        return conv_ops.step(x, weight, bias, window, silu)
     else:
-        y = _slide_in_documents(x.to(dtype), taps, packed, None if before is None else before.to(dtype))
-    y = y if bias is None else y + bias
-    y = (y if activation is None else F.silu(y)).to(x.dtype)
-    if not return_window:
-        return y
-    after = tokens[:, x.shape[1] :] if packed is None else _last(x, taps.shape[1] - 1, packed, before)
-    return y, after.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        before = window if count else None
+        y = conv_ops.conv(x, weight, bias, before, [] if packed is None else packed.tensors, silu)
+    return (y, window_after(x, count, window, packed)) if return_window else y
 
 
-def _slide(tokens: Tensor, taps: Tensor) -> Tensor:
-    """The sums over every whole window of tokens `(rows, seqlen + width − 1, channels)`: `(rows, seqlen, channels)`."""
-    width = taps.shape[1]
-    seqlen = tokens.shape[1] - (width - 1)
-    y = tokens[:, width - 1 :] * taps[:, -1]
-    for at in range(width - 1):
-        y = torch.addcmul(y, tokens[:, at : at + seqlen], taps[:, at])
-    return y
-
-
-def _slide_in_documents(x: Tensor, taps: Tensor, packed: Packing, before: Tensor | None) -> Tensor:
-    """The sums over the tokens of one document each; what lies before it is selected away, so that its NaN is too."""
-    width, seqlen = taps.shape[1], x.shape[1]
-    y = x * taps[:, -1]
-    for lag in range(1, width):
-        earlier = F.pad(x, (0, 0, lag, 0))[:, :seqlen]
-        inside = (packed.position >= lag)[..., None]
-        y = torch.addcmul(y, torch.where(inside, earlier, 0.0), taps[:, -1 - lag])
-    if before is None or width == 1 or not before.shape[0]:
-        return y
-    # What windows add to the first width − 1 tokens of a document, whether it has as many or not.
-    heads = _slide(F.pad(before, (0, 0, 0, width - 1)), taps)
-    added = heads[packed.row, packed.position.clamp(max=width - 2)]
-    return y + torch.where((packed.position < width - 1)[..., None], added, 0.0)
-
-
-def _last(x: Tensor, count: int, packed: Packing, before: Tensor | None) -> Tensor:
-    """The last `count` tokens of every document, after those of its window: `(n_rows, count, channels)`."""
-    rows, seqlen = len(packed.starts), x.shape[1]
-    older = x.new_zeros(rows, count, x.shape[2]) if before is None else before
-    if not rows or not count or not seqlen:
-        return older
-    back = torch.arange(count, device=x.device)
-    document = torch.arange(rows, device=x.device)[:, None]
-    starts, stops = packed.starts[:, None], packed.stops[:, None]
-    older = older[document, (stops - starts + back).clamp(0, count - 1)]
-    at = stops - count + back
-    newer = x[document // (rows // x.shape[0]), at.clamp(0, seqlen - 1)]
-    return torch.where((at >= starts)[..., None], newer, older)
+def _is_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, packed: Packing | None) -> bool:
+    """Whether this is a token of each sequence, from which nothing is learnt."""
+    one = packed is None and x.shape[1] == 1 and window.shape[2] > 0
+    return one and not is_learnt((x, weight, bias, window))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

@@ -13,9 +13,10 @@ from ..api import ssd
 from ..errors import ShapeError
 from .checks import check_input, check_ranges, check_sizes
 from .norm import GatedRMSNorm
+from .projections import Projections
 
 
-class Hydra(nn.Module):
+class Hydra(Projections):
     """The Hydra block, `(batch, seqlen, d_model)` → the same shape; every token sees all others.
 
         z, xBC, dt = split(W_in u)                         x, B, C, B', C' = split(silu(conv(xBC)))
@@ -56,6 +57,8 @@ class Hydra(nn.Module):
     torch.Size([2, 20, 32])
     """
 
+    directions = 2
+
     def __init__(
         self,
         d_model: int,
@@ -83,14 +86,8 @@ class Hydra(nn.Module):
         check_ranges((1.0, 1.0), (dt_min, dt_max), dt_limit)
         if d_conv % 2 == 0:
             raise ShapeError(f"d_conv must be odd, for a convolution that looks as far to either side, got {d_conv}")
-        channels = self.d_inner + 4 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + channels + 2 * self.nheads, bias, device, dtype)
-        self.conv1d = nn.Conv1d(
-            channels, channels, d_conv, padding=d_conv // 2, groups=channels, bias=conv_bias, device=device, dtype=dtype
-        )
-        self.dt_bias, self.A_log, self.D = (
-            nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype)) for _ in range(3)
-        )
+        self._make_projections(d_conv // 2, bias, conv_bias, {"device": device, "dtype": dtype})
+        self.D = nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype))
         self.fc_D = nn.Linear(self.d_inner, self.nheads, bias=False, device=device, dtype=dtype)
         self.norm = GatedRMSNorm(self.d_inner, 1e-5, norm_before_gate=True, device=device, dtype=dtype)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias, device, dtype)
@@ -99,12 +96,7 @@ class Hydra(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw dt_bias anew, and set A to −1 and D to ones: the parameters that stand in no module inside."""
-        low, high, floor = self.dt_init
-        drawn = torch.empty(
-            self.nheads, device=self.dt_bias.device, dtype=torch.promote_types(self.dt_bias.dtype, torch.float32)
-        )
-        dt = drawn.uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self._draw_dt_bias()
         self.A_log.zero_()
         self.D.fill_(1.0)
 
@@ -121,15 +113,9 @@ class Hydra(nn.Module):
             ShapeError, DtypeError, DeviceError: u does not fit the block.
         """
         check_input(u, ("batch", "seqlen", self.d_model), self.in_proj.weight)
-        state = self.ngroups * self.d_state
-        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.weight.shape[0], 2 * self.nheads], -1)
-        x, *BC = F.silu(self.conv1d(xBC.mT).mT).split([self.d_inner, state, state, state, state], -1)
-        B, C, B_right, C_right = (part.unflatten(-1, (self.ngroups, self.d_state)) for part in BC)
-        v = x.unflatten(-1, (self.nheads, self.headdim))
-        dtype = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(dtype).unflatten(-1, (2, self.nheads)) + self.dt_bias.to(dtype)).clamp(*self.dt_limit)
-        left, right = dt.unbind(2)
-        A = -self.A_log.to(dtype).exp()
+        z, xBC, dt = self._project(u)
+        v, (B, C, B_right, C_right) = self._parts(F.silu(self.conv1d(xBC.mT).mT))
+        (left, right), A = self._rates(dt)
         from_left = masks.decay(left * A).scale(cols=left)
         # The decay of a reversed sequence, whose operand is the reversed one: a token's own decay takes it further to the left.
         from_right = masks.decay((right * A).flip(1)).reverse().scale(cols=right)
@@ -137,6 +123,6 @@ class Hydra(nn.Module):
         after = ssd(C_right, B_right, v, from_right, backend=self.backend)
         # Each is shifted by a token away from its side, so that neither has the token itself.
         y = F.pad(before, (0, 0, 0, 0, 1, 0))[:, :-1] + F.pad(after, (0, 0, 0, 0, 0, 1))[:, 1:]
-        own = F.linear(x, self.fc_D.weight, self.D.to(self.fc_D.weight.dtype))
-        y = (y.to(dtype) + own[..., None] * v).flatten(-2)
+        own = F.linear(v.flatten(-2), self.fc_D.weight, self.D.to(self.fc_D.weight.dtype))
+        y = (y.to(A.dtype) + own[..., None] * v).flatten(-2)
         return self.out_proj(self.norm(y, z).to(z.dtype))

@@ -22,10 +22,11 @@ from .cache import Mamba2Cache, cache_rows, check_cache
 from .checks import check_input, check_ranges, check_sizes
 from .conv import causal_conv1d
 from .norm import GatedRMSNorm
+from .projections import Projections
 from .slices import agree_on_input, conv_on_slice
 
 
-class Mamba2(nn.Module):
+class Mamba2(Projections):
     """The Mamba-2 block, `(batch, seqlen, d_model)` → the same shape.
 
         z, xBC, dt = split(W_in u)                  x, B, C = split(silu(conv(xBC)))
@@ -107,13 +108,7 @@ class Mamba2(nn.Module):
         self.common_channels: Callable[[Tensor], Tensor] | None = None  # what sums gradients of those that ranks have in common
         check_sizes(self)
         check_ranges(A_init_range, (dt_min, dt_max), dt_limit)
-        channels = self.d_inner + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + channels + self.nheads, bias, device, dtype)
-        self.conv1d = nn.Conv1d(
-            channels, channels, d_conv, padding=d_conv - 1, groups=channels, bias=conv_bias, device=device, dtype=dtype
-        )
-        self.dt_bias = nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype))
-        self.A_log = nn.Parameter(torch.empty(self.nheads, device=device, dtype=dtype))
+        self._make_projections(d_conv - 1, bias, conv_bias, {"device": device, "dtype": dtype})
         self.D = nn.Parameter(torch.empty(self.d_inner if D_has_hdim else self.nheads, device=device, dtype=dtype))
         groups = ngroups if norm_groups is None else norm_groups
         norm = partial(GatedRMSNorm, self.d_inner, norm_eps, groups=groups, norm_before_gate=norm_before_gate)
@@ -124,13 +119,9 @@ class Mamba2(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw dt_bias and A_log anew and set D to ones: the parameters that stand in no module inside."""
-        low, high, floor = self.dt_init
-        drawn = torch.empty(
-            self.nheads, device=self.dt_bias.device, dtype=torch.promote_types(self.dt_bias.dtype, torch.float32)
-        )
-        dt = drawn.uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log.copy_(drawn.uniform_(*self.A_init_range).log())
+        self._draw_dt_bias()
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        self.A_log.copy_(torch.empty_like(self.A_log, dtype=wide).uniform_(*self.A_init_range).log())
         self.D.fill_(1.0)
 
     @overload
@@ -259,11 +250,6 @@ class Mamba2(nn.Module):
         """The shapes of a cache's window and state, without their rows."""
         return (self.conv1d.weight.shape[0], self.d_conv - 1), (self.nheads, self.headdim, self.d_state)
 
-    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, xBC and dt, views of one tensor."""
-        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.weight.shape[0], self.nheads], -1)
-        return z, xBC, dt
-
     def _taps(self) -> tuple[Tensor, Tensor | None]:
         """The convolution's weights (channels, d_conv) and bias."""
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
@@ -273,17 +259,15 @@ class Mamba2(nn.Module):
 
     def _operands(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Mask]:
         """What the scan takes: C, B and x by heads, and the mask. dt weighs the columns, in its own precision."""
-        x, B, C = xBC.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], -1)
-        B, C = (part.unflatten(-1, (self.ngroups, self.d_state)) for part in (B, C))
-        dtype = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype)).clamp(*self.dt_limit)
-        A = -self.A_log.to(dtype).exp()
-        return C, B, x.unflatten(-1, (self.nheads, self.headdim)), masks.decay(dt * A).scale(cols=dt)
+        x, (B, C) = self._parts(xBC)
+        (dt,), A = self._rates(dt)
+        return C, B, x, masks.decay(dt * A).scale(cols=dt)
 
     def _finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """The skip connection, the gated norm and the output projection."""
+        if self.norm is not None:
+            return self.out_proj(self.norm(y.flatten(-2), z, (self.D, x.flatten(-2))).to(z.dtype))
         dtype = torch.promote_types(y.dtype, torch.float32)
         D = self.D.to(dtype).unflatten(0, (self.nheads, -1))  # [nheads, headdim] or [nheads, 1]
-        y = (y.to(dtype) + D * x.to(dtype)).flatten(-2)
-        y = y * F.silu(z.to(dtype)) if self.norm is None else self.norm(y, z)
+        y = (y.to(dtype) + D * x.to(dtype)).flatten(-2) * F.silu(z.to(dtype))
         return self.out_proj(y.to(z.dtype))

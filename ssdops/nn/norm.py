@@ -1,16 +1,30 @@
-"""The gated RMSNorm between the scan and the output projection."""
+"""The gated RMSNorm between the scan and the output projection: a Triton kernel on GPUs, plain torch elsewhere."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..backends.base import Support
 from ..errors import ShapeError
+from . import norm_ops
+from .launching import on_triton
+from .norm_torch import norm
+
+WIDEST = 8192
+"""The most channels of a group that the kernel has registers for."""
 
 
 def gated_rms_norm(
-    y: Tensor, z: Tensor, weight: Tensor, *, eps: float = 1e-5, groups: int = 1, norm_before_gate: bool = False
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    groups: int = 1,
+    norm_before_gate: bool = False,
+    skip: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Root mean square normalisation, in groups of channels, with a gate.
 
@@ -24,12 +38,17 @@ def gated_rms_norm(
         eps: added to the mean of squares.
         groups: how many groups of neighbouring channels are normalised apart; it divides channels.
         norm_before_gate: gate what is normalised, rather than normalise what is gated.
+        skip: (D, x), a skip connection: D · x is added to y first, unrounded. x is of the shape of y; D is `(heads,)`, one
+            number for all channels of a head, which are neighbours.
+        backend: "triton", a kernel for GPUs (in Triton's interpreter also on CPUs) that takes groups of up to 8192 channels;
+            "torch", which takes everything; or "auto", the former wherever it can be.
 
     Returns:
         out like y, reckoned in float32 (float64 if an input is).
 
     Raises:
-        ShapeError: z or weight does not fit y, or groups does not divide its channels.
+        ShapeError: z, weight or skip does not fit y, or groups does not divide its channels.
+        UnsupportedError: a backend that does not take it.
 
     Source: Dao & Gu 2024, "Transformers are SSMs", section 7.1 (the extra normalisation) and 8.1 (groups).
 
@@ -45,13 +64,17 @@ def gated_rms_norm(
     if tuple(weight.shape) != (channels,):
         raise ShapeError(f"weight must be (channels,) = ({channels},), got {tuple(weight.shape)}")
     _check_groups(channels, groups)
-    dtype = torch.promote_types(torch.promote_types(y.dtype, z.dtype), torch.promote_types(weight.dtype, torch.float32))
-    gate = F.silu(z.to(dtype))
-    normed = y.to(dtype) if norm_before_gate else y.to(dtype) * gate
-    grouped = normed.unflatten(-1, (groups, channels // groups))
-    grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
-    out = grouped.flatten(-2) * weight.to(dtype)
-    return (out * gate if norm_before_gate else out).to(y.dtype)
+    D, x = (None, None) if skip is None else skip
+    if D is not None and x is not None:
+        if x.shape != y.shape:
+            raise ShapeError(f"x of skip=(D, x) must have the shape of y, {tuple(y.shape)}, got {tuple(x.shape)}")
+        if D.ndim != 1 or not len(D) or channels % len(D):
+            raise ShapeError(f"D of skip=(D, x) must be (heads,) that divide channels={channels}, got {tuple(D.shape)}")
+    size = channels // groups
+    limits = Support.yes() if size <= WIDEST else Support.no(f"a group has {size} channels, more than {WIDEST}")
+    if on_triton(y, backend, limits):
+        return norm_ops.gated_norm(y, z, weight, x, D, eps, groups, norm_before_gate)
+    return norm(y, z, weight, x, D, eps, groups, norm_before_gate)
 
 
 class GatedRMSNorm(nn.Module):
@@ -90,10 +113,10 @@ class GatedRMSNorm(nn.Module):
         """Set the weight to ones."""
         nn.init.ones_(self.weight)
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y and z `(…, channels)` → the same shape, in the dtype of y."""
+    def forward(self, y: Tensor, z: Tensor, skip: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """y and z `(…, channels)` → the same shape, in the dtype of y; skip is (D, x), as `gated_rms_norm` takes it."""
         before = self.norm_before_gate
-        return gated_rms_norm(y, z, self.weight, eps=self.eps, groups=self.groups, norm_before_gate=before)
+        return gated_rms_norm(y, z, self.weight, eps=self.eps, groups=self.groups, norm_before_gate=before, skip=skip)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

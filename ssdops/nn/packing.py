@@ -32,6 +32,19 @@ class Packing:
     starts: Tensor
     stops: Tensor
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of, for an operator; `of` is the way back."""
+        return [self.position, self.row, self.starts, self.stops]
+
+    @staticmethod
+    def of(tensors: list[Tensor]) -> Packing | None:
+        """The packing of these tensors, whose documents have rows if they have any; None of none."""
+        if not tensors:
+            return None
+        position, row, starts, stops = tensors
+        return Packing(position, row, len(starts), starts, stops)
+
 
 def packing(documents: Mask, x: Tensor) -> Packing:
     """The documents of x `(batch, seqlen, …)`. On a GPU nothing is read on the host.

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import masks
 from ...errors import UnsupportedError
+from ...nn import causal_conv1d
 
 
 def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
@@ -34,33 +36,17 @@ def channels(state: Tensor) -> Tensor:
         ) from None
 
 
-def short_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:
-    """`y_t = bias + Σ_s weight[:, width − 1 − s] · x_{t−s}` per channel, over earlier tokens of the same id.
+def short_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, activation: str | None = None
+) -> Tensor:
+    """`causal_conv1d`, over earlier tokens of the same id.
 
     Args:
         x: `(batch, seqlen, channels)`.
         weight, bias: `(channels, width)`, and `(channels,)` or None.
         ids: `(batch, seqlen)` or None.
     """
-    channels, width = weight.shape
     if ids is None:
-        padded = F.pad(x.mT, (width - 1, 0))
-        return F.conv1d(padded, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=channels).mT
+        return causal_conv1d(x, weight, bias, activation=activation)
     changes = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0)).cumsum(1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(wide) * weight[:, -1].to(wide)
-    for s in range(1, min(width, x.shape[1])):
-        same = (changes[:, s:] == changes[:, :-s])[..., None]
-        tap = torch.where(same, x[:, :-s].to(wide), 0.0) * weight[:, -1 - s].to(wide)
-        y = y + F.pad(tap, (0, 0, s, 0))
-    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
-
-
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, ngroups: int, before_gate: bool) -> Tensor:
-    """`y / √(mean(y²) + eps) · weight · silu(z)`, the mean over each group of channels; or with y · silu(z) for y."""
-    wide = torch.promote_types(torch.float32, y.dtype)
-    gate = F.silu(z.to(wide))
-    x = y.to(wide) if before_gate else y.to(wide) * gate
-    groups = x.unflatten(-1, (ngroups, -1))
-    x = (groups * (groups.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * weight.to(wide)
-    return (x * gate if before_gate else x).to(y.dtype)
+    return causal_conv1d(x, weight, bias, activation=activation, documents=masks.documents(segment_ids=changes))

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ShapeError, UnsupportedError
+from ...nn import gated_rms_norm
 from ..shapes import sizes_of
-from .around import gated_rms_norm, short_convolution
+from .around import short_convolution
 from .scan import mamba_chunk_scan_combined
 
 
@@ -95,8 +96,7 @@ def mamba_split_conv1d_scan_combined(
         )
     sizes_of(rmsnorm_weight=(rmsnorm_weight, f"{dim}"), outproj_weight=(outproj_weight, f"out_dim {mlp // 2 + dim}"))
     extra, z, mixed, dt = zxbcdt.split([mlp, dim, channels, nheads], -1)
-    mixed = short_convolution(mixed, conv1d_weight, conv1d_bias, seq_idx)
-    mixed = mixed if activation is None else F.silu(mixed)
+    mixed = short_convolution(mixed, conv1d_weight, conv1d_bias, seq_idx, activation)
     x, B, C = mixed.split([dim, ngroups * dstate, ngroups * dstate], -1)
     x, B, C = x.unflatten(-1, (nheads, headdim)), B.unflatten(-1, (ngroups, dstate)), C.unflatten(-1, (ngroups, dstate))
     y = mamba_chunk_scan_combined(
@@ -107,7 +107,9 @@ def mamba_split_conv1d_scan_combined(
     y, *states = y if isinstance(y, tuple) else (y,)
     out = y.flatten(2)
     if rmsnorm_weight is not None:
-        out = gated_rms_norm(out, z, rmsnorm_weight, rmsnorm_eps, ngroups, norm_before_gate)
+        out = gated_rms_norm(
+            out, z, rmsnorm_weight, eps=rmsnorm_eps, groups=ngroups, norm_before_gate=norm_before_gate
+        )  # fmt: skip
     if mlp:
         left, right = extra.chunk(2, -1)
         out = torch.cat([F.silu(left) * right, out], -1)

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...errors import UnsupportedError
-from ...nn import causal_conv1d
 from ..mamba_ssm import mamba_chunk_scan_combined, selective_state_update
 from ..mamba_ssm.around import short_convolution
 
@@ -39,20 +37,16 @@ def whole_block(*args: Any, **given: Any) -> None:
 
 
 def convolution(own: Function) -> Function:
-    """Channels stay the last axis in memory on a CPU; elsewhere transformers' own, but for packed sequences, refused there."""
+    """`causal_conv1d`, for which channels stay the last axis in memory; transformers' own for activations that are not ours."""
 
     def convolved(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, seq_idx: Tensor | None = None
     ) -> Tensor:  # x and the result (batch, channels, seqlen)
-        known = activation in ("silu", "swish", None)
-        if seq_idx is None and not (known and x.device.type == "cpu"):
-            return own(x, weight, bias, activation=activation)
-        if not known:
+        if activation not in ("silu", "swish", None):
+            if seq_idx is None:
+                return own(x, weight, bias, activation=activation)
             raise UnsupportedError(f"packed sequences are convolved with 'silu', 'swish' or None after it, got {activation!r}")
-        if seq_idx is None:
-            return causal_conv1d(x.mT, weight, bias, activation=activation).mT
-        y = short_convolution(x.mT, weight, bias, seq_idx).mT
-        return y if activation is None else F.silu(y)
+        return short_convolution(x.mT, weight, bias, seq_idx, activation).mT
 
     return called_by_mixers(convolved)
 

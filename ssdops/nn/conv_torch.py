@@ -1,0 +1,77 @@
+"""The causal depthwise convolution in plain torch: the path of CPUs, and right on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .packing import Packing
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, packed: Packing | None, silu: bool
+) -> Tensor:
+    """y of `causal_conv1d`, of arguments that fit; the window is in the dtype of x."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    taps, before = weight.to(dtype), None if window is None else window.transpose(1, 2)
+    if packed is None:
+        before = x.new_zeros(x.shape[0], taps.shape[1] - 1, x.shape[2]) if before is None else before
+        y = _slide(torch.cat([before, x], 1).to(dtype), taps)
+    else:
+        y = _slide_in_documents(x.to(dtype), taps, packed, None if before is None else before.to(dtype))
+    y = y if bias is None else y + bias
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def window_after(x: Tensor, count: int, window: Tensor | None, packed: Packing | None) -> Tensor:
+    """The last `count` tokens, oldest first: `(rows, channels, count)`, with rows as the window has them."""
+    before = None if window is None else window.transpose(1, 2)
+    if packed is not None:
+        after = _last(x, count, packed, before)
+    else:
+        before = x.new_zeros(x.shape[0], count, x.shape[2]) if before is None else before
+        tail = torch.cat([before, x[:, max(x.shape[1] - count, 0) :]], 1)
+        after = tail[:, tail.shape[1] - count :]
+    return after.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _slide(tokens: Tensor, taps: Tensor) -> Tensor:
+    """The sums over every whole window of tokens `(rows, seqlen + width − 1, channels)`: `(rows, seqlen, channels)`."""
+    width = taps.shape[1]
+    seqlen = tokens.shape[1] - (width - 1)
+    y = tokens[:, width - 1 :] * taps[:, -1]
+    for at in range(width - 1):
+        y = torch.addcmul(y, tokens[:, at : at + seqlen], taps[:, at])
+    return y
+
+
+def _slide_in_documents(x: Tensor, taps: Tensor, packed: Packing, before: Tensor | None) -> Tensor:
+    """The sums over the tokens of one document each; what lies before it is selected away, so that its NaN is too."""
+    width, seqlen = taps.shape[1], x.shape[1]
+    y = x * taps[:, -1]
+    for lag in range(1, width):
+        earlier = F.pad(x, (0, 0, lag, 0))[:, :seqlen]
+        inside = (packed.position >= lag)[..., None]
+        y = torch.addcmul(y, torch.where(inside, earlier, 0.0), taps[:, -1 - lag])
+    if before is None or width == 1 or not before.shape[0]:
+        return y
+    # What windows add to the first width − 1 tokens of a document, whether it has as many or not.
+    heads = _slide(F.pad(before, (0, 0, 0, width - 1)), taps)
+    added = heads[packed.row, packed.position.clamp(max=width - 2)]
+    return y + torch.where((packed.position < width - 1)[..., None], added, 0.0)
+
+
+def _last(x: Tensor, count: int, packed: Packing, before: Tensor | None) -> Tensor:
+    """The last `count` tokens of every document, after those of its window: `(n_rows, count, channels)`."""
+    rows, seqlen = len(packed.starts), x.shape[1]
+    older = x.new_zeros(rows, count, x.shape[2]) if before is None else before
+    if not rows or not count or not seqlen:
+        return older
+    back = torch.arange(count, device=x.device)
+    document = torch.arange(rows, device=x.device)[:, None]
+    starts, stops = packed.starts[:, None], packed.stops[:, None]
+    older = older[document, (stops - starts + back).clamp(0, count - 1)]
+    at = stops - count + back
+    newer = x[document // (rows // x.shape[0]), at.clamp(0, seqlen - 1)]
+    return torch.where((at >= starts)[..., None], newer, older)

@@ -1,0 +1,1 @@
+"""Triton kernels of what blocks have beside the scan."""

@@ -1,0 +1,238 @@
+"""What holds of the causal convolution on any backend and device: it is its formula, and windows and documents leak nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssdops import masks, nn
+from ssdops.testing import assert_close, tolerance
+from ssdops.testing.tolerance import assert_same
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LENGTHS = (4, 0, 1, 2, 6)
+CU = torch.tensor([0, 4, 4, 5, 7, 13])
+IDS = torch.arange(5).repeat_interleave(torch.tensor(LENGTHS))[None]
+
+
+def drawn(*sizes: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(sizes))
+    return torch.randn(sizes, dtype=torch.float64, generator=generator).to(device, dtype)
+
+
+def by_formula(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """The sum, a token and a tap at a time in float64; and what absolute values give."""
+    x, weight, width = x.double(), weight.double(), weight.shape[1]
+    y, size = torch.zeros_like(x), torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        for lag in range(width):
+            before = torch.zeros_like(x[:, 0]) if window is None or t >= lag else window[:, :, width - 1 + t - lag].double()
+            term = weight[:, width - 1 - lag] * (x[:, t - lag] if t >= lag else before)
+            y[:, t], size[:, t] = y[:, t] + term, size[:, t] + term.abs()
+    if bias is not None:
+        y, size = y + bias.double(), size + bias.double().abs()
+    return (y / (1 + torch.exp(-y)) if silu else y), size
+
+
+def allowed(dtype: torch.dtype, width: int, size: Tensor) -> float:
+    """silu's slope is less than 1.1, and it rounds once more."""
+    return 1.1 * tolerance(dtype, torch.promote_types(dtype, torch.float32), width + 2, size.max().item())
+
+
+class ConvolutionLaws:
+    """Subclass it, and name a backend and a device."""
+
+    backend: str
+    device: str = "cpu"
+    rounds_once = True
+    """Whether casts to fewer bits round to the nearest: Triton's interpreter cuts off."""
+
+    @property
+    def causal_conv1d(self) -> Any:
+        return partial(nn.causal_conv1d, backend=self.backend)
+
+    def drawn(self, *sizes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+        return drawn(*sizes, dtype=dtype, seed=seed, device=self.device)
+
+    @property
+    def packings(self) -> tuple[masks.Mask, masks.Mask]:
+        """The same documents, told in both ways."""
+        ids = IDS.int().to(self.device)
+        return masks.documents(CU.to(self.device)), masks.documents(segment_ids=ids, n_segments=5)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("width", [1, 2, 4, 7])
+    @pytest.mark.parametrize("bare", [False, True])
+    def test_it_is_its_sum(self, bare: bool, width: int, dtype: torch.dtype) -> None:
+        """Of a view with strides of its own, shorter and longer than the window."""
+        for seqlen in (0, 1, 3, 9):
+            x = self.drawn(2, 5, seqlen + 2, dtype=dtype).transpose(1, 2)[:, 1 : 1 + seqlen]
+            weight, bias = self.drawn(5, width, dtype=dtype), self.drawn(5, dtype=dtype)
+            window = self.drawn(2, 5, width - 1, dtype=dtype)
+            options = {} if bare else {"bias": bias, "activation": "silu", "window": window}
+            y, after = self.causal_conv1d(x, weight, return_window=True, **options)
+            value, size = by_formula(x, weight, options.get("bias"), options.get("window"), silu=not bare)
+            assert y.dtype == dtype and y.shape == x.shape
+            if seqlen:
+                assert_close(y, value, allowed(dtype, width, size), f"y of {seqlen} tokens")
+            whole = torch.cat([torch.zeros_like(window) if bare else window, x.transpose(1, 2)], 2)
+            assert_same(after, whole[:, :, seqlen:], "the window")
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_it_is_its_sum_on_a_slice_of_a_projection(self, dtype: torch.dtype) -> None:
+        """Channels last in memory and more of them than a program has, tokens of several blocks, odd strides."""
+        for channels, columns, first in ((300, 640, 128), (33, 71, 3)):
+            x = self.drawn(2, 37, columns, dtype=dtype)[:, :, first : first + channels]
+            weight, bias = self.drawn(channels, 4, dtype=torch.float32), self.drawn(channels, dtype=torch.float32)
+            window = self.drawn(2, channels, 3, dtype=dtype)
+            y = self.causal_conv1d(x, weight, bias, activation="silu", window=window)
+            value, size = by_formula(x, weight, bias, window, silu=True)
+            assert y.is_contiguous()
+            assert_close(y, value, allowed(dtype, 4, size), f"y of {channels} channels")
+
+    @pytest.mark.parametrize("entering", [False, True])
+    @pytest.mark.parametrize("width", [1, 4])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_packed_is_separate(self, dtype: torch.dtype, width: int, entering: bool) -> None:
+        x, weight, bias = self.drawn(1, 13, 3, dtype=dtype), self.drawn(3, width, dtype=dtype), self.drawn(3, dtype=dtype)
+        window = self.drawn(5, 3, width - 1, dtype=dtype) if entering else None
+        for documents in self.packings:
+            y, after = self.causal_conv1d(x, weight, bias, window=window, documents=documents, return_window=True)
+            assert_same(self.causal_conv1d(x, weight, bias, window=window, documents=documents), y, "y without a window")
+            for row, (start, stop) in enumerate(pairwise(CU.tolist())):
+                own = None if window is None else window[row, None]
+                alone, last = self.causal_conv1d(x[:, start:stop], weight, bias, window=own, return_window=True)
+                _, size = by_formula(x[:, start:stop], weight, bias, own, silu=False)
+                if start < stop:
+                    assert_close(y[:, start:stop], alone, allowed(dtype, width, size), f"document {row}")
+                assert_same(after[row, None], last, f"the window of document {row}")
+
+    @pytest.mark.parametrize("width", [2, 4])
+    def test_parts_are_the_whole(self, width: int) -> None:
+        """To the bit: a prompt, a chunk, and token after token; and what a caller handed in is as it was."""
+        x, weight, bias = (self.drawn(*sizes, dtype=torch.float32) for sizes in ((2, 40, 6), (6, width), (6,)))
+        convolve = partial(self.causal_conv1d, weight=weight, bias=bias, activation="silu", return_window=True)
+        whole, last = convolve(x)
+        window, parts = None, []
+        for part in x.split([17, 19, 1, 1, 1, 1], 1):
+            given = None if window is None else window.clone()
+            y, after = convolve(part, window=window)
+            assert given is None or torch.equal(window, given)
+            window = after
+            parts.append(y)
+        assert_close(torch.cat(parts, 1), whole, allowed(torch.float32, width, whole.abs()), "parts")
+        assert_same(window, last, "the last window")
+
+    def test_gradients(self) -> None:
+        """Of everything, in one sequence and in documents; those of a NaN's document stay in it."""
+        x, weight, bias = self.drawn(1, 13, 2), self.drawn(2, 3), self.drawn(2)
+        for documents, rows in ((None, 1), (self.packings[0], 5)):
+            inputs = [t.requires_grad_() for t in (x, weight, bias, self.drawn(rows, 2, 2))]
+
+            def run(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, documents=documents) -> tuple[Tensor, Tensor]:
+                options = {"activation": "silu", "window": window, "documents": documents}
+                return self.causal_conv1d(x, weight, bias, return_window=True, **options)
+
+            assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+            assert torch.autograd.gradgradcheck(lambda *given, run=run: run(*given)[0], inputs, fast_mode=True)
+        bad = x.detach().clone()
+        bad[0, 5:7] = float("nan")
+        bad.requires_grad_()
+        y = self.causal_conv1d(bad, weight, activation="silu", documents=self.packings[0])
+        (slope,) = torch.autograd.grad(y.sum(), bad)
+        assert slope[0, 5:7].isnan().all() and slope[0, :5].isfinite().all() and slope[0, 7:].isfinite().all()
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize(
+        ("dtype", "width"),
+        [(torch.float32, 4), (torch.float32, 8), (torch.bfloat16, 4), (torch.bfloat16, 2), (torch.float16, 1)],
+        ids=str,
+    )
+    def test_gradients_are_those_of_float64(self, dtype: torch.dtype, width: int, packed: bool) -> None:
+        """Autograd's of plain torch, on the same rounded inputs; x is a slice, in which several programs work."""
+        documents = self.packings[0] if packed else None
+        rows, seqlen = (5, 13) if packed else (2, 21)
+        x = self.drawn(1 if packed else 2, seqlen, 300, dtype=dtype)[..., 8:280]
+        given = [x, self.drawn(272, width), self.drawn(272), self.drawn(rows, 272, width - 1, dtype=dtype)]
+        given = [t.detach().to(dtype).requires_grad_() for t in given]
+        wide = [t.detach().double().requires_grad_() for t in given]
+        dy = self.drawn(*x.shape, dtype=dtype, seed=1)
+
+        def gradients(inputs: list[Tensor], backend: str, dy: Tensor) -> tuple[Tensor, ...]:
+            x, weight, bias, window = inputs
+            options = {"activation": "silu", "window": window, "documents": documents, "backend": backend}
+            y = nn.causal_conv1d(x, weight, bias, **options)
+            return torch.autograd.grad(y, inputs, dy.to(y.dtype), materialize_grads=True)
+
+        found, exact = gradients(given, self.backend, dy), gradients(wide, "torch", dy)
+        summed = {"x": width, "weight": x[..., 0].numel(), "bias": x[..., 0].numel(), "window": width}
+        size = [dy.abs().max() * t.double().abs().max() for t in (given[1], given[0], torch.ones(()), given[1])]
+        for (name, count), ours, value, largest in zip(summed.items(), found, exact, size, strict=True):
+            # of each product, the slope of silu is the sum of width + 1 numbers, and then of four operations
+            limit = tolerance(dtype, torch.promote_types(dtype, torch.float32), width + 6, count * largest.item())
+            assert_close(ours, value, limit, f"the gradient of {name}")
+
+    def test_poison_stays_in_its_document(self) -> None:
+        x, weight, window = self.drawn(1, 13, 3), self.drawn(3, 4), self.drawn(5, 3, 3)
+        bad, bad_window = x.clone(), window.clone()
+        bad[0, 5:7] = float("nan")
+        bad_window[3] = float("inf")
+        options = {"documents": self.packings[0], "return_window": True}
+        clean, after = self.causal_conv1d(x, weight, window=window, **options)
+        dirty, dirty_after = self.causal_conv1d(bad, weight, window=bad_window, **options)
+        assert dirty[:, 5:7].isnan().all() and not dirty_after[3].isfinite().any()
+        for at in (slice(0, 5), slice(7, 13)):
+            assert_same(dirty[:, at], clean[:, at], "other documents")
+        assert_same(dirty_after[[0, 1, 2, 4]], after[[0, 1, 2, 4]], "other windows")
+
+    def test_rows_do_not_see_one_another(self) -> None:
+        """A row's bits are the same in any batch, and whatever the other rows hold."""
+        x, weight = self.drawn(3, 20, 5, dtype=torch.float32), self.drawn(5, 4, dtype=torch.float32)
+        bad = x.clone()
+        bad[1] = float("nan")
+        y, dirty = self.causal_conv1d(x, weight), self.causal_conv1d(bad, weight)
+        assert_same(dirty[::2], y[::2], "rows beside a NaN")
+        assert_same(self.causal_conv1d(x[:1], weight), y[:1], "a row alone")
+
+    def test_low_precision_is_float32_rounded_once(self) -> None:
+        if not self.rounds_once:
+            pytest.skip("Triton's interpreter cuts bits off where the GPU rounds; test_cuda_conv.py has the same test")
+        x, weight, bias = (self.drawn(*sizes, dtype=torch.bfloat16) for sizes in ((1, 13, 3), (3, 4), (3,)))
+        for documents in (None, self.packings[0]):
+            convolve = partial(self.causal_conv1d, activation="silu", documents=documents)
+            low, wide = convolve(x, weight, bias), convolve(x.float(), weight.float(), bias.float())
+            assert_same(low, wide.bfloat16(), "the convolution")
+
+    def test_windows_take_the_dtype_of_x(self) -> None:
+        x, weight = self.drawn(2, 5, 3, dtype=torch.bfloat16), self.drawn(3, 4, dtype=torch.float32)
+        for part in (x, x[:, :1]):
+            y, after = self.causal_conv1d(part, weight, window=self.drawn(2, 3, 3, dtype=torch.float32), return_window=True)
+            assert y.dtype == after.dtype == torch.bfloat16 and after.is_contiguous()
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_compiles_whole(self, packed: bool) -> None:
+        """Forward, backward, a window and a step, as one graph each."""
+        documents = self.packings[0] if packed else None
+        rows = 5 if packed else 1
+
+        def loss(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+            options = {"activation": "silu", "documents": documents, "return_window": True}
+            y, after = self.causal_conv1d(x, weight, bias, window=window, **options)
+            return y.square().sum() + after.sum(), y
+
+        sizes = ((1, 13, 6), (6, 4), (6,), (rows, 6, 3))
+        given = [self.drawn(*size, dtype=torch.float32).requires_grad_() for size in sizes]
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        (ours, y), (expected, plain) = compiled(*given), loss(*given)
+        torch.testing.assert_close(y, plain)
+        torch.testing.assert_close(torch.autograd.grad(ours, given), torch.autograd.grad(expected, given))
+        if not packed:
+            with torch.no_grad():
+                token = [given[0][:, :1], *given[1:]]
+                torch.testing.assert_close(compiled(*token), loss(*token))

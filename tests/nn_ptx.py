@@ -1,0 +1,88 @@
+"""Compile the kernels beside the scan with no GPU, and print what became of them: a script, as the interpreter must be off."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from compiled import compiled
+from torch import Tensor
+
+from ssdops.backends.triton.calls import Kernel
+from ssdops.nn import conv_triton, norm_triton
+from ssdops.nn.conv_triton import Convolution
+from ssdops.nn.norm_triton import Norm
+
+LAUNCHES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+
+def record(kernel: Any, grid: Any, tensors: Sequence[Tensor], numbers: Sequence[float], **constants: Any) -> None:
+    """Instead of a launch."""
+    LAUNCHES.append((kernel._fn, (*tensors, *numbers), constants))
+
+
+def convolved(dtype: torch.dtype, width: int, packed: bool, entering: bool) -> None:
+    """Every kernel on 8 rows of 2048 tokens, a slice of a projection's output as mamba2-130m has it, with all switches on."""
+    x = torch.empty(8, 2048, 3352, dtype=dtype, device="meta")[..., 1536:3328]
+    weight, bias = torch.empty(x.shape[2], width, device="meta"), torch.empty(x.shape[2], device="meta")
+    window = torch.empty(16 if packed else 8, x.shape[2], width - 1, dtype=dtype, device="meta")
+    per_token, per_row = (torch.empty(size, dtype=torch.int64, device="meta") for size in ((8, 2048), (16,)))
+    documents = [per_token, per_token, per_row, per_row] if packed else []
+    c = Convolution(x, weight, bias, window if entering else None, documents, True)
+    c.forward()
+    c.backward(torch.empty(x.shape, dtype=dtype, device="meta"))
+    if packed and entering:
+        c.backward_window(torch.empty(x.shape, dtype=dtype, device="meta"))
+    if not packed:
+        Convolution(x[:, :1], weight, bias, window, [], True).step()
+
+
+def normed(channels: int) -> None:
+    """Both kernels of the norm on 8 rows of 2048 tokens, with the skip connection."""
+    wide = torch.empty(8, 2048, 2 * channels + 256 + channels // 64, dtype=torch.bfloat16, device="meta")
+    y = torch.empty(8, 2048, channels, dtype=torch.bfloat16, device="meta")
+    weight, D = torch.empty(channels, device="meta"), torch.empty(channels // 64, device="meta")
+    norm = Norm(y, wide[..., :channels], weight, wide[..., channels : 2 * channels], D, 1e-5, 1, False)
+    norm.forward()
+    norm.backward(y)
+
+
+def facts(arch: int, of: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What became of each launch."""
+    for fn, arguments, given in LAUNCHES:
+        kernel = compiled(fn, arguments, given, arch)
+        loads, stores = (re.findall(rf"{way}\.global\.(?:\w+\.)*v(\d)\.b32", kernel.ptx) for way in ("ld", "st"))
+        yield {
+            "sm": arch, "kernel": fn.__name__, **of, "registers": kernel.registers, "spilt": kernel.stack,
+            "wide loads": len(loads), "wide stores": len(stores),
+        }  # fmt: skip
+
+
+def main() -> None:
+    """A line of JSON for each kernel."""
+    Kernel.__call__ = record
+    conv_triton.processors = norm_triton.processors = lambda device: 132
+    for dtype, width, packed, entering, architectures in (
+        (torch.bfloat16, 4, False, False, (80, 90)), (torch.bfloat16, 4, True, True, (80, 90)),
+        (torch.bfloat16, 4, False, True, (90,)), (torch.float32, 4, False, False, (90,)),
+        (torch.bfloat16, 8, True, False, (90,)),
+    ):  # fmt: skip
+        LAUNCHES.clear()
+        convolved(dtype, width, packed, entering)
+        of = {"dtype": str(dtype).removeprefix("torch."), "width": width, "packed": packed, "window": entering}
+        for arch in architectures:
+            for fact in facts(arch, of):
+                print(json.dumps(fact))
+    for channels in (1536, 5120):
+        LAUNCHES.clear()
+        normed(channels)
+        for arch in (80, 90):
+            for fact in facts(arch, {"channels": channels}):
+                print(json.dumps(fact))
+
+
+if __name__ == "__main__":
+    main()
