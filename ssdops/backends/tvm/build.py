@@ -39,6 +39,7 @@ SOURCES = (
     "gradients.py",
     "outputs.py",
     "pairs.py",
+    "pairs_gpu.py",
     "formula.py",
     "blocks.py",
     "parts.py",

@@ -12,7 +12,7 @@ from tvm.target import Target, codegen
 
 from ...config import tvm_target
 from ...errors import UnsupportedError
-from . import exchange, gradients, group, lower, outputs, pairs, rules, settle, targets, toolkit, walk
+from . import exchange, gradients, group, lower, outputs, pairs, pairs_gpu, rules, settle, targets, toolkit, walk
 from .tile import Tile
 
 PROGRAMS = {
@@ -25,6 +25,7 @@ PROGRAMS = {
     "group": group.group,
     "settle": settle.settle,
     "pairs": pairs.pairs,
+    "pairs_gpu": pairs_gpu.pairs_gpu,
 }
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
 """Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
