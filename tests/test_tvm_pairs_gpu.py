@@ -74,6 +74,7 @@ def test_programs_are_compiled_for_gpus(mode: str, ahead: bool, data: str, capab
     text = written(tile)
     kernel = text[text.index("main_kernel(") : text.index("__tvm_ffi_main")]
     assert ("ssdops_multiply(" in kernel) == (data != "float32")
+    assert "there_ptr" not in kernel  # which would be out_ptr again, of which CUDA is told that nobody else has it
     assert kernel.count("__syncthreads()") == BARRIERS[mode, ahead]
     (name,) = re.findall(r"dynamicSmemBytes = (\w+);", text)
     (dynamic,) = re.findall(rf"auto {name} = \(int64_t\)(\d+);", text)

@@ -15,6 +15,20 @@ from .pairs import has, narrow, weighed
 from .parts import barrier, near, number, shared, sizes, summed, under, within
 from .tile import ENTRIES, LAGS, LOGS, PAIR_LANES, ROWS, SCALES, Tile
 
+ADD = """
+#ifndef SSDOPS_ADD
+#define SSDOPS_ADD
+__forceinline__ __device__ void ssdops_add(float* to, float value) { *to += value; }
+#endif
+"""
+"""To what is there: as two buffers TVM would have CUDA believe that nobody writes what is read."""
+
+
+@T.macro
+def add(to, value):
+    """One thread at a time adds to a number."""
+    T.evaluate(T.cuda.func_call("ssdops_add", to, value, source_code=ADD))
+
 
 def pairs_gpu(tile: Tile) -> Any:
     """As `pairs.pairs`, whose parameters these are; x, y, z and w are of the dtype that products multiply.
@@ -321,15 +335,26 @@ def pairs_gpu(tile: Tile) -> Any:
                                             vl, vg = T.axis.remap("SS", [lane, lag])
                                             where = T.meta_var(lambda lag: j0 - i0 + lag - C + seqlen)
                                             T.where(lane == 0 and where(lag) >= 0 and where(lag) < 2 * seqlen - 1)
-                                            out[ob, oh, ot, where(vg)] = there[ob, oh, ot, where(vg)] + summed(
-                                                SUMMED, lambda lane: col_lanes[lane, vg]
-                                            )
+                                            sum_of = T.meta_var(lambda lag: summed(SUMMED, lambda lane: col_lanes[lane, lag]))
+                                            if tile.target == "cpu":
+                                                out[ob, oh, ot, where(vg)] = there[ob, oh, ot, where(vg)] + sum_of(vg)
+                                            else:
+                                                T.reads()
+                                                T.writes(out[ob, oh, ot, where(vg)])
+                                                add(T.address_of(out[ob, oh, ot, where(vg)]), sum_of(vg))
                                 else:
                                     for i, j in T.grid(C, C):
                                         with T.sblock("give_entries"):
                                             vi, vj = T.axis.remap("SS", [i, j])
                                             T.where(i0 + i < i1 and j0 + j < end)
-                                            out[ob, oh, i0 + vi, j0 + vj] = there[ob, oh, i0 + vi, j0 + vj] + weights[vi, vj]
+                                            if tile.target == "cpu":
+                                                out[ob, oh, i0 + vi, j0 + vj] = (
+                                                    there[ob, oh, i0 + vi, j0 + vj] + weights[vi, vj]
+                                                )
+                                            else:
+                                                T.reads()
+                                                T.writes(out[ob, oh, i0 + vi, j0 + vj])
+                                                add(T.address_of(out[ob, oh, i0 + vi, j0 + vj]), weights[vi, vj])
                             if CONTRACT:
                                 fill("turn", C, E)(state, lambda i, o: after[i, o])
                             if mode == ROWS:
