@@ -98,11 +98,12 @@ def export(
     cpu: Annotated[
         str | None, typer.Option(help="For whom, as LLVM calls it (x86-64-v3); this processor if not given.")
     ] = None,
+    gpu: Annotated[str | None, typer.Option(help="For a GPU instead, as CUDA calls it (sm_90); wants nvcc.")] = None,
 ) -> None:
-    """Compile a backend's programs ahead, for CPUs, into shared libraries that run without its compiler."""
+    """Compile a backend's programs ahead into shared libraries that run without its compiler."""
     from .cli_export import Order, run
 
-    run(Order(shape, mask, dtype, backend, cpu), directory, Console())
+    run(Order(shape, mask, dtype, backend, cpu, gpu), directory, Console())
 
 
 @app.command()

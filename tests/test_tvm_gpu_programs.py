@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from quadratic_masks import MASKS as of_tiles
 from torch import Tensor
+from traced_masks import TANH
 
 from ssdops import masks, ssd
 from ssdops.backends.tvm import backend, build, passes, scan
 from ssdops.backends.tvm.cuda import OnGpu
 from ssdops.backends.tvm.machine import Machine
+from ssdops.backends.tvm.quadratic import OnPairs
 from ssdops.masks import Mask
+from ssdops.testing import laws
+from ssdops.testing.laws import Runner
+from ssdops.testing.structures import Make
 
 pytestmark = [pytest.mark.tvm, pytest.mark.skipif(not backend.installed().ok, reason="TVM is not installed")]
 B, T, H, P, N = 2, 70, 4, 20, 33
@@ -45,8 +51,34 @@ def data(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(scan, "_known", {})
     monkeypatch.setattr(scan, "machine", lambda problem: Machine("cpu", request.param, 32, 227))
     monkeypatch.setattr(passes, "OnCpu", OnGpuOfTwo)
+    monkeypatch.setattr(OnPairs, "enough", 6)  # programs: of some sums several are made, others are walked
     monkeypatch.setattr(compiler, "lowered", lambda name, tile: compiler.PROGRAMS[name](tile))
     yield request.param
+
+
+TILES = {
+    **{name: of_tiles[name] for name in ("window", "toeplitz", "dense over heads", "reverse", "scale", "empty")},
+    "documents": of_tiles["decay * documents * toeplitz"],
+    "a formula": lambda s: TANH(s.factor(), s.factor()).T * masks.window(40),
+}
+"""Masks that are no scans."""
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        *((torch.float32, name) for name in TILES),
+        *((torch.bfloat16, name) for name in ("window", "documents", "dense over heads")),
+    ],
+    indirect=["data"], ids=str,
+)  # fmt: skip
+def test_tiles_of_pairs(name: str, data: torch.dtype) -> None:
+    """Y and all gradients, over several tiles, of heads that fill tiles or not; sums of q and k are over two heads."""
+    make = Make(seqlen=70, nheads=4, dstate=33, headdim=16, dtype=torch.float32)
+    case = replace(make.case(TILES[name](make)), operands=data)
+    laws.equals_oracle(Runner("tvm"), case)
+    laws.gradients_equal_oracle(Runner("tvm"), case)
+    assert all(program == "pairs_gpu" for program, _ in build.MADE)
 
 
 def draw(*shape: int, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from quadratic_masks import MASKS, toeplitz
 from traced_masks import MASKS as TRACED
-from traced_masks import TOKEN, kind
+from traced_masks import TANH, TOKEN, kind
 
 from ssdops import masks as m
 from ssdops.autotune.workload import Workload
@@ -18,8 +18,6 @@ from ssdops.backends.quadratic.formula import DERIVATIVES, Leaf, derivative
 from ssdops.backends.tvm import backend
 from ssdops.backends.tvm.backend import Tvm
 from ssdops.errors import UnsupportedError
-from ssdops.ir.problem import Target
-from ssdops.ir.terms import Quadratic
 from ssdops.ir.trace import Call
 from ssdops.plan import candidates, terms_of
 from ssdops.testing import Conformance, laws
@@ -87,7 +85,6 @@ def test_formulas_of_users(name: str) -> None:
     laws.gradients_equal_oracle(RUN, case)
 
 
-TANH = kind("tanh", lambda s, i, j: torch.where(i > j, torch.tanh(s.u[i] * s.w[j] / 2), 0.5), True, u=TOKEN, w=TOKEN)
 MANY = kind(
     "many",
     lambda s, i, j: (
@@ -246,9 +243,3 @@ def test_refusals_say_why(mask: Callable[[Make], m.Mask], reason: str) -> None:
     make = Make(dtype=torch.float32)
     with pytest.raises(UnsupportedError, match=rf"{reason}(.|\n)*'naive' runs any mask"):
         RUN(make.case(mask(make)))
-
-
-def test_gpus_have_no_tiles_yet() -> None:
-    problem = replace(Make(dtype=torch.float32).case(m.window(3)).problem, target=Target("cuda", "", (9, 0)))
-    found = Tvm().supports(Quadratic(m.window(3).tree), problem)
-    assert not found.ok and "'naive' runs any mask" in found.reason

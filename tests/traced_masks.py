@@ -32,6 +32,8 @@ GATES = kind("gates", lambda s, i, j: -(s.u[i] * 2) * torch.exp(s.log_c[j] - s.l
 DILATED = kind("dilated", lambda s, i, j: torch.sigmoid(s.u[i]) * s.w[(j - 1)], True, u=TOKEN, w=TOKEN, step=int,
                support=lambda s, i, j: (i - j) % s.step == 0)  # fmt: skip
 MATRIX = kind("matrix", lambda s, i, j: s.L[j, i] * s.c[i - j], L="batch nheads seqlen seqlen", c="nheads 2*seqlen-1")
+TANH = kind("tanh", lambda s, i, j: torch.where(i > j, torch.tanh(s.u[i] * s.w[j] / 2), 0.5), True, u=TOKEN, w=TOKEN)
+"""No product."""
 NOTHING = kind("nothing", lambda s, i, j: s.u[i], True, u=TOKEN, support=lambda s, i, j: i < j)
 
 

@@ -11,7 +11,7 @@ import torch
 from ...config import tvm_programs
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
-from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work, reject_scan
+from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work
 from ..quadratic.form import Refused, read
 from ..scan import diagonal_backward, diagonal_forward, diagonal_work
 from .formula import lacking
@@ -37,7 +37,7 @@ class Tvm:
     compiles = True
 
     def supports(self, term: Term, problem: Problem) -> Support:
-        """Scans with scalar decay, and diagonals; on CPUs, masks by tiles too."""
+        """Scans with scalar decay, diagonals, and masks by tiles."""
         p = problem
         if isinstance(term, Linear) and term.channel is not None:
             return Support.no(
@@ -54,7 +54,7 @@ class Tvm:
         for name, size in (("headdim", p.headdim), ("dstate", p.dstate)):
             if isinstance(size, int) and not 1 <= size <= MAX_DIM:  # while tracing sizes may be symbolic, and are not compared
                 return Support.no(f"'tvm' takes {name} from 1 to {MAX_DIM}, got {size}; 'chunked' has no such limit")
-        if not chunks(p):
+        if not chunks(p, isinstance(term, Quadratic)):
             return Support.no(
                 f"'tvm' has no tiles of headdim {p.headdim} and dstate {p.dstate} in {p.dtype} that fit a GPU of capability "
                 f"{p.target.capability}; 'triton' and 'chunked' run them"
@@ -67,11 +67,12 @@ class Tvm:
         """Chunk sizes at whose ends states are wanted, or the one asked for."""
         if isinstance(term, Diagonal):
             return (Config(),)
-        if chunk_size is not None and chunk_size not in chunks(problem):
-            known = ", ".join(map(str, sorted(chunks(problem))))
+        able = chunks(problem, isinstance(term, Quadratic))
+        if chunk_size is not None and chunk_size not in able:
+            known = ", ".join(map(str, sorted(able)))
             return Support.no(f"'tvm' has chunks of {known} tokens, and chunk_size={chunk_size} was asked for")
         every = problem.state_every
-        sizes = chunks(problem) if chunk_size is None else (chunk_size,)
+        sizes = able if chunk_size is None else (chunk_size,)
         fitting = tuple(Config(size) for size in sizes if every is None or every % size == 0)
         if chunk_size is None and problem.target.device == "cpu":
             fitting = tuple(c for at, c in enumerate(fitting) if not at or pruned(problem, c.chunk_size or 0) is None)
@@ -81,7 +82,7 @@ class Tvm:
 
     def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """Linear in seqlen; the scores of a chunk once per group, everything else once per head."""
-        p, size = problem, config.chunk_size or chunks(problem)[0]
+        p, size = problem, config.chunk_size or chunks(problem, isinstance(term, Quadratic))[0]
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
             return diagonal_work(p, direction)
@@ -138,22 +139,22 @@ def _passes() -> tuple[
     return forward, backward
 
 
-def chunks(problem: Problem) -> tuple[int, ...]:
-    """Chunk sizes that there are, the default first: on a GPU, those that it has room for."""
+def chunks(problem: Problem, pairs: bool = False) -> tuple[int, ...]:
+    """Chunk sizes that there are, or sizes of tiles of pairs, the default first: on a GPU, those that it has room for."""
     p = problem
     if p.target.device == "cpu":
         return CHUNKS["cpu"]
     sizes = [size for size in (p.headdim, p.dstate) if isinstance(size, int)]  # while tracing they may be symbolic
     known = CHUNKS["cuda"][1:] if p.dtype == torch.float32 else CHUNKS["cuda"]
-    return tuple(size for size in known if machine(p).has_room(max(sizes, default=1), size))
+    large = max(sizes, default=1)
+    fits = machine(p).pairs_fit if pairs else machine(p).has_room
+    return tuple(size for size in known if fits(large, size))
 
 
 def _reject_tiles(term: Term, problem: Problem) -> Support | None:
     """Why a term that is no scan has no tiles of pairs here; None if it has, or is a scan or a diagonal."""
     if not isinstance(term, Quadratic):
         return None
-    if problem.target.device != "cpu":
-        return reject_scan(term, "tvm")
     try:
         form = read(term.mask, problem.seqlen if isinstance(problem.seqlen, int) else 4096, True)
     except Refused as reason:

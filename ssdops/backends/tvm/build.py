@@ -25,7 +25,7 @@ from typing import Any
 
 from ...config import cache_dir, tvm_target
 from ...errors import UnsupportedError
-from . import backend, exported, threads
+from . import backend, exported, threads, toolkit
 from .backend import PACKAGES
 from .tile import Tile
 
@@ -40,6 +40,7 @@ SOURCES = (
     "gradients.py",
     "outputs.py",
     "pairs.py",
+    "pairs_gpu.py",
     "formula.py",
     "blocks.py",
     "parts.py",
@@ -106,7 +107,7 @@ def make(wanted: Iterable[tuple[str, Tile]]) -> None:
         missing = ", ".join(f"{name} ({tile})" for name, tile in wanted)
         raise UnsupportedError(
             f"what was exported to {exported.directory()} has not {missing}, and apache-tvm is not installed to compile it: "
-            "export for these sizes and this dtype too, or pip install 'ssdops[tvm]'"
+            "export for these sizes, this dtype and this device too, or pip install 'ssdops[tvm]'"
         ) from error
 
     def finish(lowered: Any, name: str, tile: Tile) -> Callable[..., None]:
@@ -118,17 +119,20 @@ def make(wanted: Iterable[tuple[str, Tile]]) -> None:
 
 
 def export(name: str, tile: Tile, directory: Path, cpu: str | None) -> Path:
-    """Compile a program into a directory, for this processor or for one that LLVM has a name for.
+    """Compile a program into a directory, for this processor, one that LLVM has a name for, or the tile's GPU.
 
     Raises:
-        UnsupportedError: it would need TVM's runtime.
+        UnsupportedError: it would need TVM's runtime, or there is no nvcc.
     """
     from . import compiler
 
+    lowered, path = compiler.lowered(name, tile), directory / exported.file(name, tile)
+    if tile.target != "cpu":
+        toolkit.make_library(compiler.cuda_text(lowered, tile), tile.target, path)
+        return path
     if not threads.of_torch():
         raise UnsupportedError("programs are exported for the OpenMP runtime of torch on Linux, and it is not here")
-    made, path = compiler.compiled(compiler.lowered(name, tile), tile, cpu), directory / exported.file(name, tile)
-    made.export_library(str(path), addons=[str(threads.SOURCE)])
+    compiler.compiled(lowered, tile, cpu).export_library(str(path), addons=[str(threads.SOURCE)])
     return path
 
 
@@ -172,12 +176,12 @@ def _load(path: Path) -> Callable[..., None]:
     """A program that was kept."""
     import tvm_ffi  # before the runtime, which wants its library
 
-    cuda = "-cuda-" in path.name
-    if cuda or not threads.of_torch():
-        for library in ("tvm_runtime", *(("tvm_runtime_cuda",) if cuda else ())):
+    _, kind, _ = path.name.split("-")  # what was exported for a GPU has its architecture there, and needs no runtime
+    if kind == "cuda" or (kind == "cpu" and not threads.of_torch()):
+        for library in ("tvm_runtime", *(("tvm_runtime_cuda",) if kind == "cuda" else ())):
             _runtime(library)
     run: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
-    if not cuda and threads.of_torch():
+    if kind == "cpu" and threads.of_torch():
         threads.hand_over(path)
     return run
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tvm
+from tvm.backend import cuda
 from tvm.target import Target, codegen
 
 from ...config import tvm_target
 from ...errors import UnsupportedError
-from . import between, exchange, gradients, group, lower, outputs, pairs, rules, settle, targets, toolkit, walk
+from . import between, exchange, gradients, group, lower, outputs, pairs, pairs_gpu, rules, settle, targets, toolkit, walk
 from .tile import Tile
 
 PROGRAMS = {
@@ -23,6 +26,7 @@ PROGRAMS = {
     "settle": settle.settle,
     "between": between.between,
     "pairs": pairs.pairs,
+    "pairs_gpu": pairs_gpu.pairs_gpu,
 }
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
 """Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
@@ -38,10 +42,23 @@ def compiled(program: Any, tile: Tile, cpu: str | None = None) -> Any:
     if tile.target == "cpu":
         return tvm.compile(program, target=processor(cpu))
     toolkit.prepare()
-    target = Target({"kind": "cuda", "arch": tile.target, **LIMITS}, host="llvm")
+    with for_gpu(tile, "llvm") as target:
+        return tvm.compile(program, target=target)
+
+
+def cuda_text(program: Any, tile: Tile) -> str:
+    """A program for GPUs, and what calls it by TVM's FFI and CUDA's runtime, as text for nvcc."""
+    with for_gpu(tile, "cuda_host") as target:
+        return str(cuda.export_cuda_host(tvm.tirx.build(program, target=target)))
+
+
+@contextmanager
+def for_gpu(tile: Tile, host: str) -> Iterator[Target]:
+    """The target of a GPU, and how TVM is to compile for it."""
+    target = Target({"kind": "cuda", "arch": tile.target, **LIMITS}, host=host)
     # the program has its own barriers, and its tiles may lie over one another where those allow it
     with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}, disabled_pass=["s_tir.ThreadSync"]):
-        return tvm.compile(program, target=target)
+        yield target
 
 
 def processor(cpu: str | None) -> Target:

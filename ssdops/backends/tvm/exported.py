@@ -1,4 +1,4 @@
-"""Programs that were compiled ahead, for processors like the one that they are run on: `ssdops export`.
+"""Programs that were compiled ahead, for processors like the one that they are run on, or for a GPU: `ssdops export`.
 
 A directory holds shared libraries and `programs.json`, which says what they are for. They run with TVM's FFI alone.
 """
@@ -17,7 +17,7 @@ from ...config import VERSION, tvm_programs
 from .tile import Tile
 
 MANIFEST = "programs.json"
-SCHEMA = 1
+SCHEMA = 2
 FLAGS = {
     "sse4.1": "sse4_1", "sse4.2": "sse4_2", "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "bmi": "bmi1",
     "bmi2": "bmi2", "lzcnt": "abm", "movbe": "movbe", "popcnt": "popcnt", "avx512f": "avx512f", "avx512vl": "avx512vl",
@@ -34,49 +34,51 @@ def directory() -> Path | None:
 def place(name: str, tile: Tile) -> Path | None:
     """Where a program is among those exported; None if there is none, or not for this machine."""
     here = tvm_programs()
-    if here is None or not _usable(here):
+    if here is None or not _usable(here, tile.target):
         return None
     path = here / file(name, tile)
     return path if path.exists() else None
 
 
 def file(name: str, tile: Tile) -> str:
-    """A program's file, of these sources; `-cpu-` as in names of those that are kept."""
+    """A program's file, of these sources; `-cpu-` as in names of those that are kept, or a GPU's architecture."""
     from . import build
 
-    return f"{name}-cpu-{hashlib.sha256(f'{build.sources()} {tile}'.encode()).hexdigest()[:16]}.so"
+    return f"{name}-{tile.target}-{hashlib.sha256(f'{build.sources()} {tile}'.encode()).hexdigest()[:16]}.so"
 
 
-def describe(here: Path, features: list[str]) -> None:
+def describe(here: Path, target: str, features: list[str]) -> None:
     """Write what the programs of a directory are for, those of earlier exports included."""
-    told, path = manifest(features), here / MANIFEST
+    told, path = manifest(target, features), here / MANIFEST
+    either = {"flags": None, "targets": None}
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        if {**before, "flags": None} == {**told, "flags": None}:
-            told["flags"] = sorted({*before["flags"], *told["flags"]})
+        if before | either == told | either:
+            told |= {name: sorted({*before[name], *told[name]}) for name in either}
     except (OSError, ValueError, TypeError):
         pass  # there are none, or they are of other sources and will not be used
     path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
-def manifest(features: list[str]) -> dict[str, Any]:
-    """What a machine must be to run programs of these LLVM features."""
+def manifest(target: str, features: list[str]) -> dict[str, Any]:
+    """What a machine must be to run programs for "cpu" of these LLVM features, or for a GPU's architecture."""
     from . import build
 
     return {
         "schema": SCHEMA, "ssdops": VERSION, "sources": build.sources(), "system": platform.system(),
-        "machine": platform.machine(), "flags": sorted(FLAGS[feature] for feature in features if feature in FLAGS),
+        "machine": platform.machine(), "targets": [target],
+        "flags": sorted(FLAGS[feature] for feature in features if feature in FLAGS),
     }  # fmt: skip
 
 
 @cache
-def _usable(here: Path) -> bool:
-    """Whether what is there runs here; if not, a warning says why, once."""
+def _usable(here: Path, target: str) -> bool:
+    """Whether what is there runs here, on the CPU or a GPU of an architecture; if not, a warning says why, once."""
     from . import build
 
     try:
         found = json.loads((here / MANIFEST).read_text(encoding="utf-8"))
-        reason = _refuse(found)
+        reason = _refuse(found, target)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{MANIFEST} cannot be read ({error})"
     if not build.ours(here):
@@ -86,9 +88,9 @@ def _usable(here: Path) -> bool:
     return reason is None
 
 
-def _refuse(found: dict[str, Any]) -> str | None:
+def _refuse(found: dict[str, Any], target: str) -> str | None:
     """Why programs of a manifest do not run here."""
-    wanted = manifest([])
+    wanted = manifest(target, [])
     if found["schema"] != SCHEMA:
         return f"their schema is {found['schema']}, and this version of ssdops reads {SCHEMA}"
     if found["sources"] != wanted["sources"]:
@@ -96,6 +98,10 @@ def _refuse(found: dict[str, Any]) -> str | None:
     machine, here = ((m["system"], m["machine"]) for m in (found, wanted))
     if machine != here:
         return f"they are for {' '.join(map(str, machine))}, and this is {' '.join(map(str, here))}"
+    if target != "cpu":
+        gpus = [other for other in found["targets"] if other != "cpu"]
+        elsewhere = f"they are for {', '.join(gpus)}, and this GPU is {target}; export them with --gpu {target}"
+        return elsewhere if gpus and target not in gpus else None
     missing = sorted(set(found["flags"]) - processor_flags())
     return f"this processor has no {', '.join(missing)}; export them with --cpu" if missing else None
 

@@ -84,6 +84,29 @@ class Machine:
         sums = chunk * (chunk + 1 + 2 * PAIR_LANES + 2 + 2 * outer // (4 if exact else LANES)) + LANES**2
         return -(-((1 + ahead) * held + self.data.itemsize * numbers + 4 * sums) // KIB) + OWN
 
+    def beside(self, size: int) -> int:
+        """The tile of pairs that holds a size of z and w: threads share out rows of powers of two."""
+        return round_up(size) if self.shared is None else next(fitting for fitting in INNER if size <= fitting != 192)
+
+    def pairs_ahead(self, inner: int, outer: int, chunk: int, weighs: bool) -> bool:
+        """Whether there is room for tiles of pairs to load ahead."""
+        return self.shared is not None and self.pairs_needs(inner, outer, True, chunk, weighs) <= self.shared
+
+    def pairs_fit(self, size: int, chunk: int) -> bool:
+        """Whether programs of tiles of pairs fit, of heads so large."""
+        wide = self.beside(size)
+        return self.shared is None or self.pairs_needs(wide, wide, False, chunk, False) <= self.shared
+
+    def pairs_needs(self, inner: int, outer: int, ahead: bool, chunk: int, weighs: bool) -> int:
+        """KiB of shared memory that tiles of pairs take: of y and w, once or twice, and of x; scores and weights; and, where
+        scores do not weigh z but meet those of it, of z, and the others. What comes after lies over them.
+        """
+        sums = chunk * (chunk + 8) * 4
+        held = chunk * (inner + outer + 16) * self.data.itemsize
+        mine = chunk * (inner + 8) * self.data.itemsize + 2 * sums
+        mine += 0 if weighs else chunk * (outer + 8) * self.data.itemsize + sums
+        return -(-max((1 + ahead) * held + mine, chunk * (outer + 8) * 4) // KIB) + 3 * OWN
+
     def _lines(self, chunk: int) -> int:
         """Bytes of what there is per token."""
         return chunk * LINES * (8 if self.data == torch.float32 else 4)

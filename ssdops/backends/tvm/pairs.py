@@ -337,7 +337,7 @@ def weighed(tile: Tile, value: Any, factors: Any) -> Any:
     """A value times the factors that there are."""
     if LOGS in tile.factors:
         exponent, odd = factors[LOGS]()
-        factor = exp(exponent, tile.acc)
+        factor = exp(exponent, tile.acc, tile.exact)
         value = value * T.Select(odd == T.float64(0), factor, number(float("nan"), tile.acc))
     for name in (SCALES, LAGS, ENTRIES):
         value = value * factors[name]() if name in tile.factors else value

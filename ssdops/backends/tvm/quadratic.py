@@ -1,8 +1,14 @@
-"""A term that is no scan on a CPU, by tiles of pairs (`pairs.py`): Y, and each gradient, is one contraction in other roles."""
+"""A term that is no scan, by tiles of pairs: Y, and each gradient, is one contraction in other roles.
+
+`pairs.py` has the program for a CPU, `pairs_gpu.py` that for a GPU, which is called with the same.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...ir import nodes as n
@@ -19,11 +25,11 @@ FAR = 1 << 40
 
 
 class OnPairs(Pass):
-    """A quadratic term on tensors of a CPU."""
+    """A quadratic term on its tensors."""
 
     def __init__(self, term: Quadratic, x: Inputs, config: Config) -> None:
         super().__init__(x, config)
-        self.term = term
+        self.term, self.on_gpu = term, self.machine.shared is not None
 
     def forward(self, save: bool = False) -> Output:
         """Y."""
@@ -60,43 +66,71 @@ class OnPairs(Pass):
 
     def contract(self, mask: Mask, x: Tensor, y: Tensor, z: Tensor, heads: int) -> Tensor:
         """scale · Σ_j L_ij ⟨x_i, y_j⟩ z_j, summed over the heads that share one of `heads`."""
-        p = self.problem
-        out = mask.room(self.tokens, heads, z.shape[2])
-        self.pairs("", mask, (x, y, z), out, (p.batch, heads, self.table(mask).shape[1]))
+        p, table = self.problem, self.table(mask)
+        groups = p.nheads // self.walked(p.nheads // heads, p.nheads * table.shape[1])
+        out = mask.room(self.tokens, groups, z.shape[2])
+        self.pairs("", mask, table, (x, y, z), out, (p.batch, groups))
+        out = out if groups == heads else out.unflatten(1, (heads, groups // heads)).sum(2)
         return out.unflatten(0, (p.batch, p.seqlen))
 
     def rows(self, mask: Mask, *tensors: Tensor) -> Tensor:
         """Σ_j G_ij per row, without and at the lag where nothing decays: [B, H, 2, T]."""
         p = self.problem
         out = mask.room(p.batch, p.nheads, 2, p.seqlen)
-        return self.pairs(ROWS, mask, tensors, out, (p.batch, p.nheads, self.table(mask).shape[1]))
+        return self.pairs(ROWS, mask, self.table(mask), tensors, out, (p.batch, p.nheads))
 
     def lags(self, mask: Mask, *tensors: Tensor) -> Tensor:
         """Σ G along each diagonal: [H, 2 T − 1]."""
-        p = self.problem
-        out = self.new(p.batch, p.nheads, 1, 2 * p.seqlen - 1).zero_()
-        return self.pairs(LAGS, mask, tensors, out, (p.batch, p.nheads, 1))[:, :, 0].sum(0).flip(1)  # which is by j − i
+        p, table = self.problem, self.table(mask)
+        sums = min(self.parts(p.batch * p.nheads), table.shape[1])
+        table = F.pad(table, (0, 0, 0, -table.shape[1] % sums))  # by tiles of nothing
+        out = self.new(p.batch, p.nheads, sums, 2 * p.seqlen - 1).zero_()
+        return self.pairs(LAGS, mask, table, tensors, out, (p.batch, p.nheads, sums)).sum((0, 2)).flip(1)  # which is by j − i
 
     def entries(self, mask: Mask, entries: Tensor, *tensors: Tensor) -> Tensor:
         """G summed over what shares an entry, shaped like entries."""
         p, (batch, heads) = self.problem, entries.shape[:2]
         out = self.new(batch, heads, p.seqlen, p.seqlen).zero_()
-        return self.pairs(ENTRIES, mask, tensors, out, (batch, heads, self.table(mask).shape[1]))
+        table = self.table(mask)
+        table = cut(table, self.parts(batch * heads * table.shape[1]), p.seqlen, self.chunk)
+        return self.pairs(ENTRIES, mask, table, tensors, out, (batch, heads))
 
-    def pairs(self, mode: str, mask: Mask, tensors: tuple[Tensor, ...], out: Tensor, of: tuple[int, int, int]) -> Tensor:
-        """Fill `out` by programs for so many batch rows, heads and tiles, each of which sums over as many as there are."""
-        p, table = self.problem, self.table(mask)
+    def walked(self, sharing: int, programs: int) -> int:
+        """How many of the heads that share a sum one program sums up: all, or on a GPU the most that leave enough programs.
+
+        They are a batch row's: a row's bits are not to depend on how many rows there are.
+        """
+        if not self.on_gpu:
+            return sharing
+        able = [n for n in range(sharing, 1, -1) if sharing % n == 0 and programs // n >= self.enough]
+        return able[0] if able else 1
+
+    def parts(self, programs: int) -> int:
+        """Into how many a program is cut, so that a GPU has enough of them."""
+        return -(-self.enough // max(programs, 1)) if self.on_gpu else 1
+
+    @property
+    def enough(self) -> int:
+        """Programs that keep a GPU busy."""
+        return 2 * self.problem.target.multiprocessors
+
+    def pairs(
+        self, mode: str, mask: Mask, table: Tensor, tensors: tuple[Tensor, ...], out: Tensor, of: tuple[int, ...]
+    ) -> Tensor:
+        """Fill `out` by programs for so many batch rows, heads and tiles (or all); each sums over as many as there are."""
+        p = self.problem
+        of = of if len(of) == 3 else (*of, table.shape[1])
         x, y, z, *w = (t if t.ndim == 3 else self.flat(t) for t in tensors)
         sizes = x.shape[2], z.shape[2]
-        inner, outer = (self.machine.inner(size) for size in sizes)
+        inner, outer = self.machine.inner(sizes[0]), self.machine.beside(sizes[1])
         present = {LOGS: mask.u, SCALES: mask.rows if mask.cols is None else mask.cols, LAGS: mask.lags, ENTRIES: mask.entries}
         factors = tuple(name for name, value in present.items() if value is not None)
         program = self.program(
-            "pairs", inner=inner, outer=outer, whole=(inner, outer) == sizes, mode=mode, factors=factors,
-            formula=mask.formula,
+            "pairs_gpu" if self.on_gpu else "pairs", inner=inner, outer=outer, whole=(inner, outer) == sizes, mode=mode,
+            factors=factors, formula=mask.formula, ahead=self.machine.pairs_ahead(inner, outer, self.chunk, not mode),
         )  # fmt: skip
         exact, token = torch.float64, (1, 1, 1)
-        one = None if SCALES not in factors else torch.ones(1, p.nheads, p.seqlen, dtype=self.acc)
+        one = None if SCALES not in factors else torch.ones(1, p.nheads, p.seqlen, dtype=self.acc, device=self.device)
         u, w_ = (unread((1, 1, 2, 1), exact, self.device) if t is None else t for t in (mask.u, mask.w))
         rows, cols = (self.whole(one if t is None else t, token) for t in (mask.rows, mask.cols))
         lags = None if mask.lags is None else mask.lags.flip(1)
@@ -107,9 +141,9 @@ class OnPairs(Pass):
         ]
         there = self.unread(1) if mode in ("", ROWS) else out
         program(
-            x, y, z, w[0] if w else self.unread(1, 1, z.shape[2]), u, w_, rows, cols, self.whole(lags, (1, 1)),
-            self.whole(mask.entries, (1, 1, 1, 1)), *leaves, table, out,
-            there, self.bounds(mask), float(mask.scale), p.seqlen, p.nheads, *of, p.batch // of[0],
+            x, y, z, w[0] if w else unread((1, 1, z.shape[2]), self.data, self.device), u, w_, rows, cols,
+            self.whole(lags, (1, 1)), self.whole(mask.entries, (1, 1, 1, 1)), *leaves, table, out,
+            there, bounds(mask, self.device), float(mask.scale), p.seqlen, p.nheads, *of, p.batch // of[0],
             p.nheads // of[1], table.shape[1] // of[2],
         )  # fmt: skip
         return out
@@ -125,23 +159,45 @@ class OnPairs(Pass):
             if mask.documents is not None:
                 mask.tables[size] = tile_table(mask.documents[0], size, mask.count(size)).long().contiguous()
             else:
-                first = torch.arange(0, seqlen, size)
-                whole = torch.tensor([0, seqlen]).expand(len(first), 2)
-                stop = (first + size).clamp_max(seqlen)
-                mask.tables[size] = torch.cat([torch.stack([first, stop], 1), whole], 1)[None]
+                mask.tables[size] = whole_rows(seqlen, size, self.device)
         return mask.tables[size]
 
-    @staticmethod
-    def bounds(mask: Mask) -> Tensor:
-        """Low, high, hole and zero, and the ranges of rows and columns."""
-        low, high, hole, *ranges = mask.support
-        return torch.tensor([low, high, FAR if hole is None else hole, mask.zero, *ranges])
+
+def bounds(mask: Mask, device: torch.device) -> Tensor:
+    """Low, high, hole and zero, and the ranges of rows and columns."""
+    low, high, hole, *ranges = mask.support
+    return on_device((low, high, FAR if hole is None else hole, mask.zero, *ranges), device)
+
+
+@lru_cache(maxsize=256)
+def on_device(numbers: tuple[int | None, ...], device: torch.device) -> Tensor:
+    """Numbers, copied to a device once: a GPU would be waited for."""
+    return torch.tensor(numbers, device=device)
+
+
+@lru_cache(maxsize=64)
+def whole_rows(seqlen: int, size: int, device: torch.device) -> Tensor:
+    """The table of rows that are one document."""
+    first = torch.arange(0, seqlen, size, device=device)
+    ends = torch.zeros_like(first), torch.full_like(first, seqlen)
+    return torch.stack([first, (first + size).clamp_max(seqlen), *ends], 1)[None]
+
+
+def cut(table: Tensor, parts: int, seqlen: int, size: int) -> Tensor:
+    """Every tile of a table as so many, with some of its columns each."""
+    if parts == 1:
+        return table
+    width = -(-seqlen // (parts * size)) * size
+    first = torch.arange(0, seqlen, width, device=table.device)[:, None]
+    begin, stop = table[:, None, :, 2].maximum(first), table[:, None, :, 3].minimum(first + width)
+    rows = table[:, None, :, :2].expand(-1, len(first), -1, -1)
+    return torch.cat([rows, begin[..., None], stop[..., None]], 3).flatten(1, 2).contiguous()
 
 
 def packed(decay: Tensor | None, log: Tensor | None, odd: Tensor | None, x: Inputs) -> Tensor:
     """Exponents, and how many logs are not finite (of those that are NaN, NaN): [B | 1, H, 2, T] in float64."""
     p, parts = x.problem, [t for t in (decay, log) if t is not None]
-    none = torch.zeros(1, p.nheads, p.seqlen, dtype=torch.float64)
+    none = torch.zeros(1, p.nheads, p.seqlen, dtype=torch.float64, device=x.q.device)
     total = sum(parts, none)
     none = none if odd is None else none + odd
     return torch.stack(torch.broadcast_tensors(total.nan_to_num(0.0), none + torch.where(total.isnan(), total, 0.0)), 2)

@@ -29,20 +29,20 @@ TURNED = {
     "reads_k": (False, True), "values_k": (True, False),
 }  # fmt: skip
 """Which operands are held as their transposes, where any is."""
-OPAQUE = ("program", "coming", "chunk")
+OPAQUE = ("program", "part", "coming", "chunk")
 """Blocks that hold others."""
 PADDED = (
-    "load_q", "load_k", "get_q", "get_k", "get_dy", "get_v", "get_before", "get_after", "scale_v", "put",
+    "load_q", "load_k", "load_dy", "get_q", "get_k", "get_dy", "get_v", "get_before", "get_after", "scale_v", "put",
     "clear_low", "clear_out", "clear_other", "show_state", "enter", "give_state",
 )  # fmt: skip
 """Blocks that first write tiles of which tensor cores read or write columns: longer rows put them in different banks."""
-FILLED = ("load_q", "load_k", "scale_v", "store", "enter", "keep", "leave")
+FILLED = ("load_q", "load_k", "load_dy", "scale_v", "store", "enter", "keep", "leave")
 """Blocks that touch tensors whose heads may be smaller than tiles: then they take one number at a time."""
 FETCHED = "get_"
 """How names of blocks begin that copy tiles, ahead of their use by vectors of their own."""
 OWN: dict[str, Callable[[str], str]] = {
     "take": tc.take, "round": tc.rounded, "carry": tc.carry, "join": tc.join, "turn": tc.turn,
-    "show_state": tc.store, "give_state": tc.store, "give": partial(tc.rounded, to="global"),
+    "show_state": tc.store, "show_other": tc.store, "give_state": tc.store, "give": partial(tc.rounded, to="global"),
     "take_straight": partial(tc.take, origin="global"), "leave_straight": partial(tc.store, to="global"),
     "give_scored": tc.rounded, "clear_q": tc.fill, "clear_k": tc.fill, "gather_q": tc.gather, "gather_k": tc.gather,
     "turn_q": tc.turn, "turn_k": tc.turn, "leave_q": partial(tc.store, to="global"), "leave_k": partial(tc.store, to="global"),
@@ -60,13 +60,15 @@ SKEWED = {
 """Blocks that write tiles of which threads side by side read columns: which, and how much longer than 32s its rows are."""
 DOTS = ("dots_q", "dots_k")
 """Blocks that sum up stretches of rows of what was summed up, times a tile."""
-SCALARS = ("place", "owner", "here", "there")
+SCALARS = ("place", "owner", "here", "there", "edge")
 """What every thread has, beside single numbers."""
 TILES = (
     "qt", "kt", "vt", "vs", "low", "gt", "weights", "out", "full", "passage", "left", "tokens_t", "dyt", "st", "dst", "other",
     "pairs", "row_lanes", "col_lanes", "parts_q", "parts_k", "near_rows", "near_cols", "crossing",
 )  # fmt: skip
 """What TVM is to lay over what is not needed any more, which is safe only with a barrier between: see `walk.py`."""
+SINGLE = ("pairs", "load_logs", "load_u", "load_w", "leaf_rows", "leaf_cols", "leaf_lags", "give_lags", "give_entries")
+"""Blocks that are not taken by vectors."""
 COLUMNS = 4
 """Of a product that is not the tensor cores': how many a thread sums up, of as many rows as it takes."""
 PADDING = 8
@@ -202,7 +204,7 @@ def by_strips(sch: Schedule, name: str, warps: int) -> None:
 
 def vector_of(sch: Schedule, name: str) -> int:
     """Numbers of 16 bytes, if they are only copied; 4 of those that are worked out."""
-    if name in ("pairs", "load_logs"):
+    if name in SINGLE:
         return 1  # TVM asks about vectors of int64 in a way that CUDA has not
     block = sch.get(sch.get_sblock(name))
     dtypes = {str(region.source.dtype) for region in (*block.reads, *block.writes)} - {"int64"}

@@ -51,7 +51,8 @@ class Tile:
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
         mode: of a walk, outputs, or a group's program, what they do beside; of pairs, what they sum along.
-        ahead: whether a walk loads the next chunk's tiles while it multiplies one's, or a group's program the next head's.
+        ahead: whether a walk, or a program of pairs on a GPU, loads the next chunk's tiles while it multiplies one's, or a
+            group's program the next head's.
         factors: of programs of pairs, what the mask is a product of, and a formula that is one more factor.
     """
 

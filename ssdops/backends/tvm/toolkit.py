@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +35,27 @@ def prepare() -> None:
     if found is None or not support.ok:
         raise UnsupportedError(f"'tvm' compiles for CUDA with NVRTC or nvcc, and {support.reason}; 'triton' needs neither")
     tell_tvm(found, nvrtc())
+
+
+def make_library(text: str, architecture: str, path: Path) -> None:
+    """Compile CUDA's text of a program and of what calls it, into a library that needs TVM's FFI and a driver.
+
+    Raises:
+        UnsupportedError: there is no nvcc, or it knows no such architecture.
+    """
+    import tvm_ffi.libinfo
+
+    nvcc = shutil.which("nvcc") or (shutil.which("nvcc", path=str(found / "bin")) if (found := home()) else None)
+    if nvcc is None:
+        raise UnsupportedError("programs for GPUs are exported by nvcc, and it is not here: install a CUDA toolkit")
+    command = [nvcc, f"-arch={architecture}", "-std=c++17", "-O3", "--use_fast_math", "-w", "-shared", "-Xcompiler=-fPIC"]
+    with tempfile.TemporaryDirectory() as room:
+        source = Path(room) / "program.cu"
+        source.write_text(text, encoding="utf-8")
+        includes = f"-I{tvm_ffi.libinfo.find_include_path()}"
+        done = subprocess.run([*command, includes, "-o", str(path), str(source)], capture_output=True, text=True)
+    if done.returncode:
+        raise UnsupportedError(f"nvcc made no program for {architecture}: {done.stderr.strip()[-500:]}")
 
 
 def nvrtc() -> bool:
