@@ -94,10 +94,14 @@ def test_gradients_over_a_tree_of_several_passes() -> None:
 
 
 @pytest.mark.parametrize("dims", [(130, 3), (3, 70)], ids=str)
-@pytest.mark.parametrize("heads", [(2, 1, 1), (1, 2, 2)], ids=str)
-def test_several_tiles_and_shared_heads(dims: tuple[int, int], heads: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("heads", [(2, 1, 1), (1, 1, 2)], ids=str)
+def test_several_tiles_and_shared_heads(
+    dims: tuple[int, int], heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = case_of(70, "mixed", dims, heads)
     laws.equals_oracle(Runner("triton"), case)
+    laws.gradients_equal_oracle(Runner("triton"), case)
+    monkeypatch.setattr("ssdops.backends.triton.fenwick_scan.ENOUGH", 0)  # heads that share q and k share a program
     laws.gradients_equal_oracle(Runner("triton"), case)
 
 
