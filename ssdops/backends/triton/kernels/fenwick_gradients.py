@@ -90,7 +90,7 @@ def fenwick_inner(
         own = levels + b * l_b + t * l_t + (h // l_share) * l_h
         r, x = tl.load(rho + head * C + i), tl.load(kappa + head * C + i)
         g = tl.zeros([C, C], tl.float32)
-        for p0 in tl.static_range(0, P, BP):
+        for p0 in tl.range(0, P, BP, num_stages=1):
             p = p0 + tl.arange(0, BP)
             vt, dyt = tokens_of(v_head, t, inside, p, P, v_t, DOT), tokens_of(dy_head, t, inside, p, P, y_t, DOT)
             if ROWS:
@@ -117,7 +117,7 @@ def fenwick_inner(
             total = tl.dot(tl.where(pairs, g * weights, 0.0).to(DOT), qt, acc=total, input_precision=PRECISION)
             scores = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
             scores = tl.where(pairs, scores * weights, 0.0).to(DOT)
-            for p0 in tl.static_range(0, P, BP):
+            for p0 in tl.range(0, P, BP, num_stages=1):
                 p = p0 + tl.arange(0, BP)
                 out = tl.dot(scores, tokens_of(dy_head, t, inside, p, P, y_t, DOT), input_precision=PRECISION)
                 place = dv + ((b * seqlen + t) * nheads + h)[:, None] * P + p[None, :]
@@ -196,7 +196,9 @@ def fenwick_across(
                     other += seen * weight[:, None]
                 out = tl.dot((zt.to(tl.float32) * weight[:, None]).to(DOT), s, acc=out, input_precision=PRECISION)
                 gathered += found
-                _add(across + (slot * above + bit) * nheads + h, tl.sum(found, 0), None, p0 > 0)
+                # along a tile's axis, as a sum of a vector of tensor memory makes Triton 3.7.1 fail for sm_100
+                place = across + (slot * above + bit) * nheads + h + tl.arange(0, 1)
+                _add(place, tl.sum(tl.expand_dims(found, 0), 1), None, p0 > 0)
                 passed += tl.load(spans + node)
                 m = m - low if ROWS else m + low
             if not ROWS:
