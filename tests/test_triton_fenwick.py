@@ -17,7 +17,10 @@ from ssdops.testing.laws import Runner
 from ssdops.testing.source import Source
 from ssdops.testing.strategies import QUADRATIC, SCANS, scaled
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_fenwick.py has these")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_fenwick.py has these"),
+    pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning"),
+]
 
 
 def fenwick(s: Source) -> Mask:

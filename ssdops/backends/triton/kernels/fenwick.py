@@ -41,11 +41,12 @@ def length(x):
 
 @triton.jit
 def bits(x):
-    """How many bits x has."""
-    count = 0
-    for bit in tl.static_range(28):
-        count += (x >> bit) & 1
-    return count
+    """How many bits of x are set: sums of pairs of digits, of pairs of these, and so on."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 63
 
 
 @triton.jit

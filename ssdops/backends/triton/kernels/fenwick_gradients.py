@@ -17,7 +17,7 @@ of R they have at each boundary, and `fenwick_passing` sums it over the rest of 
 import triton
 import triton.language as tl
 
-from .fenwick import chunk_tokens, length, level_weights
+from .fenwick import bits, chunk_tokens, length, level_weights
 from .rows import tokens_of
 
 
@@ -36,9 +36,7 @@ def fenwick_cotangents(
     tiles: tl.constexpr = tiles_p * ((N + BN - 1) // BN)
     tile, h = tl.program_id(0) % tiles, (tl.program_id(0) // tiles % nheads).to(tl.int64)
     rank, of = tl.program_id(0) // (tiles * nheads) % (chunks - 1), tl.program_id(0) // (tiles * nheads * (chunks - 1))
-    bit = 0
-    for higher in tl.static_range(1, 28):
-        bit += (((chunks - 1) >> higher) > rank).to(tl.int32)
+    bit = length((chunks - 1) // (rank + 1)) - 1
     m = (2 * (rank - ((chunks - 1) >> (bit + 1))) + 1) << bit
     b, i = of.to(tl.int64), tl.arange(0, C)
     p, n = (tile % tiles_p) * BP + tl.arange(0, BP), (tile // tiles_p) * BN + tl.arange(0, BN)
@@ -155,12 +153,10 @@ def fenwick_across(
     c, b, row = (slot % chunks).to(tl.int32), slot // chunks, slot // chunks * chunks
     i, n = tl.arange(0, C), tl.arange(0, BN)
     t, inside = chunk_tokens(c, i, seqlen, C, CAUSAL)
-    count = 0
-    for digit in tl.static_range(28):
-        if ROWS:
-            count += (c >> digit) & 1
-        else:
-            count += ((((c >> digit) & 1) == 0) & ((((c >> digit) + 1) << digit) < chunks)).to(tl.int32)
+    count = bits(c)  # of boundaries that it meets
+    if not ROWS:  # those up to chunks − 1: adding the lowest bit sets digits of c that are 0, up to the first that differs
+        digits = length(c ^ (chunks - 1))
+        count = digits - bits(c & ((1 << digits) - 1))
     grad += ((b * seqlen + t) * groups + group)[:, None] * N + n[None, :]
     out = tl.load(grad, mask=inside[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
     for h in tl.range(group * together, (group + 1) * together, num_stages=1):
