@@ -134,7 +134,7 @@ class Launch:
 
 
 BLOCKWISE: dict[str, Any] = {"passes": ("backward",), "only": ("states", "gradients", "hopper_gradients")}
-FENWICK = ("fenwick_tree", "fenwick_output", "fenwick_cotangents", "fenwick_rows", "fenwick_columns")
+FENWICK = ("fenwick_tree", "fenwick_output", "fenwick_cotangents", "fenwick_inner", "fenwick_across")
 CHANNEL = ("channel_states", "channel_output", "channel_gradients")
 SETUPS = (
     Setup("bf16", 64, 128, passes=("forward", "segments", "every", "backward")),

@@ -73,6 +73,13 @@ def test_chunks_and_groups(heads: tuple[int, int], size: int) -> None:
     assert_near(call((2, 700, heads[0], 64, heads[1], 64), torch.bfloat16), size=size)
 
 
+def test_heads_that_share_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients of q and k are summed in it, as they are where a sequence is long."""
+    monkeypatch.setattr("ssdops.backends.triton.fenwick_scan.ENOUGH", 0)
+    for dtype in RELATIVE:
+        assert_near(call((2, 300, 6, 64, 2, 128), dtype))
+
+
 TURNS: dict[str, Turn] = {"strict": Mask.strict, "reverse": Mask.reverse, "both": lambda mask: -mask.reverse().strict()}
 
 

@@ -67,6 +67,10 @@ def test_kernels_fit_and_take_what_the_table_says() -> None:
             assert row["instructions"] != "-" and (row["dtype"] == "fp32" or exact), row
         if row["mask"] == "channel" and (row["sm"], row["headdim"], row["dstate"]) == ("90", "64", "64"):
             assert row["stack"] == "0" and (row["instructions"] != "-" or kernel == "channel_sums"), row
+        if (row["mask"], row["sm"], row["headdim"], row["dstate"]) == ("fenwick", "90", "64", "128"):
+            made_of_products = kernel not in ("fenwick_spans", "fenwick_passing") and not row["launch"].endswith("tree:2")
+            assert row["instructions"] == (best if made_of_products else "-"), row
+            assert int(row["stack"]) <= (200 if kernel == "fenwick_inner" else 0), row
         if row["launch"].endswith(":free") and (row["sm"], row["tokens"]) not in SPILLING:
             assert row["stack"] == "0", row
     text = TABLE.read_text()

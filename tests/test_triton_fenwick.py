@@ -17,7 +17,10 @@ from ssdops.testing.laws import Runner
 from ssdops.testing.source import Source
 from ssdops.testing.strategies import QUADRATIC, SCANS, scaled
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_fenwick.py has these")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_fenwick.py has these"),
+    pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning"),
+]
 
 
 def fenwick(s: Source) -> Mask:
@@ -94,10 +97,14 @@ def test_gradients_over_a_tree_of_several_passes() -> None:
 
 
 @pytest.mark.parametrize("dims", [(130, 3), (3, 70)], ids=str)
-@pytest.mark.parametrize("heads", [(2, 1, 1), (1, 2, 2)], ids=str)
-def test_several_tiles_and_shared_heads(dims: tuple[int, int], heads: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("heads", [(2, 1, 1), (1, 1, 2)], ids=str)
+def test_several_tiles_and_shared_heads(
+    dims: tuple[int, int], heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = case_of(70, "mixed", dims, heads)
     laws.equals_oracle(Runner("triton"), case)
+    laws.gradients_equal_oracle(Runner("triton"), case)
+    monkeypatch.setattr("ssdops.backends.triton.fenwick_scan.ENOUGH", 0)  # heads that share q and k share a program
     laws.gradients_equal_oracle(Runner("triton"), case)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...ir.passes.structure import Structure
+from ...ir.problem import common_heads
 from ...ir.resolve import repeat_heads
 from ..base import Config, Gradients, Inputs, Output, reduce_value, share_heads
 from ..structured import Values
@@ -22,15 +23,19 @@ from .backward import filled
 from .calls import Grid, Kernel, Launching
 from .channel import dot_dtype, whole_sizes
 from .kernels.fenwick import GROUP, fenwick_output, fenwick_spans, fenwick_tree
-from .kernels.fenwick_gradients import fenwick_columns, fenwick_cotangents, fenwick_passing, fenwick_rows
+from .kernels.fenwick_gradients import fenwick_across, fenwick_cotangents, fenwick_inner, fenwick_passing
 from .kernels.rows import FORGOTTEN
 from .launch import DOTS, ceil_div, strides
 from .sizes import fenwick_chunks, padded
 from .tile_mask import LOG2E
 
 SPANS, TREE, OUTPUT = Kernel(fenwick_spans), Kernel(fenwick_tree), Kernel(fenwick_output)
-COTANGENTS, ROWS, COLUMNS = Kernel(fenwick_cotangents), Kernel(fenwick_rows), Kernel(fenwick_columns)
-PASSING = Kernel(fenwick_passing)
+COTANGENTS, INNER, ACROSS, PASSING = (
+    Kernel(x) for x in (fenwick_cotangents, fenwick_inner, fenwick_across, fenwick_passing)
+)  # fmt: skip
+
+ENOUGH = 4
+"""Programs that a multiprocessor gets before heads share one, in which their gradients of q and k are summed."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class Fenwick:
     @property
     def by_chunk(self) -> dict[str, Any]:
         """Those of kernels that have a chunk with all of its columns."""
-        return {**self.common, "LOG": self.size.bit_length() - 1, "BN": padded(self.dstate), "STRICT": self.term.strict}
+        return {**self.common, "LOG": self.size.bit_length() - 1, "BN": padded(self.dstate)}
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory on the term's device."""
@@ -165,7 +170,7 @@ class Fenwick:
         self.run(
             OUTPUT, (grid, 1, 1), (self.q, self.k, self.v, self.levels, y, s.rho, s.kappa, s.left, self.tree()),
             (*self.numbers, *strides(self.q), *strides(self.k), *strides(self.v), *strides(y), *self.levels.stride()),
-            **self.by_chunk, num_warps=4,
+            STRICT=self.term.strict, **self.by_chunk, num_warps=4,
         )  # fmt: skip
         return y[..., : p.headdim]
 
@@ -196,25 +201,32 @@ class Fenwick:
     def backward(self, dy: Tensor) -> Gradients:
         """Gradients of q, k, v and of values, by slot."""
         p, s, dy = self.problem, self.sums, filled(dy, self.headdim)
-        above = max((self.chunks - 1).bit_length(), 1)
-        tokens, by_chunk = (p.batch, p.seqlen, p.nheads), (p.batch, self.chunks, p.nheads, self.size)
-        dq, dk, dv = (
-            self.empty(*tokens, size, dtype=self.out if heads == p.nheads else torch.float32)
-            for heads, size in ((p.q_heads, self.dstate), (p.k_heads, self.dstate), (self.v.shape[2], self.headdim))
-        )
-        dlevels = torch.zeros(*tokens, self.levels.shape[3], device=dy.device)
-        inner, late, early = (self.empty(*by_chunk) for _ in range(3))
-        across = torch.zeros(ceil_div(self.headdim, self.common["BP"]), *by_chunk[:2], above, p.nheads, device=dy.device)
-        given, sizes = (self.q, self.k, self.v, dy, self.levels, s.rho, s.kappa), self.numbers
-        numbers = (
-            *sizes[:4], above, *sizes[4:], *strides(self.q), *strides(self.k), *strides(self.v), *strides(dy),
-            *self.levels.stride(),
-        )  # fmt: skip
-        grid = (p.batch * self.chunks * p.nheads, 1, 1)
-        tree, dtree, constants = self.tree(), self.cotangents(dy), {**self.by_chunk, "num_warps": 8}
-        self.run(ROWS, grid, (*given, s.left, tree, dq, dlevels, inner, late, across), numbers, **constants)
-        self.run(COLUMNS, grid, (*given, s.total, s.right, dtree, dk, dv, early, across), numbers, **constants)
-        values = {"log_a": self._of_logs(inner, late, early, across.sum(0)), **self._of_scales(dlevels, dv)}
+        tokens, above = (p.batch, p.seqlen), max((self.chunks - 1).bit_length(), 1)
+        groups = p.nheads // self.together
+        dq, dk = (self.empty(*tokens, groups, self.dstate) for _ in range(2))
+        dv = self.empty(*tokens, p.nheads, self.headdim, dtype=self.out if self.v.shape[2] == p.nheads else torch.float32)
+        dlevels = torch.zeros(*tokens, p.nheads, self.levels.shape[3], device=dy.device)
+        inner, late, early = (self.empty(p.batch, self.chunks, p.nheads, self.size) for _ in range(3))
+        across = torch.zeros(p.batch, self.chunks, above, p.nheads, device=dy.device)
+        grid, n_levels, l_share = (p.batch * self.chunks * groups, 1, 1), self.levels.shape[3], p.nheads // self.levels.shape[2]
+        sizes = p.seqlen, self.chunks, p.nheads, self.together, n_levels
+        steps = *strides(self.q), *strides(self.k), *strides(self.v), *strides(dy), *self.levels.stride()
+        for rows, grad in ((True, dq), (False, dk)):
+            self.run(
+                INNER, grid, (self.q, self.k, self.v, dy, self.levels, s.rho, s.kappa, grad, dv, dlevels, inner),
+                (*sizes, *self.shares, l_share, self.scale, *steps),
+                ROWS=rows, STRICT=self.term.strict, **self.by_chunk, num_warps=8,
+            )  # fmt: skip
+        for x, z, x_share, z_share, given, grad, along in (
+            (self.q, dy, self.shares[0], 1, (s.rho, s.total, s.left, self.tree()), dq, late),
+            (self.k, self.v, *self.shares[1:], (s.kappa, s.total, s.right, self.cotangents(dy)), dk, early),
+        ):
+            self.run(
+                ACROSS, grid, (x, z, self.levels, *given, grad, dv, dlevels, along, across),
+                (*sizes, above, x_share, z_share, l_share, self.scale, *strides(x), *strides(z), *self.levels.stride()),
+                ROWS=along is late, STAGES=1 if self.dot == torch.float32 else 2, **self.by_chunk, num_warps=8,
+            )  # fmt: skip
+        values = {"log_a": self._of_logs(inner, late, early, across), **self._of_scales(dlevels, dv)}
         if "cols" in self.given:
             dv = dv * self.per_token("cols")[..., None]
         return Gradients(
@@ -222,6 +234,13 @@ class Fenwick:
             share_heads(dv, p.v_heads)[..., : p.headdim],
             values={name: reduce_value(grad, self.given[name]) for name, grad in values.items()},
         )  # fmt: skip
+
+    @property
+    def together(self) -> int:
+        """How many heads that share q and k a program takes: all, where enough programs are left."""
+        p, sharing = self.problem, self.problem.nheads // common_heads(self.problem)
+        most = max(p.batch * self.chunks * p.nheads // max(ENOUGH * p.target.multiprocessors, 1), 1)
+        return max(each for each in range(1, sharing + 1) if sharing % each == 0 and each <= most)
 
     def _of_logs(self, inner: Tensor, late: Tensor, early: Tensor, across: Tensor) -> Tensor:
         """Of log decays, `(batch, seqlen, nheads)`: what later rows gather, what columns before give, what passes."""

@@ -104,7 +104,7 @@ def chunk_log_linear_attn(
 ) -> tuple[Tensor, None]:
     """Log-linear attention, `o_i = scale · Σ_{j≤i} level_scales[i, level(i, j)] · exp(Σ_{j<s≤i} g_s) · ⟨q_i, k_j⟩ · v_j`.
 
-    level(i, i) = 0, else 1 + the highest bit in which i and j differ: `masks.fenwick`, which takes time quadratic in T.
+    level(i, i) = 0, else 1 + the highest bit in which i and j differ: `masks.fenwick`, in time that grows as T log T.
 
     Args:
         q, k: `[B, T, G, K]`; G divides H, and each head of them is shared by H/G of v's.

@@ -24,9 +24,9 @@ GROUP = tl.constexpr(16)
 
 
 @triton.jit
-def chunk_tokens(c, seqlen, C: tl.constexpr, CAUSAL: tl.constexpr):
-    """The tokens of a chunk of local time, and which of them there are."""
-    t = c * C + tl.arange(0, C)
+def chunk_tokens(c, i, seqlen, C: tl.constexpr, CAUSAL: tl.constexpr):
+    """The tokens at places i of a chunk of local time, and which of them there are."""
+    t = c * C + i
     inside = t < seqlen
     if not CAUSAL:
         t = seqlen - 1 - t
@@ -41,11 +41,12 @@ def length(x):
 
 @triton.jit
 def bits(x):
-    """How many bits x has."""
-    count = 0
-    for bit in tl.static_range(28):
-        count += (x >> bit) & 1
-    return count
+    """How many bits of x are set: sums of pairs of digits, of pairs of these, and so on."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 63
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def fenwick_tree(
     tile, h = tl.program_id(0) % tiles, (tl.program_id(0) // tiles % nheads).to(tl.int64)
     group = tl.program_id(0) // (tiles * nheads) % groups
     b = (tl.program_id(0) // (tiles * nheads * groups)).to(tl.int64)
-    p, n = (tile % tiles_p) * BP + tl.arange(0, BP), (tile // tiles_p) * BN + tl.arange(0, BN)
+    p, n, i = (tile % tiles_p) * BP + tl.arange(0, BP), (tile // tiles_p) * BN + tl.arange(0, BN), tl.arange(0, C)
     state = p[:, None] * N + n[None, :]
     whole = (p < P)[:, None] & (n < N)[None, :]
     v += b * v_b + (h // v_share) * v_h
@@ -111,8 +112,8 @@ def fenwick_tree(
         place = tree + ((b * chunks + m) * nheads + h) * P * N + state
         if LEAVES:
             head = (b * chunks + m - 1) * nheads + h
-            t, inside = chunk_tokens(m - 1, seqlen, C, CAUSAL)
-            weight = tl.exp2((tl.load(total + head) - tl.load(kappa + head * C + tl.arange(0, C))).to(tl.float32))
+            t, inside = chunk_tokens(m - 1, i, seqlen, C, CAUSAL)
+            weight = tl.exp2((tl.load(total + head) - tl.load(kappa + head * C + i)).to(tl.float32))
             vt = tokens_of(v, t, inside, p, P, v_t, tl.float32)
             x = tl.dot(
                 tl.trans((vt * weight[:, None]).to(DOT)), tokens_of(k, t, inside, n, N, k_t, DOT), input_precision=PRECISION
@@ -154,7 +155,7 @@ def fenwick_output(
     c, b, row = (slot % chunks).to(tl.int32), slot // chunks, slot // chunks * chunks
     i, n = tl.arange(0, C), tl.arange(0, BN)
     p = tl.program_id(0) // nheads % tiles * BP + tl.arange(0, BP)
-    t, inside = chunk_tokens(c, seqlen, C, CAUSAL)
+    t, inside = chunk_tokens(c, i, seqlen, C, CAUSAL)
     head = slot * nheads + h
     qt = tokens_of(q + b * q_b + (h // q_share) * q_h, t, inside, n, N, q_t, DOT)
     kt = tokens_of(k + b * k_b + (h // k_share) * k_h, t, inside, n, N, k_t, DOT)
