@@ -39,6 +39,7 @@ SOURCES = (
     "gradients.py",
     "outputs.py",
     "pairs.py",
+    "products.py",
     "formula.py",
     "blocks.py",
     "parts.py",
