@@ -17,7 +17,8 @@ SUMS = ("row_lanes", "col_lanes", "row_sums", "col_sums", "before", "all_sum", "
 TURNED = ("turn_k", "turn_v", "turn_d")
 """Blocks that transpose a tile."""
 ROWS, BYTES, DEPTH = 4, 64, 4
-"""Of scores, the product that GPUs have too (others are written as they are to be, `products.py`): rows and bytes of columns that are summed in registers, and steps of the sum that are written out."""
+"""Of scores, the product that GPUs have too (`products.py` has the others, as they are to be): rows and bytes of columns that
+are summed in registers, and steps of the sum that are written out."""
 VECTOR = 32
 """Bytes of a vector."""
 
