@@ -50,9 +50,12 @@ def compiled(quick: bool) -> Section:
 
 
 def _flops(s: Shape) -> dict[str, float]:
-    """What products take in chunks of 32 tokens, those of scores with q or k once per group; states are worked out once."""
-    tokens, chunk = s.batch * s.seqlen, 32
-    by_group, by_head, of_states = 2 * chunk * s.dstate * s.ngroups, 2 * chunk * s.headdim * s.nheads, 2 * s.dstate * s.headdim
+    """What products must take in chunks of 32 tokens: pairs up to the diagonal, those of q or k once per group; states once.
+
+    Not counted is what is worked out again, and what is worked out to be put to 0.
+    """
+    tokens, pairs = s.batch * s.seqlen, (32 + 1) / 2  # with each token
+    by_group, by_head, of_states = 2 * pairs * s.dstate * s.ngroups, 2 * pairs * s.headdim * s.nheads, 2 * s.dstate * s.headdim
     forward = by_group + by_head + 2 * of_states * s.nheads
     backward = 2 * by_group + 2 * by_head + 4 * of_states * s.nheads
     return {"forward": float(tokens * forward), "forward + backward": float(tokens * (forward + backward))}

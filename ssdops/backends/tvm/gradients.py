@@ -262,7 +262,7 @@ def gradients(tile: Tile) -> Any:
                                         product("reads_d", P, C, N, data)(
                                             from_d, lambda o, m: cotangent[vh, o, m], lambda m, j: k_turned[m, j]
                                         )
-                                        product("values", C, P, C, data)(
+                                        product("values", C, P, C, data, 1 - causal)(
                                             values, lambda j, i: weights[i, j], lambda i, o: dyt[i, o]
                                         )
                                         fill("turn_d", C, P)(from_d_turned, lambda j, o: from_d[o, j])

@@ -129,7 +129,9 @@ def outputs(tile: Tile) -> Any:
                                         ),
                                     )
                                     product("reads", C, P, N, data)(read, lambda i, m: qt[i, m], lambda m, o: state[vh, m, o])
-                                    product("values", C, P, C, data)(inside, lambda i, j: weights[i, j], lambda j, o: vt[j, o])
+                                    product("values", C, P, C, data, causal)(
+                                        inside, lambda i, j: weights[i, j], lambda j, o: vt[j, o]
+                                    )
                                 if WANTED:
                                     store("store", C, P, whole)(
                                         y, head(vh), first, end, p,

@@ -22,11 +22,17 @@ Give = Callable[[Any, Any, Any], Any]
 """What becomes of a number at a row and a column."""
 
 
-def product(name: str, rows: int, cols: int, depth: int, dtype: str) -> Callable[[Any, At, At], None]:
-    """`product(name, I, J, M, dtype)(tile, a, b)`: tile[i, j] = Σ_m a(i, m) b(m, j)."""
+def product(name: str, rows: int, cols: int, depth: int, dtype: str, lower: Any = None) -> Callable[[Any, At, At], None]:
+    """`product(name, I, J, M, dtype)(tile, a, b)`: tile[i, j] = Σ_m a(i, m) b(m, j).
+
+    With `lower`, a(i, m) is 0 for all m > i where it is 1, and for all m < i where it is 0; these are left out.
+    """
 
     def block(tile: Any, a: At, b: At) -> None:
-        given(name, rows, cols, depth, dtype)(lambda i, j, x: put(tile, x, i, j), a, b)
+        def give(i: Any, j: Any, x: Any) -> None:
+            put(tile, x, i, j)
+
+        _columns(name, (rows, cols, depth), dtype, lambda i, j: number(0, dtype), a, b, give, lower)
 
     return block
 
@@ -68,7 +74,9 @@ def adding(buffer: Any, value: Any, at: tuple[Any, ...], x: Any) -> Any:
     return x
 
 
-def _columns(name: str, sizes: tuple[int, int, int], dtype: str, start: At, a: At, b: At, give: Give) -> None:
+def _columns(
+    name: str, sizes: tuple[int, int, int], dtype: str, start: At, a: At, b: At, give: Give, lower: Any = None
+) -> None:
     """A product, some columns at a time: of these, rows in panels of six and then of five, whose sums are in registers.
 
     An addition waits five cycles for the one before, while ten others start: of two vectors, those of five rows.
@@ -81,10 +89,12 @@ def _columns(name: str, sizes: tuple[int, int, int], dtype: str, start: At, a: A
         of_these = (lambda i, j: start(i, col + j)), a, (lambda m, j: b(m, col + j)), (lambda i, j, x: give(i, col + j, x))
         for before, count, high in ((0, six, 6), (6 * six, (rows - 6 * six) // 5, 5)):
             if count:
-                _panels(before, count, high, depth, dtype, *of_these)
+                _panels(before, count, high, depth, dtype, *of_these, lower)
 
 
-def _panels(before: int, count: int, high: int, depth: int, dtype: str, start: At, a: At, b: At, give: Give) -> None:
+def _panels(
+    before: int, count: int, high: int, depth: int, dtype: str, start: At, a: At, b: At, give: Give, lower: Any
+) -> None:
     """So many panels of rows."""
     lanes, wide = (size // getattr(torch, dtype).itemsize for size in (VECTOR, BYTES))
     with T.serial(0, count) as panel, T.sblock("panel"):
@@ -94,7 +104,10 @@ def _panels(before: int, count: int, high: int, depth: int, dtype: str, start: A
         for i, j in vectors:
             with T.vectorized(0, lanes) as lane:
                 put(sums[i, j], start(first + i, j + lane), lane)
-        with T.serial(0, depth // DEPTH) as step:
+        begin, end = 0, depth // DEPTH
+        if lower is not None:
+            begin, end = T.Select(lower == 1, 0, first // DEPTH), T.Select(lower == 1, (first + high - 1) // DEPTH + 1, end)
+        with T.serial(begin, end) as step:
             for m in range(DEPTH):
                 for i, j in vectors:
                     with T.vectorized(0, lanes) as lane:
