@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import gcd
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output
 from . import threads
-from .replay import Notes
+from .replay import Notes, Outputs
 from .scan import Heads, Scan, Scores, Sides, by_slot
 from .tile import EVERY, MOST, SEGMENT, STARTS, STATES
 
@@ -36,27 +36,27 @@ class OnCpu(Scan):
         """Y, the final states, and those between; with `save`, what the backward pass would work out again."""
         p = self.problem
         if p.state_every is None:
-            y, final, *saved = self.outputs(save)
-            return Output(y, final, tuple(saved))
+            return output(self.outputs(save))
         y, kept = self.covered(self.tokens, p.nheads, p.headdim), self.new(self.slots, p.nheads, p.dstate, p.headdim)
         final = self.walk(self.shared_scores(), self.sides(self.term), y, kept, EVERY)
         return Output(self.shaped(y), final, every=self.every(kept, final))
 
-    def outputs(self, save: bool) -> tuple[Tensor, ...]:
-        """Y, the final states, and what is to be saved."""
+    def outputs(self, save: bool) -> Outputs:
+        """Y, the final states if they are wanted, and what is to be saved."""
         p = self.problem
         y, qk, sides = self.covered(self.tokens, p.nheads, p.headdim), self.shared_scores(), self.sides(self.term)
         starts = self.starts() if save else self.unread(1, p.nheads, p.dstate, p.headdim)
         final = self.walk(qk, sides, y, starts, STARTS if save else "")
-        return (self.shaped(y), final, starts, qk.values, sides.lines, sides.total) if save else (self.shaped(y), final)
+        state = final if self.x.wants_state else None
+        return (self.shaped(y), state, starts, qk.values, sides.lines, sides.total) if save else (self.shaped(y), state)
 
     def backward(self, cotangents: Cotangents) -> Gradients:
         """Gradients of everything."""
         return gathered(self.x, self.gradients(cotangents))
 
-    def gradients(self, cotangents: Cotangents) -> tuple[Tensor, ...]:
-        """Of the states that entered; of q, k and v `(batch, seqlen, heads, lanes, size)`, each head's in as many lanes as
-        programs write to it at once; and by token and head of log decays, rows and columns, if the term has any values.
+    def gradients(self, cotangents: Cotangents) -> Outputs:
+        """Of the states that entered; of q, k and v `(batch, seqlen, heads, size)`, with an axis before the last where several
+        programs at once write to a head; and by token and head of log decays, rows and columns. None is of what is not there.
         """
         p, together = self.problem, self.together()
         starts, qk, mine = self.saved(cotangents)
@@ -81,8 +81,11 @@ class OnCpu(Scan):
                 self.exchange(Heads(first, count, p.nheads), qk, Scores(yv, first, 1), mine, entered, left, through, by_token)
         if not self.tokens:
             dinitial = dfinal if cotangents.state is not None else dinitial.zero_()
-        spread = [x.view(p.batch, p.seqlen, heads, n, size) for x, n, (heads, size) in zip(lanes, spreads, sizes, strict=True)]
-        return (dinitial, *spread, *[x.view(p.batch, p.seqlen, p.nheads) for x in by_token.values()])
+        shapes = [(heads, size) if n == 1 else (heads, n, size) for n, (heads, size) in zip(spreads, sizes, strict=True)]
+        of_inputs = [x.view(p.batch, p.seqlen, *shape) for x, shape in zip(lanes, shapes, strict=True)]
+        read = {*self.x.values, *(("cols",) if "log_cols" in self.x.values else ())}
+        of_tokens = [by_token[name].view(p.batch, p.seqlen, p.nheads) if name in read else None for name in BY_TOKEN]
+        return (None if self.x.initial is None else dinitial, *of_inputs, *of_tokens)
 
     def exchange(
         self, heads: Heads, qk: Scores, yv: Scores, sides: Sides, entering: Tensor, leaving: Tensor, through: Tensor,
@@ -183,12 +186,20 @@ class OnCpu(Scan):
         return noted
 
 
-def gathered(x: Inputs, found: Sequence[Tensor]) -> Gradients:
+def output(found: Outputs) -> Output:
+    """Of what `OnCpu.outputs` gives."""
+    y, state, *saved = found
+    assert y is not None  # it always is there, as is what is saved
+    return Output(y, state, tuple(x for x in saved if x is not None))
+
+
+def gathered(x: Inputs, found: Outputs) -> Gradients:
     """Gradients of a term's inputs, of what `OnCpu.gradients` gives."""
-    dinitial, dq, dk, dv, *by_token = found
-    q, k, v = (lanes.sum(3) if lanes.shape[3] > 1 else lanes.squeeze(3) for lanes in (dq, dk, dv))
-    values = by_slot(x, dict(zip(BY_TOKEN, by_token, strict=bool(by_token))))
-    return Gradients(q, k, v, None if x.initial is None else dinitial, values)
+    initial, dq, dk, dv, *by_token = found
+    assert dq is not None and dk is not None and dv is not None  # they always are there
+    q, k, v = (lanes if lanes.ndim == 4 else lanes.sum(3) for lanes in (dq, dk, dv))
+    read = {name: value for name, value in zip(BY_TOKEN, by_token, strict=True) if value is not None}
+    return Gradients(q, k, v, initial, by_slot(x, read))
 
 
 def balanced(programs: int) -> bool:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from ...ir.terms import Linear, Quadratic
 from ..base import Config, Cotangents, Gradients, Inputs, Output
 from . import build
-from .cpu import OnCpu, gathered
+from .cpu import OnCpu, gathered, output
 from .cuda import OnGpu
 from .quadratic import OnPairs
 from .replay import Call, able, as_read, reading, tensors
@@ -30,7 +30,7 @@ def forward(term: Linear | Quadratic, x: Inputs, config: Config, save: bool) -> 
     found = call.again() or complete(
         x, lambda: OnCpu(term, reading(x, read), config), lambda scan: call.keep(scan.notes, scan.outputs(save))
     )
-    return Output(found[0], found[1], tuple(found[2:]))
+    return output(found)
 
 
 def backward(term: Linear | Quadratic, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:

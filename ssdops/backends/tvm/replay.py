@@ -34,6 +34,9 @@ INT, FLOAT, TENSOR, CPU = 1, 3, 7, 1
 CODES = {torch.float32: 2 | 32 << 8 | 1 << 16, torch.float64: 2 | 64 << 8 | 1 << 16, torch.int64: 0 | 64 << 8 | 1 << 16}
 """DLPack's dtypes: a kind of number, its bits, and one lane."""
 
+Outputs = Sequence[Tensor | None]
+"""What a pass gives; None for what nobody reads."""
+
 
 class Value(ctypes.Union):
     """A number, or the address of a tensor."""
@@ -83,16 +86,18 @@ class Notes:
 class Replay:
     """A pass less the addresses: of what is given, of outputs, of what is handed on, and of what never changes."""
 
-    def __init__(self, notes: Notes, given: Sequence[int], outputs: Sequence[Tensor], keeps: tuple[Any, ...]) -> None:
+    def __init__(self, notes: Notes, given: Sequence[int], outputs: Outputs, keeps: tuple[Any, ...]) -> None:
         """Raises: KeyError where a tensor is none of these; then the pass cannot be called so."""
-        wanted = {x.data_ptr() for x in outputs}
+        there = [x for x in outputs if x is not None]
+        wanted = {x.data_ptr() for x in there}
         handed_on = [x for x in notes.made if x.data_ptr() not in wanted]
         unread = [x for x in notes.unread if x.data_ptr() not in given]
         self.keeps = keeps, unread  # while this is here, no others can have their ids and addresses
-        self.outputs = [torch.empty(1, dtype=x.dtype).expand(x.shape) for x in outputs]  # to make one like these is quickest
+        # to make one like another is quickest
+        self.outputs = [None if x is None else torch.empty(1, dtype=x.dtype).expand(x.shape) for x in outputs]
         *self.offsets, self.size = accumulate((-(-x.nbytes // ALIGNED) * ALIGNED for x in handed_on), initial=0)
         self.unread = [x.data_ptr() for x in unread]
-        places = [*given, *[x.data_ptr() for x in (*outputs, *handed_on)], *self.unread]
+        places = [*given, *[x.data_ptr() for x in (*there, *handed_on)], *self.unread]
         index = {address: at for at, address in reversed(list(enumerate(places)))}
         self.room: list[Any] = []  # of what C reads
         self.programs = (Program * len(notes.calls))(*[self.program(*call, index) for call in notes.calls])
@@ -120,12 +125,13 @@ class Replay:
         self.room += [values, layouts, sources]
         return Program(build.entry(run), *[ctypes.addressof(x) for x in (values, layouts, sources)], count)
 
-    def __call__(self, given: Sequence[int]) -> list[Tensor] | None:
+    def __call__(self, given: Sequence[int]) -> Outputs | None:
         """The outputs; None if a program failed, which says why when it is called by itself."""
-        outputs = [torch.empty_like(x) for x in self.outputs]
+        outputs = [None if x is None else torch.empty_like(x) for x in self.outputs]
         room = torch.empty(self.size, dtype=torch.uint8)
         start = room.data_ptr()
-        places = [*given, *[x.data_ptr() for x in outputs], *[start + offset for offset in self.offsets], *self.unread]
+        made = [x.data_ptr() for x in outputs if x is not None]
+        places = [*given, *made, *[start + offset for offset in self.offsets], *self.unread]
         return None if self.run(*self.arguments, self.addresses(*places)) else outputs
 
 
@@ -139,16 +145,16 @@ class Call:
         self.keeps = term, x.problem
         self.addresses = [t.data_ptr() for t in read]
         self.key = (
-            *kind, config.chunk_size, x.initial is None, x.scale, threads.count(), *map(id, self.keeps),
+            *kind, config.chunk_size, x.initial is None, x.wants_state, x.scale, threads.count(), *map(id, self.keeps),
             *map(self.addresses.index, self.addresses),  # which are one tensor
         )  # fmt: skip
 
-    def again(self) -> Sequence[Tensor] | None:
+    def again(self) -> Outputs | None:
         """Its outputs, if it was made before and no program fails; one that does says why when it is called by itself."""
         found = _replays.get(self.key)
         return None if found is None else found(self.addresses)
 
-    def keep(self, notes: Notes, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    def keep(self, notes: Notes, outputs: Outputs) -> Outputs:
         """The outputs; what was made and called is remembered, if it can be called again."""
         if notes.calls and build.collected() is None and all(build.entry(run) for run, _ in notes.calls):
             if len(_replays) >= MOST:
