@@ -14,12 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measure import Call, Paired, environment, in_fresh_process, paired, peak_growth
+from compiled import calls, compiled
+from measure import Call, environment, in_fresh_process, paired, peak_growth, spread
 from report import Figure, Section, print_section, write_json
 from rich.console import Console
 from structures import structures
 from workload import (
+    DIRECTIONS,
+    SHAPES,
     SIDES,
+    TINY,
     Inputs,
     Shape,
     chunked,
@@ -31,22 +35,17 @@ from workload import (
     per_channel,
     recurrence_float64,
     set_up,
-    tvm,
 )
 
 from ssdops.backends import registry
 from ssdops.backends.base import Output
 
-SHAPES = (Shape(2, 2048, 24, 64, 1, 128), Shape(1, 8192, 24, 64, 1, 128))
 CHANNEL_SHAPES = (Shape(1, 2048, 8, 64, 8, 64), Shape(2, 512, 4, 64, 1, 16))
 LONG = Shape(1, 16384, 24, 64, 1, 128)
 SHORT = replace(LONG, seqlen=2048)
-TINY = Shape(1, 4, 2, 4, 1, 4)
 ACCURACY = Shape(1, 2048, 4, 64, 1, 128)
 EXTREME = Shape(1, 65536, 2, 16, 1, 16)
 WARM_UP = Shape(1, 128, 2, 16, 1, 16)
-
-DIRECTIONS = {"forward": forward, "forward + backward": forward_backward}
 
 IMPORT_PROBE = """
 import json, sys, time, torch
@@ -65,35 +64,9 @@ def speed(quick: bool) -> Section:
         inputs = mamba2_inputs(shape)
         for name, direction in DIRECTIONS.items():
             times = paired(direction(chunked, inputs), direction(listing1, inputs), rounds=3 if quick else 9)
-            parts = {"chunked ms": times.first * 1e3, "Listing 1 ms": times.second * 1e3} | _spread(times)
+            parts = {"chunked ms": times.first * 1e3, "Listing 1 ms": times.second * 1e3} | spread(times)
             figures.append(Figure(f"{shape} {name}", times.ratio, "×", "at least", 3, parts))
     return Section("Speed against Listing 1", figures)
-
-
-def compiled(quick: bool) -> Section:
-    """How many times faster TVM's programs are than `chunked`, and what share of sgemm's rate their products reach."""
-    figures, square = [], torch.randn(1024, 1024)
-    rounds = 3 if quick else 9
-    for shape in SHAPES:
-        inputs = mamba2_inputs(shape)
-        for name, direction in DIRECTIONS.items():
-            times = paired(direction(tvm, inputs), direction(chunked, inputs), rounds)
-            parts = {"tvm ms": times.first * 1e3, "chunked ms": times.second * 1e3} | _spread(times)
-            figures.append(Figure(f"{shape} {name}", times.ratio, "×", "at least", 2, parts))
-            times, flops = paired(direction(tvm, inputs), lambda: square @ square, rounds), _flops(shape)[name]
-            rates = {"tvm GFLOP/s": flops / times.first / 1e9, "sgemm GFLOP/s": 2 * 1024**3 / times.second / 1e9}
-            share = statistics.median(flops * sgemm / (2 * 1024**3 * ours) for ours, sgemm in times.rounds)
-            figures.append(Figure(f"{shape} {name}, share of sgemm's rate", share, "", "at least", 0.6, rates))
-    return Section("TVM's programs against chunked", figures)
-
-
-def _flops(s: Shape) -> dict[str, float]:
-    """What products take in chunks of 32 tokens, those of scores with q or k once per group; states are worked out once."""
-    tokens, chunk = s.batch * s.seqlen, 32
-    by_group, by_head, of_states = 2 * chunk * s.dstate * s.ngroups, 2 * chunk * s.headdim * s.nheads, 2 * s.dstate * s.headdim
-    forward = by_group + by_head + 2 * of_states * s.nheads
-    backward = 2 * by_group + 2 * by_head + 4 * of_states * s.nheads
-    return {"forward": float(tokens * forward), "forward + backward": float(tokens * (forward + backward))}
 
 
 def channels(quick: bool) -> Section:
@@ -104,15 +77,9 @@ def channels(quick: bool) -> Section:
         for name, direction in DIRECTIONS.items():
             sides = (direction(per_channel(backend), inputs) for backend in ("chunked", "recurrent"))
             times = paired(*sides, rounds=1 if quick else 3)
-            parts = {"chunked ms": times.first * 1e3, "recurrent ms": times.second * 1e3} | _spread(times)
+            parts = {"chunked ms": times.first * 1e3, "recurrent ms": times.second * 1e3} | spread(times)
             figures.append(Figure(f"{shape} {name}", times.ratio, "×", "at least", 5, parts))
     return Section("Decay per channel, against token by token", figures)
-
-
-def _spread(times: Paired) -> dict[str, float]:
-    """How far the machine's noise moved a ratio."""
-    low, high = times.spread
-    return {"lowest ratio": low, "highest": high, "of the fastest rounds": times.fastest_ratio}
 
 
 def memory(quick: bool) -> Section:
@@ -145,7 +112,7 @@ def linearity(quick: bool) -> Section:
     for name, direction in DIRECTIONS.items():
         times = paired(direction(chunked, short), direction(chunked, long), rounds=3 if quick else 9, sample_seconds=1)
         parts = {f"{t.seqlen} tokens ms": s * 1e3 for t, s in ((SHORT, times.first), (LONG, times.second))}
-        parts |= _spread(times)
+        parts |= spread(times)
         figures.append(Figure(f"{LONG} {name}", times.ratio, "×", "at most", 9, parts))
     return Section(f"Time at {LONG.seqlen} tokens against {SHORT.seqlen}", figures)
 
@@ -233,7 +200,7 @@ def extreme_inputs() -> Inputs:
 
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
-    run.__name__: run for run in (speed, compiled, channels, structures, memory, linearity, overhead, accuracy, extremes)
+    run.__name__: run for run in (speed, compiled, calls, channels, structures, memory, linearity, overhead, accuracy, extremes)
 }
 
 

@@ -60,6 +60,12 @@ class Paired:
         return statistics.median(a - b for a, b in self.rounds)
 
 
+def spread(times: Paired) -> dict[str, float]:
+    """How far the machine's noise moved a ratio."""
+    low, high = times.spread
+    return {"lowest ratio": low, "highest": high, "of the fastest rounds": times.fastest_ratio}
+
+
 def paired(first: Call, second: Call, rounds: int, sample_seconds: float = 0.25) -> Paired:
     """Time two calls in turn, A B then B A, so that a slow spell of the machine falls on both.
 

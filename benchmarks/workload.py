@@ -30,6 +30,10 @@ class Shape:
         return str(astuple(self))
 
 
+SHAPES = (Shape(2, 2048, 24, 64, 1, 128), Shape(1, 8192, 24, 64, 1, 128))
+TINY = Shape(1, 4, 2, 4, 1, 4)
+
+
 class Inputs(NamedTuple):
     """q, k (batch, seqlen, ngroups, dstate), v (batch, seqlen, nheads, headdim), log_a (batch, seqlen, nheads)."""
 
@@ -130,6 +134,9 @@ def forward_backward(side: Side, inputs: Inputs) -> Callable[[], tuple[Tensor, .
         return torch.autograd.grad(side(leaves), leaves, cotangent)
 
     return call
+
+
+DIRECTIONS = {"forward": forward, "forward + backward": forward_backward}
 
 
 def recurrence_float64(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,8 @@ def assert_near(inputs: list[Tensor], turn: Turn = lambda mask: mask, size: int 
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("seqlen", [1, 31, 64, 65, 1100])
 def test_lengths(seqlen: int, dtype: torch.dtype) -> None:
-    assert_near(call((2, seqlen, 4, 64, 1, 128), dtype))
+    """With rows enough for the error of a whole gradient to be a mean of many roundings."""
+    assert_near(call((2 if seqlen > 1 else 64, seqlen, 4, 64, 1, 128), dtype))
 
 
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)

@@ -28,10 +28,10 @@ def between(tile: Tile) -> Any:
         head0: T.int64, enters: T.int64, causal: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        slots, nheads, everywhere, rows, entered, count, size = sizes(7)
+        slots, nheads, everywhere, rows, entered, count, size, entering_size = sizes(8)
         left = T.match_buffer(left_, (everywhere, count, size), acc)
         total = T.match_buffer(total_, (slots, nheads), "float64")
-        entering = T.match_buffer(entering_, (rows, entered, size), acc)
+        entering = T.match_buffer(entering_, (rows, entered, entering_size), acc)
         out = T.match_buffer(out_, (everywhere, count, size), acc)
         for row_, head_, part_ in T.grid(T.truncdiv(everywhere, segments), count, (size + AT_ONCE - 1) // AT_ONCE):
             with T.sblock("program"):

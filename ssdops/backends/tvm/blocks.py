@@ -134,20 +134,6 @@ def update(name: str, count: int, rows: int, cols: int) -> Any:
     return block
 
 
-def add_up(name: str, count: int, rows: int, cols: int, dtype: str) -> Any:
-    """`add_up(name, H, I, J, dtype)(tile, h, term)`: tile[i, j] = Σ_h term(i, j), one h at a time. No rule has it either."""
-
-    @T.macro
-    def block(tile, h, term):
-        for i, j in T.grid(rows, cols):
-            with T.sblock(name):
-                vh = T.axis.spatial(count, h)
-                vi, vj = T.axis.remap("SS", [i, j])
-                tile[vi, vj] = T.if_then_else(vh > 0, tile[vi, vj], number(0, dtype)) + term(vi, vj)
-
-    return block
-
-
 def product(name: str, rows: int, cols: int, depth: int, dtype: str) -> Any:
     """`product(name, I, J, M, dtype)(tile, a, b)`: tile[i, j] = Σ_m a(i, m) b(m, j)."""
 

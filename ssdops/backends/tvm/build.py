@@ -41,6 +41,7 @@ SOURCES = (
     "outputs.py",
     "pairs.py",
     "pairs_gpu.py",
+    "products.py",
     "formula.py",
     "blocks.py",
     "parts.py",
@@ -62,6 +63,10 @@ _told: set[Path] = set()
 
 MADE: dict[tuple[str, Tile], Callable[..., None]] = {}
 """The programs of this process, to be called with tensors that are contiguous, and numbers."""
+
+
+_libraries: dict[Callable[..., None], ctypes.CDLL] = {}
+"""Where programs on torch's threads are."""
 
 
 @contextmanager
@@ -182,8 +187,23 @@ def _load(path: Path) -> Callable[..., None]:
             _runtime(library)
     run: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
     if kind == "cpu" and threads.of_torch():
-        threads.hand_over(path)
+        library = ctypes.CDLL(str(path))  # the one that is loaded
+        threads.hand_over(library)
+        _libraries[run] = library
     return run
+
+
+def entry(run: Callable[..., None]) -> int | None:
+    """Where the code of a program on torch's threads begins, for C to call; None for others."""
+    library = _libraries.get(run)
+    return None if library is None else ctypes.cast(library.__tvm_ffi_main, ctypes.c_void_p).value
+
+
+def replayer(run: Callable[..., None]) -> Any:
+    """`ssdops_replay` of `threads.c`, which each such program has; addresses as bytes."""
+    replay = _libraries[run].ssdops_replay
+    replay.argtypes = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
+    return replay
 
 
 @cache

@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..base import Cotangents, Gradients, Output
+from ...ir.terms import Linear
+from ..base import Config, Cotangents, Gradients, Inputs, Output
 from . import threads
-from .scan import Heads, Scan, Scores, Sides
+from .replay import Notes, Outputs
+from .scan import Heads, Scan, Scores, Sides, by_slot
 from .tile import EVERY, MOST, SEGMENT, STARTS, STATES
 
 MANY = 8
 """Programs for each thread from which it hardly matters that the last come alone."""
 
 
-class Total:
-    """A gradient `[tokens, lanes, size]`: each head of its operand has as many lanes as programs write to it at once."""
-
-    def __init__(self, scan: OnCpu, heads: int, size: int, together: int, programs: int) -> None:
-        self.scan, self.heads, self.spread = scan, heads, min(programs, max(1, scan.problem.nheads // heads // together))
-        self.lanes = scan.covered(scan.tokens, heads * self.spread, size)
-
-    def gradient(self) -> Tensor:
-        """As the operand is shaped."""
-        p = self.scan.problem
-        total = self.lanes.unflatten(1, (self.heads, self.spread)).sum(2) if self.spread > 1 else self.lanes
-        return total.unflatten(0, (p.batch, p.seqlen))
+BY_TOKEN = ("log_a", "rows", "cols")
+"""What there are gradients of by token and head."""
 
 
 class OnCpu(Scan):
     """A linear term on tensors of a CPU."""
 
+    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
+        self.notes = Notes()
+        super().__init__(term, x, config)
+        self.notes.unread += (self.begin, self.chunks, self.d, self.nothing, *self.scales)
+
     def forward(self, save: bool = False) -> Output:
         """Y, the final states, and those between; with `save`, what the backward pass would work out again."""
-        p, every = self.problem, self.problem.state_every
-        y = self.covered(self.tokens, p.nheads, p.headdim)
-        qk, sides = self.shared_scores(), self.sides(self.term)
-        if every is not None:
-            kept = self.new(self.slots, p.nheads, p.dstate, p.headdim)
-            final = self.walk(qk, sides, y, kept, EVERY)
-            return Output(self.shaped(y), final, every=self.every(kept, final))
+        p = self.problem
+        if p.state_every is None:
+            return output(self.outputs(save))
+        y, kept = self.covered(self.tokens, p.nheads, p.headdim), self.new(self.slots, p.nheads, p.dstate, p.headdim)
+        final = self.walk(self.shared_scores(), self.sides(self.term), y, kept, EVERY)
+        return Output(self.shaped(y), final, every=self.every(kept, final))
+
+    def outputs(self, save: bool) -> Outputs:
+        """Y, the final states if they are wanted, and what is to be saved."""
+        p = self.problem
+        y, qk, sides = self.covered(self.tokens, p.nheads, p.headdim), self.shared_scores(), self.sides(self.term)
         starts = self.starts() if save else self.unread(1, p.nheads, p.dstate, p.headdim)
         final = self.walk(qk, sides, y, starts, STARTS if save else "")
-        return Output(self.shaped(y), final, (starts, qk.values, sides.lines, sides.total) if save else ())
+        state = final if self.x.wants_state else None
+        return (self.shaped(y), state, starts, qk.values, sides.lines, sides.total) if save else (self.shaped(y), state)
 
     def backward(self, cotangents: Cotangents) -> Gradients:
-        """Gradients of everything, of some heads at a time."""
-        p, x, together = self.problem, self.x, self.together()
+        """Gradients of everything."""
+        return gathered(self.x, self.gradients(cotangents))
+
+    def gradients(self, cotangents: Cotangents) -> Outputs:
+        """Of the states that entered; of q, k and v `(batch, seqlen, heads, size)`, with an axis before the last where several
+        programs at once write to a head; and by token and head of log decays, rows and columns. None is of what is not there.
+        """
+        p, together = self.problem, self.together()
         starts, qk, mine = self.saved(cotangents)
         dy, dfinal = self.flat(cotangents.y), self.state(cotangents.state)
         dinitial = self.new(self.rows, p.nheads, p.headdim, p.dstate)
         programs = self.at_once(p.nheads // together)
         sizes = ((p.q_heads, p.dstate), (p.k_heads, p.dstate), (p.v_heads, p.headdim))
-        totals = dq, dk, dv = tuple(Total(self, heads, size, together, programs) for heads, size in sizes)
-        lanes = [total.lanes for total in totals]
-        by_token = {name: self.covered(self.tokens, p.nheads) for name in ("log_a", "rows", "cols")} if x.values else {}
+        spreads = [min(programs, max(1, p.nheads // heads // together)) for heads, _ in sizes]
+        lanes = [self.covered(self.tokens, heads * n, size) for n, (heads, size) in zip(spreads, sizes, strict=True)]
+        by_token = {name: self.covered(self.tokens, p.nheads) for name in BY_TOKEN} if self.x.values else {}
         count = together * programs
         yv = self.new(self.slots, count, self.chunk, self.chunk)
         entered, left = (self.covered(self.tokens, count, 1) for _ in range(2))
@@ -65,14 +75,17 @@ class OnCpu(Scan):
             self.program("gradients", **self.tiles())(
                 self.q, self.k, self.v, dy, qk.values, yv, mine.lines, mine.total, self.begin, starts, dfinal, dinitial,
                 *lanes, *lanes, entered, left, through, first, int(cotangents.state is not None), self.seqlen,
-                int(self.term.causal), int(self.term.strict), *(total.spread for total in totals), together,
+                int(self.term.causal), int(self.term.strict), *spreads, together,
             )  # fmt: skip
-            if x.values:
+            if by_token:
                 self.exchange(Heads(first, count, p.nheads), qk, Scores(yv, first, 1), mine, entered, left, through, by_token)
         if not self.tokens:
             dinitial = dfinal if cotangents.state is not None else dinitial.zero_()
-        initial = None if x.initial is None else dinitial
-        return Gradients(dq.gradient(), dk.gradient(), dv.gradient(), initial, self.by_slot(by_token))
+        shapes = [(heads, size) if n == 1 else (heads, n, size) for n, (heads, size) in zip(spreads, sizes, strict=True)]
+        of_inputs = [x.view(p.batch, p.seqlen, *shape) for x, shape in zip(lanes, shapes, strict=True)]
+        read = {*self.x.values, *(("cols",) if "log_cols" in self.x.values else ())}
+        of_tokens = [by_token[name].view(p.batch, p.seqlen, p.nheads) if name in read else None for name in BY_TOKEN]
+        return (None if self.x.initial is None else dinitial, *of_inputs, *of_tokens)
 
     def exchange(
         self, heads: Heads, qk: Scores, yv: Scores, sides: Sides, entering: Tensor, leaving: Tensor, through: Tensor,
@@ -144,6 +157,49 @@ class OnCpu(Scan):
     def at_once(self, blocks: int) -> int:
         """So few blocks of heads at a time that what they hand on stays in cache, and enough for all threads."""
         return next((n for n in range(1, blocks + 1) if blocks % n == 0 and balanced(n * self.rows)), blocks)
+
+    # --- calls that are made again ---------------------------------------------------------------------------------------
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """As `Scan` does, and noted."""
+        self.notes.made.append(made := super().new(*shape, dtype=dtype))
+        return made
+
+    def covered(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """As `Scan` does, and noted."""
+        self.notes.made.append(made := super().covered(*shape, dtype=dtype))
+        return made
+
+    def unread(self, *shape: int) -> Tensor:
+        """As `Scan` does, and noted."""
+        self.notes.unread.append(found := super().unread(*shape))
+        return found
+
+    def program(self, name: str, **fields: Any) -> Callable[..., None]:
+        """As `Scan` does; its calls are noted."""
+        run = super().program(name, **fields)
+
+        def noted(*arguments: Any) -> None:
+            self.notes.calls.append((run, arguments))
+            run(*arguments)
+
+        return noted
+
+
+def output(found: Outputs) -> Output:
+    """Of what `OnCpu.outputs` gives."""
+    y, state, *saved = found
+    assert y is not None  # it always is there, as is what is saved
+    return Output(y, state, tuple(x for x in saved if x is not None))
+
+
+def gathered(x: Inputs, found: Outputs) -> Gradients:
+    """Gradients of a term's inputs, of what `OnCpu.gradients` gives."""
+    initial, dq, dk, dv, *by_token = found
+    assert dq is not None and dk is not None and dv is not None  # they always are there
+    q, k, v = (lanes if lanes.ndim == 4 else lanes.sum(3) for lanes in (dq, dk, dv))
+    read = {name: value for name, value in zip(BY_TOKEN, by_token, strict=True) if value is not None}
+    return Gradients(q, k, v, initial, by_slot(x, read))
 
 
 def balanced(programs: int) -> bool:

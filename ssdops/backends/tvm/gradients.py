@@ -6,12 +6,13 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .blocks import add_up, fill, locate, product, store, sums, update
+from .blocks import fill, locate, store
 from .parts import bound, decay, exp, fits, meets, near, number, shared, sizes, summed, under, within
+from .products import add, adding, given, onto, product
 from .tile import INTO, LANES, LINES, MOST, OUT_OF, PADDING, SEGMENT, Tile, U, W
 
-PASSING = 64
-"""Partial sums of what passes a chunk."""
+PASSING = 4
+"""Rows of partial sums of what passes a chunk."""
 
 
 def gradients(tile: Tile) -> Any:
@@ -77,12 +78,13 @@ def gradients(tile: Tile) -> Any:
                 at = T.sblock_alloc_buffer((3,), "int64")
                 lane = T.sblock_alloc_buffer((6,), "int64")  # of q, k and v, and whether another was there before
                 cotangent = T.sblock_alloc_buffer((MOST, P, N + PADDING), data)  # D
-                states = T.sblock_alloc_buffer((Z, MOST, P, N + PADDING), data)
+                states = T.sblock_alloc_buffer((Z * MOST, P, N + PADDING), data)
                 start = T.meta_var(place[0])
                 end = T.meta_var(place[1])
                 first = T.meta_var(at[0])
                 slot = T.meta_var(at[1])
                 index = T.meta_var(at[2])  # of a chunk in its segment
+                held = T.meta_var(lambda chunk, h: chunk * MOST + h)  # where a state is
                 head = T.meta_var(lambda h: head0 + some * together + h)
                 q_head = T.meta_var(shared(head(0), nheads, q_heads))
                 k_head = T.meta_var(shared(head(0), nheads, k_heads))
@@ -114,7 +116,7 @@ def gradients(tile: Tile) -> Any:
                         for h, o, m in T.grid(together, P, N):
                             with T.sblock("start"):
                                 vh, vo, vm = T.axis.remap("SSS", [h, o, m])
-                                states[0, vh, vo, vm] = within(
+                                states[held(0, vh), vo, vm] = within(
                                     whole, filled(vo, vm), starts[place[3] + segment, head(vh), vm, vo], data
                                 )
                         for step in range(inside - 1):
@@ -135,7 +137,6 @@ def gradients(tile: Tile) -> Any:
                                         into = T.sblock_alloc_buffer((C,), data)
                                         passed = T.sblock_alloc_buffer((1,), data)
                                         scaled = T.sblock_alloc_buffer((C, P), data)
-                                        added = T.sblock_alloc_buffer((P, N), data)
                                         v_head = T.meta_var(shared(head(vh), nheads, v_heads))
                                         fill("pass_ahead", 1)(passed, lambda _: exp(total[slot, head(vh)], data))
                                         fill("weigh_cols_ahead", C)(
@@ -150,13 +151,10 @@ def gradients(tile: Tile) -> Any:
                                                 into[j] * within(whole, under(o, p), v[near(first + j, end), v_head, o], data)
                                             ),
                                         )
-                                        product("update_ahead", P, N, C, data)(
-                                            added, lambda o, j: scaled[j, o], lambda j, m: kt[j, m]
-                                        )
-                                        for o, m in T.grid(P, N):
-                                            with T.sblock("advance_ahead"):
-                                                vo, vm = T.axis.remap("SS", [o, m])
-                                                states[vs + 1, vh, vo, vm] = states[vs, vh, vo, vm] * passed[0] + added[vo, vm]
+                                        onto("update_ahead", P, N, C, data)(
+                                            states, held(vs + 1, vh), lambda o, m: states[held(vs, vh), o, m] * passed[0],
+                                            lambda o, j: scaled[j, o], lambda j, m: kt[j, m],
+                                        )  # fmt: skip
                         for step in range(inside):
                             with T.sblock("chunk"):
                                 vs = T.axis.spatial(Z, step)
@@ -167,13 +165,9 @@ def gradients(tile: Tile) -> Any:
                                 passed = T.sblock_alloc_buffer((1,), data)
                                 out_of = T.sblock_alloc_buffer((C,), data)
                                 into = T.sblock_alloc_buffer((C,), data)
-                                x = T.sblock_alloc_buffer((C, C), data)
-                                read = T.sblock_alloc_buffer((C, N), data)  # Sᵀ dy
-                                given = T.sblock_alloc_buffer((C, N), data)  # Dᵀ v
                                 x_sum = T.sblock_alloc_buffer((C, C), data)
                                 q_sum = T.sblock_alloc_buffer((C, N), data)
                                 k_sum = T.sblock_alloc_buffer((C, N), data)
-                                added = T.sblock_alloc_buffer((P, N), data)
                                 for i in range(1):
                                     with T.sblock("here"):
                                         vi = T.axis.spatial(1, i)
@@ -187,6 +181,9 @@ def gradients(tile: Tile) -> Any:
                                     kt, lambda j, m: within(whole, under(m, n), k[near(first + j, end), k_head, m], data)
                                 )
                                 fill("turn_k", N, C)(k_turned, lambda m, j: kt[j, m])
+                                fill("no_x", C, C)(x_sum, lambda i, j: number(0, data))
+                                fill("no_q", C, N)(q_sum, lambda i, m: number(0, data))
+                                fill("no_k", C, N)(k_sum, lambda j, m: number(0, data))
                                 fill("load_g", C, C)(qk_t, lambda i, j: qk[slot, shared(head(0), nheads, qk_heads), i, j])
                                 for h in range(together):
                                     with T.sblock("head"):
@@ -204,7 +201,7 @@ def gradients(tile: Tile) -> Any:
                                         from_d_turned = T.sblock_alloc_buffer((C, P), data)
                                         row_lanes = T.sblock_alloc_buffer((C, LANES), data)
                                         col_lanes = T.sblock_alloc_buffer((C, LANES), data)
-                                        passing = T.sblock_alloc_buffer((1, PASSING), data)
+                                        passing = T.sblock_alloc_buffer((PASSING, LANES), data)
                                         v_head = T.meta_var(shared(head(vh), nheads, v_heads))
                                         within_v = T.meta_var(T.truncmod(head(vh), T.truncdiv(nheads, v_heads)))
                                         for i in range(1):
@@ -242,37 +239,33 @@ def gradients(tile: Tile) -> Any:
                                             ),
                                         )
                                         fill("weights", C, C)(weights, lambda i, j: weight[i, j] * qk_t[i, j])
-                                        fill("pairs", C, C)(x, lambda i, j: weight[i, j] * yv_t[i, j])
+                                        fill("sum_x", C, C)(x_sum, lambda i, j: x_sum[i, j] + weight[i, j] * yv_t[i, j])
                                         for i, j in T.grid(C, C):
                                             with T.sblock("give"):
                                                 vi, vj = T.axis.remap("SS", [i, j])
                                                 yv[slot, some * together + vh, vi, vj] = yv_t[vi, vj]
-                                        sums("passing", 1, PASSING, P * N // PASSING, data)(
-                                            passing,
-                                            lambda _, at: cotangent[vh, at // N, at % N] * states[index, vh, at // N, at % N],
-                                        )
-                                        product("reads", C, N, P, data)(
-                                            read, lambda i, o: dyt[i, o], lambda o, m: states[index, vh, o, m]
-                                        )
-                                        product("gives", C, N, P, data)(
-                                            given, lambda j, o: vt[j, o], lambda o, m: cotangent[vh, o, m]
-                                        )
+                                        fill("no_row_lanes", C, LANES)(row_lanes, lambda i, r: number(0, data))
+                                        fill("no_col_lanes", C, LANES)(col_lanes, lambda j, r: number(0, data))
+                                        fill("no_passing", PASSING, LANES)(passing, lambda r, lane: number(0, data))
+                                        given("reads", C, N, P, data)(  # Sᵀ dy
+                                            lambda i, m, x: (
+                                                add(q_sum, out_of[i] * x, i, m), add(row_lanes, qt[i, m] * x, i, m % LANES)
+                                            ),
+                                            lambda i, o: dyt[i, o], lambda o, m: states[held(index, vh), o, m],
+                                        )  # fmt: skip
+                                        given("gives", C, N, P, data)(  # Dᵀ v
+                                            lambda j, m, x: (
+                                                add(k_sum, into[j] * x, j, m), add(col_lanes, kt[j, m] * x, j, m % LANES)
+                                            ),
+                                            lambda j, o: vt[j, o], lambda o, m: cotangent[vh, o, m],
+                                        )  # fmt: skip
                                         product("reads_d", P, C, N, data)(
                                             from_d, lambda o, m: cotangent[vh, o, m], lambda m, j: k_turned[m, j]
                                         )
-                                        product("values", C, P, C, data)(
+                                        product("values", C, P, C, data, 1 - causal)(
                                             values, lambda j, i: weights[i, j], lambda i, o: dyt[i, o]
                                         )
-                                        product("update", P, N, C, data)(
-                                            added, lambda o, i: dy_scaled[i, o], lambda i, m: qt[i, m]
-                                        )
                                         fill("turn_d", C, P)(from_d_turned, lambda j, o: from_d[o, j])
-                                        sums("row_lanes", C, LANES, N // LANES, data)(
-                                            row_lanes, lambda i, m: qt[i, m] * read[i, m]
-                                        )
-                                        sums("col_lanes", C, LANES, N // LANES, data)(
-                                            col_lanes, lambda j, m: kt[j, m] * given[j, m]
-                                        )
                                         for i in range(C):
                                             with T.sblock("dots"):
                                                 vi = T.axis.spatial(C, i)
@@ -283,24 +276,26 @@ def gradients(tile: Tile) -> Any:
                                                 left[first + vi, some * together + vh, 0] = T.Cast(data, ts[INTO, vi]) * summed(
                                                     LANES, lambda r: col_lanes[vi, r]
                                                 )
-                                        for i in range(1):
-                                            with T.sblock("passed"):
-                                                vi = T.axis.spatial(1, i)
-                                                through[slot, some * together + vh, vi] = passed[0] * summed(
-                                                    PASSING, lambda r: passing[0, r]
-                                                )
                                         store("store_v", C, P, whole)(
                                             dv, lane[4], first, end, p,
                                             lambda j, o: values[j, o]
                                             + into[j] * from_d_turned[j, o]
                                             + T.if_then_else(lane[5] == 1, dv_there[first + j, lane[4], o], number(0, data)),
                                         )  # fmt: skip
-                                    add_up("sum_x", together, C, C, data)(x_sum, h, lambda i, j: x[i, j])
-                                    add_up("sum_q", together, C, N, data)(q_sum, h, lambda i, m: out_of[i] * read[i, m])
-                                    add_up("sum_k", together, C, N, data)(k_sum, h, lambda j, m: into[j] * given[j, m])
-                                    update("advance", together, P, N)(
-                                        cotangent, h, lambda h, o, m: cotangent[h, o, m] * passed[0] + added[o, m]
-                                    )
+                                        onto("update", P, N, C, data)(
+                                            cotangent, vh,
+                                            lambda o, m: adding(
+                                                passing, cotangent[vh, o, m] * states[held(index, vh), o, m],
+                                                (o % PASSING, m % LANES), cotangent[vh, o, m] * passed[0],
+                                            ),
+                                            lambda o, i: dy_scaled[i, o], lambda i, m: qt[i, m],
+                                        )  # fmt: skip
+                                        for i in range(1):
+                                            with T.sblock("passed"):
+                                                vi = T.axis.spatial(1, i)
+                                                through[slot, some * together + vh, vi] = passed[0] * summed(
+                                                    PASSING * LANES, lambda r: passing[r // LANES, r % LANES]
+                                                )
                                 for i in range(1):
                                     with T.sblock("shared_by_heads"):
                                         T.axis.spatial(1, i)

@@ -120,9 +120,15 @@ def round_up(size: int) -> int:
 def machine(problem: Problem) -> Machine:
     """The one that a problem runs on."""
     if problem.target.device == "cpu":
-        return Machine("cpu", problem.accumulate, 32)
+        return cpu(problem.accumulate)
     assert problem.target.capability is not None  # CUDA's have one
     return gpu(problem.target.capability, problem.dtype)
+
+
+@cache
+def cpu(dtype: torch.dtype) -> Machine:
+    """Any processor, for products of a dtype."""
+    return Machine("cpu", dtype, 32)
 
 
 @cache

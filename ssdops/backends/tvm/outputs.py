@@ -6,8 +6,9 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .blocks import fill, locate, product, store, update
+from .blocks import fill, locate, store
 from .parts import bound, decay, exp, fits, meets, near, number, shared, sizes, under, within
+from .products import onto, product
 from .tile import EVERY, INTO, LINES, MOST, OUT_OF, PADDING, SEGMENT, STATES, Tile, U, W
 
 
@@ -72,7 +73,6 @@ def outputs(tile: Tile) -> Any:
                         qt = T.sblock_alloc_buffer((C, N), data)
                         kt = T.sblock_alloc_buffer((C, N), data)
                         gt = T.sblock_alloc_buffer((C, C), data)
-                        added = T.sblock_alloc_buffer((N, P), data)
                         passed = T.sblock_alloc_buffer((1,), data)
                         for i in range(1):
                             with T.sblock("here"):
@@ -129,17 +129,19 @@ def outputs(tile: Tile) -> Any:
                                         ),
                                     )
                                     product("reads", C, P, N, data)(read, lambda i, m: qt[i, m], lambda m, o: state[vh, m, o])
-                                    product("values", C, P, C, data)(inside, lambda i, j: weights[i, j], lambda j, o: vt[j, o])
-                                product("update", N, P, C, data)(added, lambda m, j: kt[j, m], lambda j, o: scaled[j, o])
+                                    product("values", C, P, C, data, causal)(
+                                        inside, lambda i, j: weights[i, j], lambda j, o: vt[j, o]
+                                    )
                                 if WANTED:
                                     store("store", C, P, whole)(
                                         y, head(vh), first, end, p,
                                         lambda i, o: T.Cast(data, ts[U, i])
                                         * (T.Cast(data, ts[OUT_OF, i]) * read[i, o] + inside[i, o]),
                                     )  # fmt: skip
-                            update("advance", together, N, P)(
-                                state, h, lambda h, m, o: state[h, m, o] * passed[0] + added[m, o]
-                            )
+                                onto("update", N, P, C, data)(
+                                    state, vh, lambda m, o: state[vh, m, o] * passed[0], lambda m, j: kt[j, m],
+                                    lambda j, o: scaled[j, o],
+                                )  # fmt: skip
                 for h, m, o in T.grid(together, N, P):
                     with T.sblock("leave"):
                         vh, vm, vo = T.axis.remap("SSS", [h, m, o])

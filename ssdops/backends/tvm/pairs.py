@@ -20,9 +20,10 @@ from typing import Any
 from tvm.script import tirx as T
 
 from ..quadratic.formula import counts
-from .blocks import fill, product, store, sums, update
+from .blocks import fill, store, sums, update
 from .formula import expression
 from .parts import exp, near, number, shared, sizes, summed, under, within
+from .products import product
 from .tile import ENTRIES, LAGS, LANES, LOGS, ROWS, SCALES, Tile
 
 INF = 1 << 20

@@ -8,34 +8,56 @@ from typing import TypeVar
 from ...ir.terms import Linear, Quadratic
 from ..base import Config, Cotangents, Gradients, Inputs, Output
 from . import build
-from .cpu import OnCpu
+from .cpu import OnCpu, gathered, output
 from .cuda import OnGpu
 from .quadratic import OnPairs
+from .replay import Call, able, as_read, reading, tensors
+from .scan import Pass
 from .threads import Alone
 
+S = TypeVar("S", bound=Pass)
 R = TypeVar("R")
 
 
 def forward(term: Linear | Quadratic, x: Inputs, config: Config, save: bool) -> Output:
     """Y, the final states, and those between; with `save`, what spares the backward pass work."""
-    return complete(term, x, config, lambda scan: scan.forward(save))
+    if not isinstance(term, Linear) or x.q.device.type != "cpu":
+        return complete(x, lambda: other(term, x, config), lambda scan: scan.forward(save))
+    if not able(x):
+        return complete(x, lambda: OnCpu(term, x, config), lambda scan: scan.forward(save))
+    read = tensors(x)
+    call = Call(("forward", save), term, x, config, read)
+    found = call.again() or complete(
+        x, lambda: OnCpu(term, reading(x, read), config), lambda scan: call.keep(scan.notes, scan.outputs(save))
+    )
+    return output(found)
 
 
 def backward(term: Linear | Quadratic, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
     """Gradients of everything."""
-    return complete(term, x, config, lambda scan: scan.backward(cotangents))
+    if not isinstance(term, Linear) or x.q.device.type != "cpu":
+        return complete(x, lambda: other(term, x, config), lambda scan: scan.backward(cotangents))
+    if not able(x):
+        return complete(x, lambda: OnCpu(term, x, config), lambda scan: scan.backward(cotangents))
+    acc, dstate, read = x.problem.accumulate, cotangents.state, tensors(x)
+    given = Cotangents(as_read(cotangents.y, acc), None if dstate is None else as_read(dstate, acc), cotangents.saved)
+    others = (given.y, *given.saved) if given.state is None else (given.y, *given.saved, given.state)
+    call = Call(("backward", dstate is None, len(given.saved)), term, x, config, (*read, *others))
+    found = call.again() or complete(
+        x, lambda: OnCpu(term, reading(x, read), config), lambda scan: call.keep(scan.notes, scan.gradients(given))
+    )
+    return gathered(x, found)
 
 
-def complete(term: Linear | Quadratic, x: Inputs, config: Config, run: Callable[[OnCpu | OnGpu | OnPairs], R]) -> R:
+def other(term: Linear | Quadratic, x: Inputs, config: Config) -> OnGpu | OnPairs:
+    """What is no scan on a CPU."""
+    return OnPairs(term, x, config) if isinstance(term, Quadratic) else OnGpu(term, x, config)
+
+
+def complete(x: Inputs, make: Callable[[], S], run: Callable[[S], R]) -> R:
     """What a pass gives; its first time, when it has only told which programs it wants, they are made and it runs again."""
-
-    def scan() -> OnCpu | OnGpu | OnPairs:
-        if isinstance(term, Quadratic):
-            return OnPairs(term, x, config)
-        return OnCpu(term, x, config) if x.q.device.type == "cpu" else OnGpu(term, x, config)
-
     with Alone(x.q.device):
-        first = scan()
+        first = make()
         out = run(first)
         if (collected := build.collected()) is not None:
             collected.update(dict.fromkeys(first.wanted))
@@ -43,7 +65,7 @@ def complete(term: Linear | Quadratic, x: Inputs, config: Config, run: Callable[
         if not first.wanted:
             return out
         build.make(first.wanted)
-        again = scan()
+        again = make()
         out = run(again)
         assert not again.wanted  # else what it gave is not filled
         return out

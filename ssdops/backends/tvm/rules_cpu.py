@@ -7,25 +7,20 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-PRODUCTS = (
-    "product", "reads", "values", "update", "update_ahead", "scores", "gives", "reads_d", "q_pairs", "k_pairs",
-)  # fmt: skip
-"""Blocks that are matrix products."""
 BY_ROWS = (
     "load_logs", "load_lines", "load_q", "load_k", "load_k_ahead", "load_v", "load_dy", "load_g", "scale_v", "scale_v_ahead",
     "scale_dy", "weigh_pairs", "weights", "pairs", "keep", "give", "store", "store_q", "store_k", "store_v",
 )  # fmt: skip
 """Blocks that work on rows of a tile, whose last axis is a vector."""
-SUMS = ("passing", "row_lanes", "col_lanes", "row_sums", "col_sums", "before", "all_sum", "log_lanes")
+SUMS = ("row_lanes", "col_lanes", "row_sums", "col_sums", "before", "all_sum", "log_lanes")
 """Blocks that add vectors up."""
 TURNED = ("turn_k", "turn_v", "turn_d")
 """Blocks that transpose a tile."""
 ROWS, BYTES, DEPTH = 4, 64, 4
-"""Of a product: rows and bytes of columns that are summed in registers, and steps of the sum that are written out."""
+"""Of scores, the product that GPUs have too (`products.py` has the others, as they are to be): rows and bytes of columns that
+are summed in registers, and steps of the sum that are written out."""
 VECTOR = 32
 """Bytes of a vector."""
-ABREAST = 4
-"""Vectors of a long sum that are added up side by side, as each addition waits for the one before."""
 
 
 def schedule(program: Any, itemsize: int) -> Any:
@@ -36,9 +31,7 @@ def schedule(program: Any, itemsize: int) -> Any:
     if "product" in there:  # which takes k by columns, so that they are held as rows, and are vectors
         sch.transform_layout("load_k", ("write", 0), lambda i, m: (m, i))
         turned.append("load_k")
-    for name in PRODUCTS:
-        if name in there:
-            product(sch, name, BYTES // itemsize, VECTOR // itemsize)
+        product(sch, "product", BYTES // itemsize, VECTOR // itemsize)
     for name in BY_ROWS:
         if name in there and name not in turned:
             vectorize(sch, name, VECTOR // itemsize)
@@ -46,7 +39,7 @@ def schedule(program: Any, itemsize: int) -> Any:
         transpose(sch, name, VECTOR // itemsize)
     for name in SUMS:
         if name in there:
-            accumulate(sch, name, VECTOR // itemsize, ABREAST if name == "passing" else 1)
+            accumulate(sch, name, VECTOR // itemsize)
     sch.parallel(sch.fuse(*sch.get_loops(sch.get_sblock("program"))))
     return sch.mod
 
@@ -81,17 +74,12 @@ def vectorize(sch: Schedule, name: str, vector: int) -> None:
     sch.vectorize(lane)
 
 
-def accumulate(sch: Schedule, name: str, vector: int, abreast: int = 1) -> None:
-    """A sum of vectors, its last axis but the summed one, in registers; so many at a time, where a sum is long."""
+def accumulate(sch: Schedule, name: str, vector: int) -> None:
+    """A sum of vectors, its last axis but the summed one, in registers."""
     block = sch.get_sblock(name)
     lane, step = sch.get_loops(block)[-2:]
     outer, inner = sch.split(lane, [None, vector])
-    if abreast == 1:
-        sch.reorder(outer, step, inner)
-    else:
-        outer, near = sch.split(outer, [None, abreast])
-        sch.reorder(outer, step, near, inner)
-        sch.unroll(near)
+    sch.reorder(outer, step, inner)
     sch.vectorize(inner)
     sch.decompose_reduction(block, step)
 

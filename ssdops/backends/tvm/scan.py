@@ -65,7 +65,9 @@ class Pass:
 
     def flat(self, x: Tensor) -> Tensor:
         """`(batch, seqlen, heads, size)` as `[tokens, heads, size]`, in the dtype of products, where vectors can be read."""
-        x = x.to(self.data).contiguous().view(self.tokens, *x.shape[2:])
+        if x.dtype != self.data or not x.is_contiguous():  # asked first, as to ask torch for nothing takes a microsecond, too
+            x = x.to(self.data).contiguous()
+        x = x.view(self.tokens, *x.shape[2:])
         return x if x.data_ptr() % ALIGNED == 0 else x.clone()
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -101,6 +103,7 @@ class Scan(Pass):
         self.lay_rows()
         log_a = self.slot("log_a", torch.float64)
         self.d = torch.zeros(self.tokens, p.nheads, dtype=torch.float64, device=self.device) if log_a is None else log_a
+        self.nothing = torch.zeros_like(self.d) if self.scaled else self.d  # what is not scaled does not read it
         self.log_cols = self.slot("log_cols", torch.float64)
         if self.scaled:
             rows, cols = (self.ones() if (value := self.slot(name, self.acc)) is None else value for name in ("rows", "cols"))
@@ -128,8 +131,13 @@ class Scan(Pass):
 
     def slot(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """An operand per token and head, `[tokens, nheads]`."""
-        x = self.x.per_head(name)
-        return None if x is None else x.to(dtype).reshape(self.tokens, self.problem.nheads).contiguous()
+        if (x := self.x.values.get(name)) is None:
+            return None
+        p = self.problem
+        if x.shape != (p.batch, p.seqlen, p.nheads):
+            x = self.x.per_head(name)
+            assert x is not None  # the slot is there
+        return x.to(dtype).reshape(self.tokens, p.nheads).contiguous()
 
     def ones(self) -> Tensor:
         """A scale of 1."""
@@ -153,7 +161,7 @@ class Scan(Pass):
         lines = self.new(self.slots, p.nheads, LINES, self.chunk, dtype=line)
         total = self.new(self.slots, p.nheads, dtype=torch.float64)
         if self.tokens:
-            r = torch.zeros_like(self.d) if self.scaled else self.d  # what is not scaled does not read it
+            r = self.nothing
             c = r if self.log_cols is None else self.log_cols
             (u, w), scales = self.scales, (self.scale, 1.0)
             if not mine:
@@ -194,10 +202,16 @@ class Scan(Pass):
 
     def by_slot(self, by_token: dict[str, Tensor]) -> dict[str, Tensor]:
         """What tokens exchanged, `[tokens, nheads]` each, as gradients of the values that the term reads."""
-        p, values = self.problem, self.x.values
-        if "log_cols" in values:
-            by_token["log_cols"] = by_token["cols"] * self.scales[1]
-        return {slot: reduce_value(by_token[slot].view(p.batch, p.seqlen, p.nheads), value) for slot, value in values.items()}
+        return by_slot(self.x, by_token)
+
+
+def by_slot(x: Inputs, by_token: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What tokens exchanged, by token and head, as gradients of the values that a term reads."""
+    p, values = x.problem, x.values
+    if "log_cols" in values:
+        cols = x.per_head("cols")
+        by_token["log_cols"] = by_token["cols"] if cols is None else by_token["cols"] * cols.reshape(by_token["cols"].shape)
+    return {slot: reduce_value(by_token[slot].view(p.batch, p.seqlen, p.nheads), value) for slot, value in values.items()}
 
 
 @cache

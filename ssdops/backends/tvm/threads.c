@@ -1,4 +1,4 @@
-/* What TVM's generated code asks of a runtime on a CPU, of torch's own OpenMP threads and the C library.
+/* What TVM's generated code asks of a runtime on a CPU, of torch's own OpenMP threads and the C library; and a pass called again.
  *
  * TVM's runtime has threads of its own, and torch's go on looking for work for milliseconds after each operation, on the same
  * cores. Linked into every program that is kept (build.py), and written where its code looks for these functions. C and C++. */
@@ -50,6 +50,50 @@ void* ssdops_alloc_workspace(int device_type, int device_id, uint64_t bytes, int
 int ssdops_free_workspace(int device_type, int device_id, void* memory) {
     (void)device_type, (void)device_id;
     free(memory);
+    return 0;
+}
+
+/* A pass called again (replay.py): the arguments of its programs as they were, at other addresses. */
+
+typedef struct { /* as TVM's FFI passes it */
+    int32_t kind, padding;
+    union {
+        int64_t number;
+        void* pointer;
+    } value;
+} Argument;
+
+typedef struct { /* as DLPack has it */
+    void* data;
+    int32_t device[2], ndim, dtype;
+    int64_t *shape, *strides;
+    uint64_t offset;
+} Tensor;
+
+typedef struct {
+    int (*run)(void* self, const Argument* arguments, int32_t count, Argument* result);
+    const Argument* arguments;
+    const Tensor* tensors;   /* those of arguments that are tensors, else unused */
+    const int32_t* sources;  /* which address each has; −1 for what is no tensor */
+    int64_t count;
+} Program;
+
+enum { ARGUMENTS = 64 };
+
+int ssdops_replay(const Program* programs, int32_t count, void* const* addresses) {
+    for (const Program* program = programs; program < programs + count; program++) {
+        Argument arguments[ARGUMENTS], result = {0, 0, {0}};
+        Tensor tensors[ARGUMENTS]; /* copies: other threads may be here too */
+        for (int64_t i = 0; i < program->count; i++) {
+            arguments[i] = program->arguments[i];
+            if (program->sources[i] < 0) continue;
+            tensors[i] = program->tensors[i];
+            tensors[i].data = addresses[program->sources[i]];
+            arguments[i].value.pointer = &tensors[i];
+        }
+        int failed = program->run(0, arguments, (int32_t)program->count, &result);
+        if (failed) return failed;
+    }
     return 0;
 }
 

@@ -30,9 +30,8 @@ def of_torch() -> bool:
     return platform.system() == "Linux" and hasattr(ctypes.CDLL(None), "GOMP_parallel")
 
 
-def hand_over(path: Path) -> None:
+def hand_over(library: ctypes.CDLL) -> None:
     """Let a loaded program have torch's threads."""
-    library = ctypes.CDLL(str(path))  # the one that is loaded
     for pointer, function in FUNCTIONS.items():
         try:
             place = ctypes.c_void_p.in_dll(library, pointer)
