@@ -57,6 +57,11 @@ def plain(s: Make) -> m.Mask:
     return m.decay(s.log())
 
 
+def documents(s: Make) -> m.Mask:
+    """A decay in packed documents."""
+    return plain(s) * s.cu
+
+
 def everything(s: Make) -> m.Mask:
     """All that a scan can have."""
     return m.decay(s.log()).shift(1).scale(s.factor(), s.factor(), s.log()) * s.cu
@@ -91,6 +96,7 @@ MASKS = {
     "channel": channel,
     "channels": channels,
     "decay": plain,
+    "documents": documents,
     "scaled": scaled,
     "everything": everything,
     "one": everything,
@@ -143,6 +149,7 @@ SETUPS = (
     Setup("bf16", 64, 128, 64, passes=("forward",)),
     Setup("bf16", 64, 128, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
     Setup("bf16", 64, 16, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
+    Setup("bf16", 64, 128, mask="documents", passes=("forward", "segments"), only=("scan",)),
     Setup("bf16", 64, 128, mask="everything"),
     Setup("bf16", 64, 128, mask="one", seqlen=1, nheads=1),
     Setup("bf16", 64, 128, mask="scaled", **BLOCKWISE),

@@ -186,7 +186,10 @@ def test_a_graph() -> None:
         y = ssd(case.q, case.k, case.v, case.mask, backend="tvm")
         return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
-    run()
+    stream = torch.cuda.Stream()  # a leaf remembers the stream of its first use, and that must not be the default one
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()
