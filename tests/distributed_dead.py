@@ -1,4 +1,4 @@
-"""What every rank of tests/test_distributed.py checks of ranks that die: the last of them, at two places."""
+"""What every rank of tests/test_distributed.py checks of ranks that die: the last of them, at three places."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from ssdops import distributed, masks
 from ssdops.errors import RankError
 
 
-def dies(rank: int, world: int, late: bool) -> None:
-    """The others get an error that names it."""
+def dies(rank: int, world: int, late: bool, calls: int = 0) -> None:
+    """The others get an error that names it: late, between its passes; or at a call, after as many that went well."""
     x, log_a = torch.randn(1, 6, 2, 4, requires_grad=True), -torch.rand(1, 6, 2)
     gone = rank == world - 1
+    for _ in range(calls):
+        distributed.ssd(x, x, x, masks.decay(log_a))
     if gone and not late:
         os._exit(1)
     try:

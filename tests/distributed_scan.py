@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ssdops import config, distributed, explain, masks
 from ssdops.autotune import mode, store, tuner
 from ssdops.autotune.record import Record, Trial
+from ssdops.distributed.agree import PATIENCE, team_of
 from ssdops.errors import DeviceError, RankError, UnsupportedError
 from ssdops.masks import Mask
 from ssdops.testing import oracle
@@ -153,6 +155,42 @@ def unlike_slices(rank: int, world: int) -> None:
     assert distributed.ssd(x, x, x).shape == x.shape
 
 
+def calls_in_a_row(rank: int, world: int) -> None:
+    """What all have said before is only counted, and what is new, or unlike, or wrong is still found out, and got over."""
+    team = team_of(None)
+    assert team is not None
+    said, exchange = [0], team._exchange
+
+    def counting(*args: Any) -> list[str]:
+        said[0] += 1
+        return exchange(*args)
+
+    def call(seqlen: int = 5, heads: int = 2) -> int:
+        """How often all said what they do."""
+        said[0] = 0
+        x = torch.randn(1, seqlen, heads, 4)
+        distributed.ssd(x, x, x)
+        return said[0]
+
+    team._exchange = counting  # type: ignore[method-assign]
+    try:
+        assert call(7) == 1 and [call(7), call(7), call(7)] == [0, 0, 0]
+        if rank == 1:
+            time.sleep(4 * PATIENCE)  # the others have said it meanwhile
+        assert call(7) == 0
+        assert call(7 + rank) == 1 and call(7 + rank) == 1, "slices of unlike lengths"
+        assert call(7) == 0 and call(6) == 1 and call(7) == call(6) == 0
+        try:
+            call(7, heads=3 if rank == world - 1 else 2)
+        except RankError as error:
+            assert f"rank {world - 1} of {world} makes another call" in str(error) and "(1, 7, 3, 4)" in str(error)
+        else:
+            raise AssertionError("unlike slices ran")
+        assert call(7) == 1 and call(7) == 0
+    finally:
+        del team._exchange
+
+
 def bad_slice(rank: int, world: int) -> None:
     """A rank whose tensors do not even fit one another tells the others."""
     x, k = torch.randn(1, 5, 2, 4), torch.randn(1, 5 + rank // (world - 1), 2, 4)
@@ -261,6 +299,6 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
         for backend, dtype in (("chunked", torch.float32), ("chunked", torch.bfloat16), ("recurrent", torch.float32))
     },
     "triton": on_two(interpreted), "one plan": one_plan, "checkpointed": checkpointed,
-    "unlike slices": unlike_slices, "a bad slice": bad_slice, "other masks": other_masks,
+    "calls in a row": calls_in_a_row, "unlike slices": unlike_slices, "a bad slice": bad_slice, "other masks": other_masks,
     "foreign device": foreign_device, "subgroups": subgroups,
 }  # fmt: skip

@@ -125,6 +125,22 @@ def test_segments_say_what_one_pass_says(causal: bool, packed: bool) -> None:
         assert_close(grad, wanted.values[name].double(), allowed[operand], name)
 
 
+def test_packed_rows_without_decay_leave_their_inputs_alone() -> None:
+    """Of which nothing is summed: what prepares them once put the sums that there are not where q was."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 150, 2, 16, generator=generator).requires_grad_() for _ in range(3)]
+    given = [x.detach().clone() for x in inputs]
+    mask = masks.causal() * masks.documents(torch.tensor([0, 20, 20, 130, 150]))
+
+    def results(backend: str) -> list[Tensor]:
+        y = ssd(*inputs, mask, backend=backend)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    for x, y in zip(results("triton"), results("naive"), strict=True):
+        assert (x - y).norm() <= 1e-6 * y.norm()
+    assert all(torch.equal(x, y) for x, y in zip(inputs, given, strict=True))
+
+
 @pytest.mark.parametrize("v_heads", [1, 4])
 def test_rows_in_turns_have_the_gradients_of_all_at_once(v_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where states of a whole batch would take much memory; heads may share v, and rows a decay."""

@@ -25,7 +25,7 @@ def test_parts_are_the_whole(tmp_path: Path, world: int) -> None:
     assert all(len(checks) > 60 for checks in found)
 
 
-@pytest.mark.parametrize("module", ["distributed_dead", "distributed_dead_late"])
+@pytest.mark.parametrize("module", ["distributed_dead", "distributed_dead_counted", "distributed_dead_late"])
 def test_a_rank_that_dies_is_named(tmp_path: Path, module: str) -> None:
     *living, dead = distributed_jobs.run([module], 2, tmp_path, timeout=5)
     assert not failures(living), failures(living)

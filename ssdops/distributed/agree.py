@@ -2,12 +2,18 @@
 
 Ranks tell one another what they are about to do at the job's own key-value store, and not by a collective: that asks nothing of
 the device, reads no tensor on the host, and says which rank did not come.
+
+What all have said before, word for word, they need only count: each adds one to what that text has at the store, and goes on
+when as many have come as there are ranks. Who waits longer than `PATIENCE` says its text after all, and hears the others'.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,6 +22,26 @@ import torch
 import torch.distributed as dist
 
 from ..errors import DeviceError, RankError, SsdopsError
+
+PATIENCE = 0.05
+"""Seconds after which a rank no longer only counts who has come."""
+
+
+@dataclass
+class Alike:
+    """A text that all ranks have said, and that is counted since a call in which all said theirs.
+
+    Attributes:
+        name: of the text.
+        facts: of every rank.
+        since: that call.
+        uses: how often this rank has counted.
+    """
+
+    name: str
+    facts: list[dict[str, Any]]
+    since: int = 0
+    uses: int = 0
 
 
 @dataclass
@@ -26,12 +52,15 @@ class Team:
         group: the process group.
         rank, size: in the group.
         calls: how many times they have agreed on something.
+        alike: texts that all have said, until one says another.
     """
 
     group: dist.ProcessGroup
     rank: int
     size: int
     calls: int = field(default=0)
+    alike: dict[str, Alike] = field(default_factory=dict)
+    _said: list[int] = field(default_factory=list)  # the calls whose texts of this rank are still at the store
 
     def check_device(self, device: torch.device) -> None:
         """Whether the group moves tensors of that device.
@@ -63,9 +92,22 @@ class Team:
             RankError: a rank does something else, cannot go on, or does not come within the group's timeout.
         """
         text = json.dumps({"facts": dict(facts), "shapes": shapes, "error": None if error is None else _say(error)})
-        heard = self._exchange(text)
-        known = {x: json.loads(x) for x in set(heard)}  # mostly of one text
-        said = [known[x] for x in heard]
+        self.calls += 1
+        with self._checked() as store:
+            known = self.alike.get(text)
+            if known is not None and self._counted(store, known, text):
+                return known.facts
+            heard = self._exchange(store, text)
+            said = {x: json.loads(x) for x in set(heard)}  # mostly of one text
+            self._compare([said[x] for x in heard], error)
+        found = [said[x]["facts"] for x in heard]
+        if len(said) == 1:
+            self.alike[text] = Alike(hashlib.sha256(text.encode()).hexdigest()[:16], found)
+        for one in self.alike.values():  # counted anew on all ranks, as all have said something in this call
+            one.since, one.uses = self.calls, 0
+        return found
+
+    def _compare(self, said: list[dict[str, Any]], error: SsdopsError | None) -> None:
         if error is not None:
             raise type(error)(f"rank {self.rank} of {self.size}: {error}") from error
         for rank, one in enumerate(said):
@@ -78,44 +120,86 @@ class Team:
                 differing = ", ".join(f"{name} is {one['facts'].get(name)} and not {first[name]}" for name in unlike)
                 everyone = "; ".join(f"rank {other}: {x['shapes']}" for other, x in enumerate(said))
                 raise RankError(f"rank {rank} of {self.size} makes another call than rank 0: {differing}. {everyone}")
-        return [one["facts"] for one in said]
 
     def lost(self, error: RuntimeError) -> RankError:
         """What to raise where a collective has failed: the ranks that are left find out who is not."""
+        self.calls += 1
+        self.alike.clear()
         try:
-            self._exchange("lost")
+            with self._checked() as store:
+                self._exchange(store, "lost")
         except RankError as found:
             return RankError(f"{found}; it was lost in a collective: {error}")
         return RankError(f"a collective failed, and all {self.size} ranks are there: {error}")
 
-    def _exchange(self, text: str) -> list[str]:
-        store: Any = dist.distributed_c10d._get_default_store()
-        group = self.group.group_name
-        self.calls += 1
-
-        def key(rank: int, call: int) -> str:
-            return f"ssdops/{group}/{call}/{rank}"
-
+    @contextmanager
+    def _checked(self) -> Iterator[Any]:
+        """The job's store. Where ranks do not agree at it, they count nothing any more until they have said it again."""
         try:
-            store.set(key(self.rank, self.calls), text)
-            keys = [key(rank, self.calls) for rank in range(self.size)]
-            self._wait(store, keys)
-            values = store.multi_get(keys) if store.has_extended_api() else [store.get(name) for name in keys]
-            store.delete_key(key(self.rank, self.calls - 1))  # all have read it: they have come to this one since
+            yield dist.distributed_c10d._get_default_store()
         except dist.DistNetworkError as error:
+            self.alike.clear()
             raise RankError(f"the job's store cannot be reached, so the process that keeps it is gone: {error}") from error
-        return [value.decode() for value in values]
+        except SsdopsError:
+            self.alike.clear()
+            raise
 
-    def _wait(self, store: Any, keys: list[str]) -> None:
-        timeout = self.timeout
+    def _counted(self, store: Any, known: Alike, text: str) -> bool:
+        """Whether as many have come with that text as there are ranks; not if one says another, or counts otherwise."""
+        key = f"ssdops/{self.group.group_name}/{known.since}/{known.name}"
+        known.uses += 1
+        wanted, began, limit = known.uses * self.size, time.monotonic(), self.timeout.total_seconds()
+        come = store.add(key, 1)
+        while come < wanted:
+            waited = time.monotonic() - began
+            if waited > PATIENCE:
+                self._say(store, text)
+                there = [rank for rank, name in enumerate(self._keys(self.calls)) if store.check([name])]
+                if len(there) == self.size or any(self._read(store, rank) != text for rank in there):
+                    return False
+                if waited > limit:
+                    raise self._missing([rank for rank in range(self.size) if rank not in there])
+                time.sleep(PATIENCE / 50)
+            come = store.add(key, 0)
+        self._forget(store)
+        return True
+
+    def _read(self, store: Any, rank: int) -> str:
+        text: bytes = store.get(self._keys(self.calls)[rank])
+        return text.decode()
+
+    def _exchange(self, store: Any, text: str) -> list[str]:
+        """What all ranks say in this call."""
+        self._say(store, text)
+        keys, timeout = self._keys(self.calls), self.timeout
         try:
             store.wait(keys, timeout)
         except dist.DistStoreError as error:
-            missing = [str(rank) for rank, name in enumerate(keys) if not store.check([name])]
-            raise RankError(
-                f"rank {', '.join(missing)} of {self.size} did not come within {timeout.total_seconds():g} s, the timeout of "
-                "the group: it is dead, or makes no call of ssdops.distributed here"
-            ) from error
+            raise self._missing([rank for rank, name in enumerate(keys) if not store.check([name])]) from error
+        values = store.multi_get(keys) if store.has_extended_api() else [store.get(name) for name in keys]
+        self._forget(store)
+        return [value.decode() for value in values]
+
+    def _say(self, store: Any, text: str) -> None:
+        """Leave a text at the store, once in a call."""
+        if self.calls not in self._said:
+            store.set(self._keys(self.calls)[self.rank], text)
+            self._said.append(self.calls)
+
+    def _forget(self, store: Any) -> None:
+        """Take away the texts of earlier calls, which all have read, as all have come to this one."""
+        for call in [call for call in self._said if call < self.calls]:
+            store.delete_key(self._keys(call)[self.rank])
+            self._said.remove(call)
+
+    def _keys(self, call: int) -> list[str]:
+        return [f"ssdops/{self.group.group_name}/{call}/{rank}" for rank in range(self.size)]
+
+    def _missing(self, ranks: list[int]) -> RankError:
+        return RankError(
+            f"rank {', '.join(map(str, ranks))} of {self.size} did not come within {self.timeout.total_seconds():g} s, the "
+            "timeout of the group: it is dead, or makes no call of ssdops.distributed here"
+        )
 
     @property
     def timeout(self) -> timedelta:

@@ -59,17 +59,18 @@ def prepare(
                     of_group = runner + tl.arange(0, 64)
                     place = (row * groups + part) * RUNNERS + of_group
                     tl.store(turns + place, tl.zeros([64], tl.int32), mask=of_group < RUNNERS)
-    elif slot < blocks:
-        row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
-        if first < stop:
-            chunk0 = first_slot(start, row, seqlen, L, PACKED) + (first - start) // L
-            b, t = first // seqlen, first % seqlen
-            _sum_logs(
-                log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, center,
-                block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32),
-                (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
-                L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, CHUNKS, BLOCKS, SPAN,
-            )  # fmt: skip
+    elif DECAY or LOG_COLS:
+        if slot < blocks:
+            row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
+            if first < stop:
+                chunk0 = first_slot(start, row, seqlen, L, PACKED) + (first - start) // L
+                b, t = first // seqlen, first % seqlen
+                _sum_logs(
+                    log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, center,
+                    block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32),
+                    (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
+                    L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, CHUNKS, BLOCKS, SPAN,
+                )  # fmt: skip
 
 
 @triton.jit
