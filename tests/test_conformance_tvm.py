@@ -400,7 +400,8 @@ def test_what_a_gpu_would_be_asked_for(segments: int, monkeypatch: pytest.Monkey
     assert (out.y.shape, out.state.shape) == (v.shape, states.shape)
     assert [g.shape for g in (grads.q, grads.k, grads.v)] == [q.shape, q.shape, v.shape]
     assert (grads.initial.shape, grads.values["log_a"].shape) == (states.shape, operands["log_a"].shape)
-    assert {name for name, _ in wanted} == {"lines", "scores", "walk", "group", "settle"}
+    between = {"between"} if segments > 1 else set()
+    assert {name for name, _ in wanted} == {"lines", "scores", "walk", "group", "settle"} | between
     assert {tile.mode for name, tile in wanted if name == "walk"} == {"", "kept", "starts"} | (
         {"states"} if segments > 1 else set()
     )

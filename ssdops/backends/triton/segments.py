@@ -32,8 +32,8 @@ def segments(problem: Problem, config: Config, packed: bool) -> Segments:
     """Of a config; packed rows are cut as one row of all their tokens would be."""
     size = sizes(problem, config.chunk_size).block
     blocks = -(-problem.seqlen // size)
-    each = max(-(-blocks // config.segments), 1)
-    return Segments(max(-(-blocks // each), 1), each, each * size, packed)
+    each = -(-blocks // config.segments)  # none of no tokens
+    return Segments(-(-blocks // max(each, 1)) or 1, each, max(each, 1) * size, packed)
 
 
 def passed(parts: Parts, x: Inputs, config: Config) -> Parts:

@@ -125,7 +125,7 @@ def scan(
             tl.debug_barrier()
             tl.atomic_xchg(turns, segment + 1, sem="release")
     if LEAVING:
-        if hi == chunks:
+        if (hi == chunks) if SEGMENTS else (segment == tl.num_programs(2) - 1):
             tl.store(leaving + state + n[None, :], s.to(leaving.dtype.element_ty), mask=inside_p & inside_n)
             if BN2:
                 tl.store(leaving + state + n2[None, :], s2.to(leaving.dtype.element_ty), mask=inside_p & inside_n2)

@@ -120,4 +120,5 @@ def states(
     if PARTS:
         tl.store(parts + (part0 + segment * nheads64) * P * N + place, s, mask=inside)
     if DENTERING:
-        tl.store(dentering + state + place, s, mask=inside & (hi == whole) & reads)
+        last = (hi == whole) if SEGMENTS else (segment == tl.num_programs(2) - 1)
+        tl.store(dentering + state + place, s, mask=inside & last & reads)
