@@ -22,7 +22,7 @@ CANDIDATES = (Candidate("chunked", Config(64), 1.0), Candidate("chunked", Config
 class Made:
     """A worker whose measurements take no time, and differ from process to process."""
 
-    device, asked = "cpu", 0
+    device, starts, asked = "cpu", 1, 0
 
     def __enter__(self) -> Made:
         return self
@@ -71,6 +71,10 @@ def main() -> None:
             os._exit(0)
         pids.append(pid)
     while len({line.split()[0] for line in _lines(folder)}) < count:  # each has done something
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if ended:
+            (folder / "stop").touch()
+            raise SystemExit(f"process {ended} ended before it was to, with status {status}")
         time.sleep(0.01)
     print(*pids, flush=True)
     print(*(os.waitpid(pid, 0)[1] for pid in pids), flush=True)
