@@ -52,7 +52,7 @@ def is_plain(tensors: Iterable[Tensor | None]) -> bool:
 
 def is_learnt(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a gradient of one of them is wanted."""
-    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])  # noqa: C419
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])  # noqa: C419  # likewise
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
