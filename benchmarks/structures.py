@@ -25,7 +25,8 @@ def structures(quick: bool) -> Section:
 def _against_naive(quick: bool) -> Iterator[Figure]:
     cases = {
         "fenwick": (_fenwick, 1024, 64, 128, 5.0),
-        "decay in a window of 64": (_window(64), 1024, 64, 128, 5.0),
+        "decay in a window of 64": (_window(63), 1024, 64, 128, 5.0),
+        "decay in a window of 512": (_window(511), 1024, 64, 128, 5.0),
         "toeplitz": (_toeplitz, 1024, 4, 4, 2.0),
         "causal toeplitz": (lambda seqlen: _toeplitz(seqlen) * masks.causal(), 1024, 4, 4, 2.0),
     }
@@ -39,7 +40,8 @@ def _against_naive(quick: bool) -> Iterator[Figure]:
 
 
 def _against_decay(quick: bool) -> Iterator[Figure]:
-    for name, make, target in (("fenwick", _fenwick, 4.0), ("decay in a window of 64", _window(64), 2.5)):
+    windows = ((f"decay in a window of {width}", _window(width - 1), 2.5) for width in (64, 512))
+    for name, make, target in (("fenwick", _fenwick, 4.0), *windows):
         seqlen = 4096
         inputs = _inputs(seqlen, 64, 128)
         for direction in PASSES:

@@ -7,7 +7,7 @@ autograd, or of other backends. Tensors of one term come as `Inputs`; cotangents
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -69,7 +69,11 @@ class Work:
 
     def times(self, factor: float) -> Work:
         """So many times as much of everything."""
-        return Work(*(factor * x for x in (self.matmul_flops, self.elementwise, self.bytes, self.launches, self.steps)))
+        return Work(*(factor * x for x in astuple(self)))
+
+    def plus(self, other: Work) -> Work:
+        """Both, one after the other."""
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass  # not frozen, as one is made at every call and freezing costs two microseconds

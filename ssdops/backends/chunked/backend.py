@@ -59,7 +59,7 @@ class Chunked:
         if isinstance(term, Diagonal):
             return diagonal_work(p, direction)
         if isinstance(term, Quadratic):
-            return structured.work(term, p, config, direction)
+            return structured.work(self, term, p, config, direction)
         assert isinstance(term, Linear)  # supports() refuses the rest
         if term.channel is not None:
             return channel_work(p, config.chunk_size or SIZES[0]).times(BOTH if direction == "backward" else 1.0)
@@ -83,7 +83,7 @@ class Chunked:
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
         if isinstance(term, Quadratic):
-            return Output(structured.forward(term, x, config))
+            return Output(structured.forward(self, term, x, config))
         assert isinstance(term, Linear)  # supports() refuses the rest
         scan = self._scan(term, x, config)
         y, every = x.empty_output(), Every(x)
@@ -116,7 +116,7 @@ class Chunked:
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
         if isinstance(term, Quadratic):
-            return structured.backward(term, x, config, cotangents.y)
+            return structured.backward(self, term, x, config, cotangents.y)
         assert isinstance(term, Linear)  # supports() refuses the rest
         if term.channel is None:
             return Backward(Scan(term, x, config), cotangents).run()

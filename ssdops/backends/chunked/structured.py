@@ -1,4 +1,5 @@
-"""Terms that are no scan but have a structure: bands by blocks, Fenwick masks by a tree of states, Toeplitz masks by FFT."""
+"""Terms that are no scan but have a structure: bands by scans or, narrow ones, by blocks; Fenwick masks by a tree of states;
+Toeplitz masks by FFT."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from ...ir.passes.structure import Structure, structure_of
 from ...ir.problem import Problem
 from ...ir.terms import Quadratic, Term
+from .. import banded
 from ..base import BOTH, Config, Gradients, Inputs, Support, Work
 from ..structured import Values
 from . import fenwick, parts, toeplitz
@@ -17,21 +19,21 @@ from .parts import Part
 
 SIZES = (64, 32, 128)
 """Tokens of a block to consider, the default first."""
-GROWTH = {"fenwick": "T log T", "lags": "T log T", "band": "T · band"}
+GROWTH = {"fenwick": "T log T", "lags": "T log T", "scans": "T", "band": "T · band"}
 
 
 def kind_of(term: Term) -> str | None:
-    """Which structure a term has: "fenwick", "lags", "band", or None."""
+    """Which structure a term has: "fenwick", "lags", "scans" (a band that runs as such), "band", or None."""
     found = structure_of(term.mask) if isinstance(term, Quadratic) else None
-    if found is None:
-        return None
-    return "fenwick" if found.levels is not None else "lags" if found.coeffs is not None else "band"
+    if found is None or found.levels is not None or found.coeffs is not None:
+        return None if found is None else "lags" if found.levels is None else "fenwick"
+    return "scans" if banded.sides(found) else "band"
 
 
 def has_chunks(term: Term) -> bool:
     """Whether it runs in chunks."""
     kind = kind_of(term)
-    return kind in ("fenwick", "band") or (
+    return kind in ("fenwick", "scans", "band") or (
         kind == "lags" and isinstance(term, Quadratic) and toeplitz.is_causal(_structure(term))
     )
 
@@ -39,7 +41,7 @@ def has_chunks(term: Term) -> bool:
 def growth(term: Term) -> str | None:
     """How its cost grows with seqlen."""
     kind = kind_of(term)
-    return "T log² T" if kind == "lags" and has_chunks(term) else None if kind is None else GROWTH[kind]
+    return "T log² T" if kind == "lags" and has_chunks(term) else GROWTH.get(kind or "")
 
 
 def configs(term: Quadratic, problem: Problem, chunk_size: int | None) -> Iterable[Config] | Support:
@@ -54,9 +56,11 @@ def configs(term: Quadratic, problem: Problem, chunk_size: int | None) -> Iterab
     return (Config(chunk_size),)
 
 
-def work(term: Quadratic, p: Problem, config: Config, direction: str) -> Work:
+def work(backend: banded.Scans, term: Quadratic, p: Problem, config: Config, direction: str) -> Work:
     """What a pass costs."""
     structure, kind, size = _structure(term), kind_of(term), config.chunk_size or SIZES[0]
+    if kind == "scans":
+        return banded.work(backend, structure, p, config, direction)
     if kind == "fenwick":
         forward = fenwick.fenwick_work(p, size)
     else:
@@ -64,16 +68,20 @@ def work(term: Quadratic, p: Problem, config: Config, direction: str) -> Work:
     return forward.times(BOTH) if direction == "backward" else forward
 
 
-def forward(term: Quadratic, x: Inputs, config: Config) -> Tensor:
+def forward(backend: banded.Scans, term: Quadratic, x: Inputs, config: Config) -> Tensor:
     """Y."""
     structure = _structure(term)
+    if kind_of(term) == "scans":
+        return banded.forward(backend, structure, x, config)
     values = Values(structure, x)
     return parts.forward(_parts(structure, values, config), values)
 
 
-def backward(term: Quadratic, x: Inputs, config: Config, dy: Tensor) -> Gradients:
+def backward(backend: banded.Scans, term: Quadratic, x: Inputs, config: Config, dy: Tensor) -> Gradients:
     """Gradients of q, k, v and the operands."""
     structure = _structure(term)
+    if kind_of(term) == "scans":
+        return banded.backward(backend, structure, x, config, dy)
     values = Values(structure, x, learnt=True)
     return parts.backward(_parts(structure, values, config), values, dy)
 

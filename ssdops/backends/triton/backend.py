@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ... import config as environment
+from ...ir.passes.structure import Structure, structure_of
 from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
+from .. import banded
 from ..base import BOTH, Begun, Config, Cotangents, Gradients, Inputs, Output, StepInputs, Support, Work
 from ..scan import diagonal_backward, diagonal_forward
 from . import fenwick, tiles
@@ -38,6 +40,8 @@ class Triton:
             return absent
         if isinstance(term, Diagonal):
             return Support.yes()
+        if (band := _band(term)) is not None:
+            return self.supports(banded.sides(band)[0].scan, p)
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
             return tiles.supports(term, p) if found is None else fenwick.supports(found, p)
@@ -60,26 +64,30 @@ class Triton:
 
     def has_chunks(self, term: Term) -> bool:
         """Whether a chunk size means something to a term that is no scan."""
-        return fenwick.structure(term) is not None
+        return _band(term) is not None or fenwick.structure(term) is not None
 
     def growth(self, term: Term) -> str | None:
         """How the cost of a term that is no scan grows with seqlen, where it is not the usual way."""
-        return "T log T" if fenwick.structure(term) is not None else None
+        return "T" if _band(term) is not None else "T log T" if fenwick.structure(term) is not None else None
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
         if fenwick.structure(term) is not None:
             return fenwick.configs(problem, chunk_size)
-        if isinstance(term, Diagonal | Quadratic):
+        band = _band(term)
+        if isinstance(term, Diagonal) or (isinstance(term, Quadratic) and band is None):
             return (Config(),)
-        sizes_of = chunks if term.channel is None else channel_chunks
+        channel = isinstance(term, Linear) and term.channel is not None
+        sizes_of = channel_chunks if channel else chunks
         if chunk_size is not None and chunk_size not in sizes_of(problem):
             known = ", ".join(map(str, sorted(sizes_of(problem))))
             where = f" on {problem.target.name or problem.target.device}" if chunk_size in CHUNKS else ""
             return Support.no(f"'triton' has chunks of {known} tokens{where}, and chunk_size={chunk_size} was asked for")
         if chunk_size is not None and problem.state_every is not None and problem.state_every % chunk_size:
             return _between_chunks(problem.state_every, chunk_size)
-        return self._splits(problem, chunk_size) if term.channel is None else self._whole(problem, chunk_size)
+        if band is not None:
+            return (Config(self._chunk(problem, chunk_size)),)
+        return self._whole(problem, chunk_size) if channel else self._splits(problem, chunk_size)
 
     def _whole(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:
         """One pass, where decays are per channel; no split, as all chunks are side by side but for the walk over states."""
@@ -106,6 +114,8 @@ class Triton:
 
     def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """A scan is a chain of chunks: as many rounds of them as the device cannot hold at once."""
+        if (band := _band(term)) is not None:
+            return banded.work(self, band, problem, config, direction)
         forward = self._forward_work(term, problem, config)
         return forward.times(BOTH) if direction == "backward" else forward
 
@@ -131,6 +141,8 @@ class Triton:
         """Two launches, or three in segments."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
+        if (band := _band(term)) is not None:
+            return Output(banded.forward(self, band, x, config))
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
             return tiles.forward(term, x) if found is None else fenwick.forward(found, x, config)
@@ -140,6 +152,8 @@ class Triton:
         """States forward, cotangents of states backward, and what is left by blocks."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
+        if (band := _band(term)) is not None:
+            return banded.backward(self, band, x, config, cotangents.y)
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
             return tiles.backward(term, x, cotangents) if found is None else fenwick.backward(found, x, config, cotangents)
@@ -196,6 +210,12 @@ class Triton:
         from .step import run  # imports triton, which need not be there
 
         run(terms, problem, x)
+
+
+def _band(term: Term) -> Structure | None:
+    """The structure of a band that runs as scans, or None if a term is another."""
+    found = structure_of(term.mask) if isinstance(term, Quadratic) else None
+    return found if found is not None and banded.sides(found) else None
 
 
 @cache

@@ -1,0 +1,253 @@
+"""Bands as scans: a window of W tokens, alone or times a scan, costs two scans over blocks of W tokens, whatever W is.
+
+Cut a row into blocks of W tokens. A token at place r of its block sees, with the lags 0 to W − 1,
+
+    its own block up to itself                     a scan that begins anew in every block
+    the block before, from place r + 1 on          a scan of that block from its end back, read at the row's place
+
+and exp(ρ_i − κ_j) is the product of what decays between the block's start and row i and of what decays between column j and
+the end of its block: sums of logs between two tokens, so that nothing is subtracted, and nothing grows where decays decay.
+The second scan has no decay of its own, only these factors on rows and columns. A window that reaches to both sides is two.
+
+Shapes: n blocks of B tokens (W, or the row if that is shorter), so a scan has batch · n or batch · (n − 1) rows of B tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import lcm
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..ir.passes.structure import Structure
+from ..ir.problem import Problem
+from ..ir.resolve import reduce_to, repeat_heads
+from ..ir.terms import Linear
+from .base import Config, Cotangents, Gradients, Inputs, Output, Work, exponent_dtype
+from .structured import Values
+
+LEAST = 128
+"""Tokens of the narrowest side of a window that scans are quicker for than pairs."""
+SLOTS = ("log_a", "rows", "cols", "log_cols")
+ALL = slice(None)
+
+
+class Scans(Protocol):
+    """What runs scans: a backend, as `Backend` says."""
+
+    def work(self, term: Linear, problem: Problem, config: Config, direction: str) -> Work:
+        """What a scan costs."""
+        ...
+
+    def forward(self, term: Linear, x: Inputs, config: Config) -> Output:
+        """Its Y."""
+        ...
+
+    def backward(self, term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
+        """Its gradients."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The part of a band on one side of the diagonal.
+
+    Attributes:
+        scan: inside a block, its operands named by their slots.
+        width: W, how many tokens a row sees, itself among them (which a strict scan leaves out).
+    """
+
+    scan: Linear
+    width: int
+
+    @property
+    def across(self) -> Linear:
+        """The scan of the block before."""
+        s = self.scan
+        rows = "rows" if s.log_a or s.rows else None
+        cols = "cols" if s.log_a or s.cols or s.log_cols else None
+        return Linear(not s.causal, strict=True, rows=rows, cols=cols, sign=s.sign)
+
+    def blocks(self, seqlen: int) -> tuple[int, int]:
+        """B and n."""
+        size = max(min(self.width, seqlen), 1)
+        return size, -(-seqlen // size)
+
+
+@lru_cache(maxsize=1024)  # one object for each scan, as passes are known by it
+def sides(found: Structure) -> tuple[Side, ...]:
+    """The sides of a band that runs as scans; none if it is narrow, empty, apart from the diagonal, or in documents."""
+    low, high, scan = found.low, found.high, found.scan
+    if low is None or high is None or found.coeffs is not None or scan.documents is not None:
+        return ()
+    if low > high or high < 0 or low > int(found.directed):
+        return ()
+    slots = {name: name for name in SLOTS if getattr(scan, name) is not None}
+    scan = replace(scan, strict=scan.strict or low == 1, **slots)  # type: ignore[arg-type]
+    parts = [Side(scan, high + 1)]
+    if low < 0:
+        parts.append(Side(replace(scan, causal=False, strict=True), 1 - low))
+    return tuple(parts) if min(side.width for side in parts) >= LEAST else ()
+
+
+@lru_cache(maxsize=4096)  # likewise
+def _problem(p: Problem, rows: int, size: int) -> Problem:
+    return replace(p, batch=rows, seqlen=size, n_states=rows, has_state=False)
+
+
+def work(backend: Scans, found: Structure, p: Problem, config: Config, direction: str) -> Work:
+    """What its scans cost, and beside them factors and sums."""
+    total, tokens = Work(0.0, 0.0, 0.0, 0.0), float(p.batch * p.seqlen * p.nheads)
+    for side in sides(found):
+        size, count = side.blocks(p.seqlen)
+        total = total.plus(backend.work(side.scan, _problem(p, p.batch * count, size), config, direction))
+        if count > 1:
+            total = total.plus(backend.work(side.across, _problem(p, p.batch * (count - 1), size), config, direction))
+            total = total.plus(Work(0.0, tokens * (12 + p.headdim), 12 * tokens * p.headdim, 20.0))
+    return total
+
+
+def forward(backend: Scans, found: Structure, x: Inputs, config: Config) -> Tensor:
+    """Y."""
+    values = Values(found, x)
+    blocks = [Blocks(side, values) for side in sides(found)]
+    y = blocks[0].forward(backend, config, alone=len(blocks) == 1)
+    for side in blocks[1:]:
+        y = y.add_(side.forward(backend, config, alone=False))
+    return y
+
+
+def backward(backend: Scans, found: Structure, x: Inputs, config: Config, dy: Tensor) -> Gradients:
+    """Gradients of q, k, v and the operands."""
+    values = Values(found, x, learnt=True)
+    totals: dict[str, Tensor] = {}
+    for side in sides(found):
+        for name, grad in Blocks(side, values, learnt=True).backward(backend, config, dy).items():
+            totals[name] = totals[name] + grad if name in totals else grad
+    return Gradients(totals["q"], totals["k"], totals["v"], operands=values.operand_gradients(totals))
+
+
+class Blocks:
+    """A side on its tensors, which are cut into blocks, `(batch, n, B, heads, …)`; `learnt` is for a backward pass."""
+
+    def __init__(self, side: Side, values: Values, learnt: bool = False) -> None:
+        self.side, self.x, self.problem = side, values.scan, values.scan.problem
+        self.size, self.count = side.blocks(self.problem.seqlen)
+        self.filling = self.size * self.count - self.problem.seqlen
+        self.slots = {name: values.tensors[name].detach() for name in SLOTS if getattr(side.scan, name) is not None}
+        later, earlier = (slice(1, None), slice(None, -1)) if side.scan.causal else (slice(None, -1), slice(1, None))
+        self.pairs = {"rows": later, "cols": earlier}  # of blocks across: those read, and those before them
+        self.factors: dict[str, Tensor] = {}
+        if self.count > 1:
+            for slot in self.slots.values():
+                slot.requires_grad_(learnt)
+            with torch.set_grad_enabled(learnt):
+                self.factors = {name: x[:, self.pairs[name]] for name, x in self._factors().items()}
+
+    def cut(self, x: Tensor) -> Tensor:
+        """`(batch | 1, seqlen | 1, heads, …)` in blocks; zeros, which change nothing, fill the last in the scan's direction."""
+        p, fill = self.problem, (0, self.filling) if self.side.scan.causal else (self.filling, 0)
+        x = x.expand(p.batch, p.seqlen, *x.shape[2:])
+        return (pad(x, (0, 0) * (x.ndim - 2) + fill) if self.filling else x).unflatten(1, (self.count, self.size))
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The inverse of `cut`."""
+        return x.flatten(1, 2).narrow(1, 0 if self.side.scan.causal else self.filling, self.problem.seqlen)
+
+    def apart(self, x: Tensor, blocks: slice) -> Tensor:
+        """`(batch · n, …)` of those blocks as `(batch, n, …)`."""
+        return x.unflatten(0, (self.problem.batch, len(range(self.count)[blocks])))
+
+    def _factors(self) -> dict[str, Tensor]:
+        """What the scan across has on rows and on columns."""
+        scan, p, logs, out = self.side.scan, self.problem, dict[str, Tensor](), dict[str, Tensor]()
+        if (log_a := self.slots.get("log_a")) is not None:
+            d = self.cut(log_a.to(exponent_dtype(p)))
+            logs["rows"] = _sums(d, scan.causal, scan.row_inclusive)
+            logs["cols"] = _sums(d, not scan.causal, not scan.col_inclusive)
+        if (late := self.slots.get("log_cols")) is not None:
+            logs["cols"] = _joint(torch.add, logs.get("cols"), self.cut(late.to(p.accumulate)))
+        for name in ("rows", "cols"):
+            if name in logs:
+                out[name] = logs[name].exp().to(p.accumulate)
+            if name in self.slots:
+                out[name] = _joint(torch.mul, out.get(name), self.cut(self.slots[name].to(p.accumulate)))
+        return out
+
+    def inputs(self, slots: Mapping[str, Tensor], rows: slice, cols: slice, out: torch.dtype) -> Inputs:
+        """Of a scan of those blocks of rows and of columns."""
+        x = self.x
+        q, k, v = self.cut(x.q)[:, rows], self.cut(x.k)[:, cols], self.cut(x.v)[:, cols]
+        problem = _problem(self.problem, q.shape[0] * q.shape[1], self.size)
+        values = {name: slot.detach().flatten(0, 1) for name, slot in slots.items()}
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        return Inputs(problem, q, k, v, values, {}, None, None, x.scale, out, wants_state=False)
+
+    def scans(self, alone: bool = False) -> Iterator[tuple[Linear, Inputs, slice, slice]]:
+        """The scan inside blocks, and that across, each with its blocks of rows and of columns; `alone` in the call's dtype."""
+        out = self.x.out if alone and self.count == 1 else self.problem.accumulate
+        yield self.side.scan, self.inputs({name: self.cut(slot) for name, slot in self.slots.items()}, ALL, ALL, out), ALL, ALL
+        if self.count > 1:
+            rows, cols = self.pairs["rows"], self.pairs["cols"]
+            yield self.side.across, self.inputs(self.factors, rows, cols, out), rows, cols
+
+    def forward(self, backend: Scans, config: Config, alone: bool) -> Tensor:
+        """Y of this side."""
+        total: Tensor | None = None
+        for scan, x, rows, _ in self.scans(alone):
+            y = self.apart(backend.forward(scan, x, config).y, rows)
+            if total is None:
+                total = y
+            else:
+                total[:, rows] += y
+        assert total is not None  # there is a scan inside blocks
+        return self.joined(total)
+
+    def backward(self, backend: Scans, config: Config, dy: Tensor) -> dict[str, Tensor]:
+        """Gradients of q, k, v and the slots, by name."""
+        cotangent, totals, through = self.cut(dy), dict[str, Tensor](), dict[str, Tensor]()
+        for scan, x, rows, cols in self.scans():
+            grads = backend.backward(scan, x, config, Cotangents(cotangent[:, rows].flatten(0, 1)))
+            found = {"q": grads.q, "k": grads.k, "v": grads.v, **grads.values}
+            found = {name: self.apart(grad, rows) for name, grad in found.items()}
+            if not totals:
+                totals = found
+                continue
+            for name, there in (("q", rows), ("k", cols), ("v", cols)):
+                totals[name][:, there] += found[name]
+            through = self._through_factors(found)
+        totals = {name: self.joined(grad) for name, grad in totals.items()}
+        for name, slot in self.slots.items():
+            own = reduce_to(totals[name], slot.shape, 2)
+            totals[name] = own + through[name] if name in through else own
+        return totals
+
+    def _through_factors(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the factors → of the slots that they are made of."""
+        if not self.factors:
+            return {}
+        factors = {name: x for name, x in self.factors.items() if x.requires_grad}
+        given = [grads[name].to(x.dtype) for name, x in factors.items()]
+        found = torch.autograd.grad(list(factors.values()), list(self.slots.values()), given)
+        return dict(zip(self.slots, found, strict=True))
+
+
+def _sums(d: Tensor, from_left: bool, inclusive: bool) -> Tensor:
+    """Σ d over the tokens of a block up to each from one of its ends, itself among them or not; d is `(batch, n, B, heads)`."""
+    sums = d.cumsum(2) if from_left else d.flip(2).cumsum(2).flip(2)
+    if inclusive:
+        return sums
+    return pad(sums[:, :, :-1], (0, 0, 1, 0)) if from_left else pad(sums[:, :, 1:], (0, 0, 0, 1))
+
+
+def _joint(both: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor) -> Tensor:
+    """Both, for as many heads as either needs, in the wider dtype; b where there is no a."""
+    if a is None:
+        return b
+    heads = lcm(a.shape[3], b.shape[3])
+    return both(repeat_heads(a, heads, 3), repeat_heads(b, heads, 3))

@@ -1,0 +1,150 @@
+"""Bands that run as scans keep every law, on `chunked` and in Triton's interpreter, and cost the same however wide they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from test_conformance_structured import turned
+from torch import Tensor
+
+from ssdops import explain, masks, ssd
+from ssdops.backends import banded, registry
+from ssdops.backends.base import Config
+from ssdops.backends.chunked import structured
+from ssdops.masks import Mask
+from ssdops.plan import terms_of
+from ssdops.testing import Conformance, laws
+from ssdops.testing.case import Case
+from ssdops.testing.laws import Runner
+from ssdops.testing.source import Source
+
+LOG = torch.zeros(1, 600, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_ones_too() -> Iterator[None]:
+    """Windows of a few tokens as scans: what is drawn is small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(banded, "LEAST", 1)
+        banded.sides.cache_clear()
+        yield
+    banded.sides.cache_clear()
+
+
+class TestBanded(Conformance):
+    backend = "chunked"
+    has_states = False
+    chunk_sizes = (4, 1, 64)
+
+    def make_mask(s: Source) -> Mask:  # type: ignore[misc]  # an attribute of the suite, called with a source alone
+        return turned(s, "band")
+
+
+def test_what_is_drawn_runs_as_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite above is of scans, not of blocks."""
+    ran: list[str] = []
+    forward = banded.forward
+    monkeypatch.setattr(banded, "forward", lambda *args: ran.append("scans") or forward(*args))
+    x = torch.ones(1, 9, 2, 3)
+    ssd(x, x, x, masks.window(3, 1) + masks.window(3) * masks.decay(-x[..., 0]), backend="chunked")
+    assert ran == ["scans", "scans"]
+
+
+def case_of(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) -> Case:
+    """q and k with heads of their own; the band of each kind."""
+    generator = torch.Generator().manual_seed(seqlen)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    band = masks.window(width - 1) * masks.decay(-normal(batch, seqlen, 4).abs())
+    mask = {
+        "causal": band,
+        "turned": band.scale(normal(batch, seqlen, 2), normal(batch, seqlen, 4), normal(batch, seqlen, 1)).T,
+        "both sides": masks.window(width - 1, width // 2),
+    }[name]
+    q, k, v = (normal(batch, seqlen, heads, dim).to(dtype) for heads, dim in ((1, 16), (2, 16), (4, 16)))
+    return replace(Case(q, k, v, mask, 0.5), operands=dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_banded.py has these")
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "width", "name", "dtype"),
+    [
+        (2, 48, 16, "causal", torch.bfloat16),
+        (1, 37, 18, "turned", torch.float16),
+        (1, 21, 9, "both sides", torch.float32),
+        (0, 4, 2, "causal", torch.float32),
+        (1, 0, 2, "both sides", torch.bfloat16),
+    ],
+)
+def test_triton_equals_oracle(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    case = case_of(batch, seqlen, width, name, dtype)
+    laws.equals_oracle(Runner("triton", 16), case)
+    laws.gradients_equal_oracle(Runner("triton", 16), case)
+
+
+def test_strong_decays_keep_the_gradients_of_their_neighbours() -> None:
+    """Every sum of logs is of tokens between two others: nothing is lost beside what has decayed."""
+    case = case_of(1, 40, 8, "causal", torch.float64)
+    strong = torch.tensor([0.0, -1e-9, -300.0, -1e4])[torch.arange(40) % 4].expand(1, 4, 40).mT.double()
+    laws.equals_oracle(Runner("chunked", 4), replace(case, mask=masks.window(7) * masks.decay(strong)))
+    laws.gradients_equal_oracle(Runner("chunked", 4), replace(case, mask=masks.window(7) * masks.decay(strong)))
+
+
+# --- which bands they are ---------------------------------------------------------------------------------------------
+
+AS_SCANS = {
+    "wide": masks.window(127) * masks.decay(LOG),
+    "wide on both sides": masks.window(200, 127),
+    "turned": (masks.window(127) * masks.decay(LOG)).strict().T,
+    "wider than the row": masks.window(1000) * masks.decay(LOG),
+}
+AS_PAIRS = {
+    "narrow": masks.window(126) * masks.decay(LOG),
+    "narrow on one side": masks.window(200, 126),
+    "apart from the diagonal": masks.window(300, -150) * masks.decay(LOG),
+    "in documents": masks.window(127) * masks.documents(torch.tensor([0, 200, 600])),
+}
+
+
+@pytest.fixture
+def as_shipped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No narrow ones."""
+    monkeypatch.setattr(banded, "LEAST", 128)
+    banded.sides.cache_clear()
+    yield
+    banded.sides.cache_clear()
+
+
+@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.parametrize("name", [*AS_SCANS, *AS_PAIRS])
+def test_wide_bands_run_as_scans(name: str) -> None:
+    mask = {**AS_SCANS, **AS_PAIRS}[name]
+    (term,) = terms_of(mask.tree)
+    assert structured.kind_of(term) == ("scans" if name in AS_SCANS else "band")
+    q, v = torch.ones(1, 600, 1, 3), torch.ones(1, 600, 2, 3)
+    (step,) = explain(q, q, v, mask, backend="chunked").plan.steps
+    assert step.growth == ("T" if name in AS_SCANS else "T · band")
+    y, expected = (ssd(q, q, v, mask, backend=backend) for backend in ("chunked", "naive"))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_cost_does_not_grow_with_the_window(backend: str) -> None:
+    """What the cost model counts, forward and backward: four times the window is no more work."""
+    q, v = torch.ones(1, 4096, 1, 16), torch.ones(1, 4096, 2, 16)
+
+    def work(width: int, direction: str) -> float:
+        case = Case(q, q, v, masks.window(width - 1) * masks.decay(torch.zeros(1, 4096, 2)), 1.0)
+        (term,) = terms_of(case.mask.tree)
+        counted = registry.get(backend).work(term, case.problem, Config(32), direction)
+        return counted.matmul_flops + counted.elementwise + counted.bytes
+
+    for direction in ("forward", "backward"):
+        assert work(1024, direction) < 1.2 * work(256, direction)

@@ -1,0 +1,61 @@
+"""Windows that run as scans, on a GPU: blocks whole and not, both directions and sides, every dtype, all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ssdops import explain, ssd
+from ssdops import masks as m
+from ssdops.masks import Mask
+from ssdops.testing import laws
+from ssdops.testing.case import Case
+from ssdops.testing.laws import Runner
+from ssdops.testing.structures import Make
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; test_banded.py interprets the kernels"),
+]
+RUN = Runner("triton")
+MASKS: dict[str, Callable[[Make], Mask]] = {
+    "window": lambda s: m.window(140, 150),
+    "decay * window": lambda s: m.decay(s.log()) * m.window(127),
+    "retention * window": lambda s: m.retention(-s.normal(s.nheads).abs() / 30) * m.window(128),
+    "T": lambda s: (m.decay(s.log(1)) * m.window(150)).T,
+    "strict": lambda s: (m.decay(s.log() / 30) * m.window(130)).strict(),
+    "shift": lambda s: m.decay(s.log() / 30).shift(1) * m.window(200),
+    "scale": lambda s: (m.decay(s.log() / 30) * m.window(129)).scale(rows=s.factor(), cols=s.factor(1), log_cols=s.log()),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("seqlen", [100, 384, 500])
+@pytest.mark.parametrize("name", MASKS)
+def test_equals_oracle(name: str, seqlen: int, dtype: torch.dtype) -> None:
+    make = Make(seqlen=seqlen, dtype=dtype, dstate=64, headdim=32, device="cuda")
+    case = make.case(MASKS[name](make), scale=1 / 8)
+    laws.equals_oracle(RUN, case)
+    laws.gradients_equal_oracle(RUN, case)
+
+
+@pytest.mark.parametrize("name", ["decay * window", "window"])
+def test_deterministic_and_in_several_rows(name: str) -> None:
+    """The same bits twice, replayed or not; rows of a batch as they are alone."""
+    make = Make(seqlen=700, dtype=torch.bfloat16, dstate=64, headdim=64, device="cuda")
+    one = make.case(MASKS[name](make), scale=1 / 8)
+    laws.deterministic(RUN, one)
+    rows = Case(*(torch.cat([t, t.flip(1)]) for t in (one.q, one.k, one.v)), one.mask, one.scale)
+    laws.equals_oracle(RUN, rows)
+    laws.batch_order_does_not_matter(RUN, rows, bits=False)
+
+
+def test_auto_takes_scans_for_wide_windows() -> None:
+    x, log_a = torch.zeros(1, 8192, 8, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(1, 8192, 8, device="cuda")
+    for width, growth in ((1024, "T"), (16, "T · band")):
+        mask = m.decay(log_a) * m.window(width - 1)
+        (step,) = explain(x, x, x, mask).plan.steps
+        assert (step.backend, step.growth) == ("triton", growth)
+        assert ssd(x, x, x, mask).shape == x.shape
