@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..ir.passes.structure import Structure
+from ..ir.passes.structure import Structure, structure_of
 from ..ir.problem import Problem
 from ..ir.resolve import reduce_to, repeat_heads
-from ..ir.terms import Linear
+from ..ir.terms import Linear, Quadratic, Term
 from .base import Config, Cotangents, Gradients, Inputs, Output, Work, exponent_dtype
 from .structured import Values
 
 LEAST = 128
 """Tokens of the narrowest side of a window that scans are quicker for than pairs."""
+EXACT = (torch.float64, torch.float32)
+"""Dtypes whose digits float32 sums of a block's logs would lose."""
 SLOTS = ("log_a", "rows", "cols", "log_cols")
 ALL = slice(None)
 
@@ -93,6 +95,12 @@ def sides(found: Structure) -> tuple[Side, ...]:
     if low < 0:
         parts.append(Side(replace(scan, causal=False, strict=True), 1 - low))
     return tuple(parts) if min(side.width for side in parts) >= LEAST else ()
+
+
+def band_of(term: Term) -> Structure | None:
+    """The structure of a term that is a band and runs as scans; None if it is another."""
+    found = structure_of(term.mask) if isinstance(term, Quadratic) else None
+    return found if found is not None and sides(found) else None
 
 
 @lru_cache(maxsize=4096)  # likewise
@@ -167,7 +175,7 @@ class Blocks:
         """What the scan across has on rows and on columns."""
         scan, p, logs, out = self.side.scan, self.problem, dict[str, Tensor](), dict[str, Tensor]()
         if (log_a := self.slots.get("log_a")) is not None:
-            d = self.cut(log_a.to(exponent_dtype(p)))
+            d = self.cut(log_a.to(exponent_dtype(p) if p.dtype in EXACT else p.accumulate))
             logs["rows"] = _sums(d, scan.causal, scan.row_inclusive)
             logs["cols"] = _sums(d, not scan.causal, not scan.col_inclusive)
         if (late := self.slots.get("log_cols")) is not None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ... import config as environment
-from ...ir.passes.structure import Structure, structure_of
 from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
 from .. import banded
@@ -40,7 +39,7 @@ class Triton:
             return absent
         if isinstance(term, Diagonal):
             return Support.yes()
-        if (band := _band(term)) is not None:
+        if (band := banded.band_of(term)) is not None:
             return self.supports(banded.sides(band)[0].scan, p)
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
@@ -64,17 +63,17 @@ class Triton:
 
     def has_chunks(self, term: Term) -> bool:
         """Whether a chunk size means something to a term that is no scan."""
-        return _band(term) is not None or fenwick.structure(term) is not None
+        return banded.band_of(term) is not None or fenwick.structure(term) is not None
 
     def growth(self, term: Term) -> str | None:
         """How the cost of a term that is no scan grows with seqlen, where it is not the usual way."""
-        return "T" if _band(term) is not None else "T log T" if fenwick.structure(term) is not None else None
+        return "T" if banded.band_of(term) is not None else "T log T" if fenwick.structure(term) is not None else None
 
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
         if fenwick.structure(term) is not None:
             return fenwick.configs(problem, chunk_size)
-        band = _band(term)
+        band = banded.band_of(term)
         if isinstance(term, Diagonal) or (isinstance(term, Quadratic) and band is None):
             return (Config(),)
         channel = isinstance(term, Linear) and term.channel is not None
@@ -114,7 +113,7 @@ class Triton:
 
     def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """A scan is a chain of chunks: as many rounds of them as the device cannot hold at once."""
-        if (band := _band(term)) is not None:
+        if (band := banded.band_of(term)) is not None:
             return banded.work(self, band, problem, config, direction)
         forward = self._forward_work(term, problem, config)
         return forward.times(BOTH) if direction == "backward" else forward
@@ -141,7 +140,7 @@ class Triton:
         """Two launches, or three in segments."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
-        if (band := _band(term)) is not None:
+        if (band := banded.band_of(term)) is not None:
             return Output(banded.forward(self, band, x, config))
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
@@ -152,7 +151,7 @@ class Triton:
         """States forward, cotangents of states backward, and what is left by blocks."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
-        if (band := _band(term)) is not None:
+        if (band := banded.band_of(term)) is not None:
             return banded.backward(self, band, x, config, cotangents.y)
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
@@ -210,12 +209,6 @@ class Triton:
         from .step import run  # imports triton, which need not be there
 
         run(terms, problem, x)
-
-
-def _band(term: Term) -> Structure | None:
-    """The structure of a band that runs as scans, or None if a term is another."""
-    found = structure_of(term.mask) if isinstance(term, Quadratic) else None
-    return found if found is not None and banded.sides(found) else None
 
 
 @cache
