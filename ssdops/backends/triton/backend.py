@@ -125,7 +125,8 @@ class Triton:
         chunks = -(-p.seqlen // (size * config.segments))
         passes = 1.0 if config.segments == 1 else 1.4  # the first reads what is remembered: the usual decays forget most
         launches = (1.0 if config.segments == 1 else 1.5) + interpreted  # two or three, each half of what one of torch takes
-        return Work(0.0, 0.0, touched, launches, steps=in_turn * (chunks + START) * passes * max(p.dstate / 128, 0.5))
+        beside = 0.0 if term.diagonal is None else 2 * tokens * p.nheads * p.headdim
+        return Work(0.0, beside, touched, launches, steps=in_turn * (chunks + START) * passes * max(p.dstate / 128, 0.5))
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """Two launches, or three in segments."""
@@ -146,6 +147,15 @@ class Triton:
         if term.channel is not None and cotangents.arrive is not None:
             cotangents.arrive()
         return _passes(term.channel is not None)[1](term, x, config, cotangents)
+
+    def adds(self, term: Term, problem: Problem, direction: str) -> bool:
+        """Scans whose decays are per head do; backward, where no heads share V, whose gradient is summed after the launches."""
+        scan = isinstance(term, Linear) and term.channel is None
+        return scan and (direction == "forward" or problem.v_heads == problem.nheads)
+
+    def takes_diagonal(self, term: Linear, problem: Problem) -> bool:
+        """Scans whose decays are per head do."""
+        return term.channel is None
 
     def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
         """Two launches, in as many segments as fill the device: none waits for another."""
