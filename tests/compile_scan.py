@@ -264,7 +264,7 @@ def rows(arch: int) -> Iterator[tuple[object, ...]]:
                 if kernel.kernel.hash in seen:
                     continue
                 seen.add(kernel.kernel.hash)
-                tokens = next(launch.constants[name] for name in ("L", "C", "BLOCK") if launch.constants.get(name))
+                tokens = next(launch.constants[name] for name in ("L", "C", "BLOCK", "TILE") if launch.constants.get(name))
                 yield (
                     arch, setup.dtype, setup.headdim, setup.dstate, tokens,
                     setup.mask, launch.what + suffix, kernel.shared, kernel.tensor_memory, kernel.stack, kernel.tensor_cores,
