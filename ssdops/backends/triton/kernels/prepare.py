@@ -58,10 +58,11 @@ def prepare(
                 for h0 in range(0, share, HEADS):
                     h = h0 + tl.arange(0, HEADS)
                     out = tl.zeros([HEADS, L], tl.float32) + own[None, :]
+                    there = (h < share)[:, None]
                     if VALUES:
-                        inside = (h < share)[:, None] & (first + i < stop)[None, :]
-                        out *= tl.load(d + i[None, :] * d_t + h[:, None] * d_h, mask=inside, other=0.0).to(tl.float32)
-                    tl.store(beside + h[:, None] * L + i[None, :], out, mask=(h < share)[:, None])
+                        real = there & (first + i < stop)[None, :]
+                        out *= tl.load(d + i[None, :] * d_t + h[:, None] * d_h, mask=real, other=0.0).to(tl.float32)
+                    tl.store(beside + h[:, None] * L + i[None, :], out, mask=there)
             late, early = (i[None, :], i[:, None]) if CAUSAL else (i[:, None], i[None, :])
             acc = tl.where(late > early if STRICT else late >= early, acc, 0.0)
             scores += (slot.to(tl.int64) * groups + part) * L * L
