@@ -107,7 +107,13 @@ class Triton:
     def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """A scan is a chain of chunks: as many rounds of them as the device cannot hold at once."""
         forward = self._forward_work(term, problem, config)
-        return forward.times(BOTH) if direction == "backward" else forward
+        if direction != "backward":
+            return forward
+        p, both = problem, forward.times(BOTH)
+        if not isinstance(term, Linear) or term.diagonal is None:
+            return both
+        touched = p.batch * p.seqlen * p.nheads * p.headdim * (3 * p.dtype.itemsize + 8)  # of V, dY and dV, once more
+        return replace(both, bytes=both.bytes + touched, launches=both.launches + 0.5)
 
     def _forward_work(self, term: Term, problem: Problem, config: Config) -> Work:
         p = problem
@@ -125,8 +131,9 @@ class Triton:
         chunks = -(-p.seqlen // (size * config.segments))
         passes = 1.0 if config.segments == 1 else 1.4  # the first reads what is remembered: the usual decays forget most
         launches = (1.0 if config.segments == 1 else 1.5) + interpreted  # two or three, each half of what one of torch takes
-        beside = 0.0 if term.diagonal is None else 2 * tokens * p.nheads * p.headdim
-        return Work(0.0, beside, touched, launches, steps=in_turn * (chunks + START) * passes * max(p.dstate / 128, 0.5))
+        beside = 0.0 if term.diagonal is None else tokens * p.nheads
+        steps = in_turn * (chunks + START) * passes * max(p.dstate / 128, 0.5)
+        return Work(0.0, 2 * beside * p.headdim, touched + 8 * beside, launches, steps)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """Two launches, or three in segments."""
