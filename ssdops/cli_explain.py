@@ -178,7 +178,10 @@ def _plan(plan: Plan) -> Table:
         times = [f"{step.seconds * 1e3:.3g} ms"]
         if measured:
             times.append("" if step.measured is None else f"{step.measured * 1e3:.3g} ms")
-        taken = Text(f"taken{size}: {ORIGINS[step.origin]}")
+        why = (
+            f"taken{size}: {ORIGINS[step.origin]}" if step.along is None else f"along with {plan.steps[step.along].term.node()}"
+        )
+        taken = Text(why)
         table.add_row(Text(str(step.term.node())), Text(step.backend, style="bold"), f"O({step.growth})", *times, taken)
         for r in step.rejected:
             table.add_row("", Text(r.backend, style="dim"), *("" for _ in ("cost", *times)), Text(r.reason, style="dim"))

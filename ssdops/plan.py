@@ -7,7 +7,7 @@ is touched here, and nothing is run but, if the mode says so, the tuner's proces
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NoReturn
 
@@ -23,14 +23,14 @@ from .autotune.tuner import tune_once
 from .autotune.worker import Worker
 from .autotune.workload import Workload
 from .backends import registry
-from .backends.base import Backend, Compiler, Config, Stepper, Structured, Support
+from .backends.base import Adder, Backend, Compiler, Config, Stepper, Structured, Support
 from .errors import ShapeError, UnsupportedError
 from .ir import nodes as n
 from .ir.contraction import Contraction
 from .ir.passes.normalize import normalize
 from .ir.passes.structure import structure_of
 from .ir.problem import Problem, Target
-from .ir.terms import Linear, Quadratic, Term
+from .ir.terms import Diagonal, Linear, Quadratic, Term
 from .steps import Plan, Rejection, Step
 
 TRIALS = "ssdops.trial"
@@ -79,7 +79,7 @@ def plan(contraction: Contraction, problem: Problem, direction: str = "forward",
     """
     _check_options(contraction)
     question = Question(contraction, problem, direction, dry)
-    return Plan(tuple(_step(term, question) for term in terms_of(contraction.mask)))
+    return Plan(_along(tuple(_step(term, question) for term in terms_of(contraction.mask)), question))
 
 
 def stepper(contraction: Contraction, problem: Problem) -> Stepper | None:
@@ -189,6 +189,30 @@ def _step(term: Term, question: Question) -> Step:
     taken = choice.candidate
     growth = growth_of(term, registry.get(taken.backend))
     return Step(term, taken.backend, taken.config, taken.seconds, rejected, choice.origin, choice.measured, growth)
+
+
+def _along(steps: tuple[Step, ...], question: Question) -> tuple[Step, ...]:
+    """The steps of a plan, each diagonal along with the first scan that takes one and has none yet."""
+    out, free = list(steps), [i for i, step in enumerate(steps) if _takes_diagonal(step, question.problem)]
+    for i, step in enumerate(steps):
+        if not isinstance(step.term, Diagonal) or not free:
+            continue
+        scan = steps[free[0]]
+        assert isinstance(scan.term, Linear)  # others take none
+        work = registry.get(scan.backend).work
+        with_it, without = (
+            predict(work(term, question.problem, scan.config, question.passes), question.problem.target)
+            for term in (replace(scan.term, diagonal=step.term), scan.term)
+        )
+        rejected = tuple(r for r in step.rejected if r.backend != scan.backend)
+        out[i] = Step(step.term, scan.backend, scan.config, with_it - without, rejected, growth="T", along=free.pop(0))
+    return tuple(out)
+
+
+def _takes_diagonal(step: Step, problem: Problem) -> bool:
+    """Whether a step's scan takes a diagonal along."""
+    backend = registry.get(step.backend)
+    return isinstance(step.term, Linear) and isinstance(backend, Adder) and backend.takes_diagonal(step.term, problem)
 
 
 def growth_of(term: Term, backend: Backend) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import config
 from .autotune import policy, store
 from .backends import registry
-from .backends.base import Begun, Config, Cotangents, Gradients, Inputs, Output, Starter, Summarizer, bind
+from .backends.base import Adder, Begun, Config, Cotangents, Gradients, Inputs, Output, Starter, Summarizer, bind
 from .ir import nodes as n
 from .ir.contraction import Contraction, parse_contraction
 from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
@@ -20,6 +21,9 @@ from .ir.resolve import resolve
 from .ir.terms import Linear, factored_operands, term_operands
 from .plan import plan, state_terms
 from .steps import Plan, Step
+
+Order: TypeAlias = "tuple[tuple[int, bool], ...]"
+"""Steps by index, in the order in which they run, and whether each adds to what those before it have made."""
 
 
 @dataclass(slots=True)  # not frozen, as one is made at every call and freezing costs a microsecond
@@ -81,6 +85,26 @@ class Prepared:
     names: tuple[str, ...]
     check_values: bool
 
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """What runs: the steps of the plan, scans with the diagonals that they take along."""
+        return self.plan.joined()
+
+    @cached_property
+    def forward_order(self) -> Order:
+        """Of the forward pass."""
+        return self._order("forward")
+
+    @cached_property
+    def backward_order(self) -> Order:
+        """Of the backward pass."""
+        return self._order("backward")
+
+    def _order(self, direction: str) -> Order:
+        """Those that add come last: the last of them rounds the sum as it writes it."""
+        adds = [isinstance(b := registry.get(s.backend), Adder) and b.adds(s.term, self.problem, direction) for s in self.steps]
+        return tuple(sorted(enumerate(adds), key=lambda step: step[1]))
+
 
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 MAX_PREPARED = 65536
@@ -138,37 +162,51 @@ def step(call: Call) -> list[Tensor]:
 
 def forward_as(prepared: Prepared, call: Call, save: bool) -> list[Tensor]:
     """`forward` by a plan that is made."""
-    outputs = (registry.get(step.backend).forward(step.term, x, step.config, save) for _, step, x in _bound(prepared, call))
-    return _summed(prepared, outputs, save, call.q.device)
+
+    def run(index: int, step: Step, x: Inputs) -> Output:
+        return registry.get(step.backend).forward(step.term, x, step.config, save)
+
+    return _summed(prepared, _bound(prepared, call, prepared.forward_order), run, save, call.q.device)
 
 
-def _summed(prepared: Prepared, outputs: Iterable[Output], save: bool, device: torch.device) -> list[Tensor]:
-    """What `forward` gives, of the outputs of every step."""
+def _summed(
+    prepared: Prepared,
+    steps: list[tuple[int, Step, Inputs]],
+    run: Callable[[int, Step, Inputs], Output],
+    save: bool,
+    device: torch.device,
+) -> list[Tensor]:
+    """What `forward` gives: every step run, and summed."""
     p, total = prepared.problem, None
+    left: dict[int, tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]] = {}
+    for i, adds in prepared.forward_order:
+        index, step, x = steps[i]
+        x.onto = total if adds else None
+        out = run(index, step, x)
+        x.onto, left[i] = None, (out.state, out.every, out.saved)  # and nothing holds on to the sum before
+        total = out.y if total is None or adds else total.add_(out.y)
     finals: list[Tensor] = []
     every: list[Tensor] = []
-    saved: list[tuple[Tensor, ...]] = []
-    for step, out in zip(prepared.plan.steps, outputs, strict=True):
-        total = out.y if total is None else total.add_(out.y)
-        saved.append(out.saved)
+    for i, step in enumerate(prepared.steps):
+        state, between, _ = left[i]
         if isinstance(step.term, Linear) and prepared.contraction.return_state:
-            assert out.state is not None  # every backend returns the state of a linear term
-            finals.append(out.state.to(p.state_dtype).contiguous())
+            assert state is not None  # every backend returns the state of a linear term
+            finals.append(state.to(p.state_dtype).contiguous())
         if isinstance(step.term, Linear) and p.state_every is not None:
-            assert out.every is not None  # likewise
-            every.append(out.every.to(p.state_dtype).contiguous())
+            assert between is not None  # likewise
+            every.append(between.to(p.state_dtype).contiguous())
     if total is None:
         total = torch.zeros(p.batch, p.seqlen, p.nheads, p.headdim, dtype=p.dtype, device=device)
     total = total if total.dtype == p.dtype else total.to(p.dtype)  # a call that does nothing takes a microsecond, too
     public = [total.contiguous(), *finals, *every]  # as tracing has been told
-    return [*public, *_packed(prepared.plan, saved)] if save else public
+    return [*public, *_packed(prepared, [left[i][2] for i in range(len(left))])] if save else public
 
 
 def final_states(call: Call) -> list[Tensor]:
     """What `forward` gives of a program that returns states, but Y: in the accumulation dtype, by a pass of its own where a
     backend has one."""
     prepared = prepare(call)
-    return [_final_state(step, x) for index, step, x in _bound(prepared, call) if index >= 0]
+    return [_final_state(step, x) for index, step, x in _bound(prepared, call, prepared.forward_order) if index >= 0]
 
 
 def _final_state(step: Step, x: Inputs) -> Tensor:
@@ -198,19 +236,19 @@ class Started:
 
     def finish(self, save: bool, arrive: Callable[[], None]) -> list[Tensor]:
         """What `forward` gives; `arrive` fills the states of the call, and is called once work that needs none is under way."""
-        outputs = (
-            registry.get(step.backend).forward(step.term, x, step.config, save)
-            if index < 0
-            else self.begun[index].finish(save, arrive)
-            for index, step, x in self.steps
-        )
-        return _summed(self.prepared, outputs, save, self.steps[0][2].q.device)
+
+        def run(index: int, step: Step, x: Inputs) -> Output:
+            if index < 0:
+                return registry.get(step.backend).forward(step.term, x, step.config, save)
+            return self.begun[index].finish(save, arrive)  # which has this x
+
+        return _summed(self.prepared, self.steps, run, save, self.steps[0][2].q.device)
 
 
 def begin(call: Call, learnt: bool) -> Started:
     """`forward` of a call whose states are not there yet; `learnt` as for it."""
     prepared = prepare(call, "backward" if learnt else "forward")
-    steps = _bound(prepared, call)
+    steps = _bound(prepared, call, prepared.forward_order)
     return Started(prepared, steps, [_begun(step, x) for index, step, x in steps if index >= 0])
 
 
@@ -228,13 +266,16 @@ def _begun(step: Step, x: Inputs) -> Begun:
     return Begun(_final_state(step, replace(x, initial=None)), None, finish)
 
 
-def _packed(plan: Plan, saved: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """What each step saved, as one list: first how many tensors each has, and by which backend and configuration."""
-    names = registry.names()
+def _packed(prepared: Prepared, saved: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """What each step saved, as one list: first how many tensors each has, and by which backend, configuration and scan."""
+    names, parts = registry.names(), iter(saved)
     table = [
-        (len(part), names.index(step.backend), step.config.chunk_size or 0, step.config.segments)
-        for step, part in zip(plan.steps, saved, strict=True)
-    ]
+        (
+            len(next(parts)) if step.along is None else 0, names.index(step.backend), step.config.chunk_size or 0,
+            step.config.segments, -1 if step.along is None else step.along,
+        )
+        for step in prepared.plan.steps
+    ]  # fmt: skip
     return [torch.tensor(table), *(x for part in saved for x in part)]
 
 
@@ -245,22 +286,27 @@ def _unpacked(prepared: Prepared, saved: list[Tensor]) -> tuple[Prepared, list[l
     """
     steps = prepared.plan.steps
     if not saved:
-        return prepared, [[] for _ in steps]
+        return prepared, [[] for _ in prepared.steps]
     names, remaining, parts, ran = registry.names(), iter(saved[1:]), [], []
-    for step, (count, backend, chunk_size, segments) in zip(steps, saved[0].tolist(), strict=True):
-        parts.append([next(remaining) for _ in range(count)])
+    for step, (count, backend, chunk_size, segments, scan) in zip(steps, saved[0].tolist(), strict=True):
+        along = None if scan < 0 else scan
+        if along is None:
+            parts.append([next(remaining) for _ in range(count)])
         config = Config(chunk_size or None, segments)
-        same = step.backend == names[backend] and step.config == config
-        ran.append(step if same else Step(step.term, names[backend], config, step.seconds))
-    return replace(prepared, plan=Plan(tuple(ran))), parts
+        same = (step.backend, step.config, step.along) == (names[backend], config, along)
+        ran.append(step if same else Step(step.term, names[backend], config, step.seconds, along=along))
+    found = Plan(tuple(ran))
+    return prepared if found == prepared.plan else replace(prepared, plan=found), parts
 
 
-def _bound(prepared: Prepared, call: Call) -> list[tuple[int, Step, Inputs]]:
+def _bound(prepared: Prepared, call: Call, order: Order) -> list[tuple[int, Step, Inputs]]:
     """Each step with its tensors, and the index of its state among the linear terms (−1 if it has none)."""
     named, out, seen = dict(zip(prepared.names, call.operands, strict=True)), [], 0
     p, wants_state = prepared.problem, prepared.contraction.return_state or prepared.problem.state_every is not None
-    dtype = p.dtype if len(prepared.plan.steps) == 1 else p.accumulate  # several terms are summed before they are rounded
-    for step in prepared.plan.steps:
+    # several terms are summed before they are rounded, which only the last can do as it writes, if it adds to the others
+    last = order[-1][0] if order and (order[-1][1] or len(order) == 1) else -1
+    for i, step in enumerate(prepared.steps):
+        dtype = p.dtype if i == last else p.accumulate
         linear = isinstance(step.term, Linear)
         initial = call.states[seen] if linear and call.states else None
         factored = registry.is_factored(step.backend)
@@ -290,8 +336,10 @@ def backward_as(
     total: Gradients | None = None
     named = call.named
     doperands: dict[str, Tensor] = {}
-    dinitial: list[Tensor] = []
-    for (index, step, x), kept in zip(_bound(prepared, call), parts, strict=True):
+    dinitial: dict[int, Tensor] = {}
+    steps = _bound(prepared, call, prepared.backward_order)
+    for i, adds in prepared.backward_order:
+        (index, step, x), kept = steps[i], parts[i]
         dstate = dstates[index] if index >= 0 and dstates else None
         backend, pending = registry.get(step.backend), None
         if arrive is not None and dstate is not None:
@@ -299,8 +347,9 @@ def backward_as(
                 pending = arrive
             else:
                 arrive()
-        grads = backend.backward(step.term, x, step.config, Cotangents(dy, dstate, kept, pending))
-        if total is None:
+        cotangents_of = Cotangents(dy, dstate, kept, pending, total if adds else None)
+        grads = backend.backward(step.term, x, step.config, cotangents_of)
+        if total is None or adds:
             total = grads
         else:
             for whole, part in ((total.q, grads.q), (total.k, grads.k), (total.v, grads.v)):
@@ -309,13 +358,14 @@ def backward_as(
             doperands[name] = doperands[name] + grad if name in doperands else grad
         if index >= 0 and call.states:
             assert grads.initial is not None  # every backend returns it where an initial state was given
-            dinitial.append(grads.initial.to(call.states[index].dtype))
+            dinitial[index] = grads.initial.to(call.states[index].dtype)
     q, k, v = call.q, call.k, call.v
     if total is None:
         total = Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     of_operands = [_of_operand(x, doperands.get(name), q) for name, x in named.items()]
     of_inputs = [total.q.to(q.dtype), total.k.to(k.dtype), total.v.to(v.dtype)]
-    return [x.contiguous() for x in (*of_inputs, *of_operands, *dinitial)]  # as tracing has been told
+    of_states = [dinitial[index] for index in range(len(dinitial))]
+    return [x.contiguous() for x in (*of_inputs, *of_operands, *of_states)]  # as tracing has been told
 
 
 def _of_operand(x: Tensor, grad: Tensor | None, q: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from compiled import TENSOR_CORES, Compiled, compiled
 from torch import Tensor
 
 from ssdops import masks as m
-from ssdops.backends.base import Config, Cotangents, bind
+from ssdops.backends.base import Config, Cotangents, Gradients, bind
 from ssdops.backends.triton import fenwick
 from ssdops.backends.triton.backward import Backward
 from ssdops.backends.triton.calls import Kernel
@@ -33,6 +33,7 @@ from ssdops.backends.triton.channel import ChannelScan
 from ssdops.backends.triton.channel_backward import ChannelBackward
 from ssdops.backends.triton.launch import Scan
 from ssdops.ir.problem import Target, fenwick_levels
+from ssdops.ir.terms import Diagonal, Linear
 from ssdops.plan import terms_of
 from ssdops.testing.structures import Make
 
@@ -60,6 +61,11 @@ def plain(s: Make) -> m.Mask:
 def documents(s: Make) -> m.Mask:
     """A decay in packed documents."""
     return plain(s) * s.cu
+
+
+def diagonal(s: Make) -> m.Mask:
+    """What a trapezoidal mask is made of: a scan with a diagonal beside it."""
+    return m.decay(s.log()).strict().scale(cols=s.factor()) + m.diagonal(s.factor())
 
 
 def everything(s: Make) -> m.Mask:
@@ -101,6 +107,10 @@ MASKS = {
     "everything": everything,
     "one": everything,
     "relay": plain,
+    "onto": plain,
+    "onto_documents": documents,
+    "diagonal": diagonal,
+    "diagonal_onto": diagonal,
     "fenwick": log_linear,
     "fenwicks": log_linear_scaled,
 }
@@ -111,7 +121,7 @@ class Setup:
     """What is run: `chunk` None is the backend's choice, and `only` the kernels to look at, if not all.
 
     With `seqlen` and `nheads` of 1, integers are constants of the kernel, as its compiler has it; with many heads, programs
-    of the scan hand states on.
+    of the scan hand states on. A mask named "…onto…" is added to what other terms have made.
     """
 
     dtype: str
@@ -150,6 +160,10 @@ SETUPS = (
     Setup("bf16", 64, 128, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
     Setup("bf16", 64, 16, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
     Setup("bf16", 64, 128, mask="documents", passes=("forward", "segments"), only=("scan",)),
+    Setup("bf16", 64, 128, mask="onto", only=("scan", "gradients", "hopper_gradients")),
+    Setup("bf16", 64, 128, mask="onto_documents", passes=("forward", "segments"), only=("scan",)),
+    Setup("bf16", 64, 128, mask="diagonal"),
+    Setup("bf16", 64, 128, mask="diagonal_onto", passes=("forward",), only=("scan",)),
     Setup("bf16", 64, 128, mask="everything"),
     Setup("bf16", 64, 128, mask="one", seqlen=1, nheads=1),
     Setup("bf16", 64, 128, mask="scaled", **BLOCKWISE),
@@ -160,11 +174,13 @@ SETUPS = (
     Setup("bf16", 128, 128, **BLOCKWISE),
     Setup("bf16", 256, 256, **BLOCKWISE),
     Setup("fp16", 64, 128, passes=("forward",)),
+    Setup("fp16", 64, 128, mask="diagonal_onto", passes=("forward",), only=("scan",)),
     Setup("fp16", 64, 16, **BLOCKWISE),
     Setup("fp16", 128, 128, **BLOCKWISE),
     Setup("fp16", 256, 256, **BLOCKWISE),
     Setup("fp32", 64, 128, passes=("forward",)),
     Setup("fp32", 64, 128, 64, passes=("forward",)),
+    Setup("fp32", 64, 128, mask="diagonal_onto", passes=("forward",), only=("scan",)),
     Setup("fp32", 128, 128, **BLOCKWISE),
     Setup("bf16", 64, 64, mask="channel"),
     Setup("bf16", 64, 64, mask="channels"),
@@ -188,13 +204,20 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
 
     Kernel.__call__ = record
     per_channel = setup.mask.startswith("channel")
-    full = MASKS[setup.mask] not in (plain, channel, log_linear, log_linear_scaled)
+    full = MASKS[setup.mask] not in (plain, diagonal, channel, log_linear, log_linear_scaled)
     make = Shapes(setup.seqlen, setup.nheads, setup.dstate, setup.headdim, DTYPES[setup.dtype], "meta")
     case = make.case(MASKS[setup.mask](make))
     problem = replace(case.problem, target=Target("cuda", "", (arch // 10, arch % 10)))
-    (term,) = terms_of(case.mask.tree)
+    term, *beside = terms_of(case.mask.tree)
+    for other in beside:
+        assert isinstance(term, Linear) and isinstance(other, Diagonal)
+        term = replace(term, diagonal=other)
     initial = make.state() if full else None
     x = bind(term, problem, case.q, case.k, case.v, case.mask.operands, initial, 1.0, problem.dtype, full)
+    onto = None
+    if "onto" in setup.mask:
+        like_q, like_v = (torch.empty(t.shape, device="meta") for t in (case.q, case.v))
+        x, onto = replace(x, onto=like_v), Gradients(like_q, like_q, like_v)
     for name in setup.passes:
         if (found := fenwick.structure(term)) is not None:
             if name == "backward":
@@ -202,7 +225,9 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
             else:
                 fenwick.forward(found, x, Config(setup.chunk))
         elif name == "backward":
-            (ChannelBackward if per_channel else Backward)(term, x, Config(setup.chunk)).backward(Cotangents(case.v, initial))
+            (ChannelBackward if per_channel else Backward)(term, x, Config(setup.chunk)).backward(
+                Cotangents(case.v, initial, onto=onto)
+            )
         elif per_channel:
             ChannelScan(term, x, Config(setup.chunk)).forward()
         else:
@@ -239,7 +264,7 @@ def rows(arch: int) -> Iterator[tuple[object, ...]]:
                 if kernel.kernel.hash in seen:
                     continue
                 seen.add(kernel.kernel.hash)
-                tokens = next(launch.constants[name] for name in ("L", "C", "BLOCK") if launch.constants.get(name))
+                tokens = next(launch.constants[name] for name in ("L", "C", "BLOCK", "TILE") if launch.constants.get(name))
                 yield (
                     arch, setup.dtype, setup.headdim, setup.dstate, tokens,
                     setup.mask, launch.what + suffix, kernel.shared, kernel.tensor_memory, kernel.stack, kernel.tensor_cores,

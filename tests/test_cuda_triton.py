@@ -45,19 +45,19 @@ def call(sizes: tuple[int, ...], dtype: torch.dtype, strength: float = 0.1) -> l
     return [x.requires_grad_() for x in (q, k, v, log_a)]
 
 
-def results(inputs: list[Tensor], make: Callable[[Tensor], Mask], backend: str) -> list[Tensor]:
-    """Y and the gradients of q, k, v and log_a, in float64 where the backend is the reference."""
+def results(inputs: list[Tensor], make: Callable[..., Mask], backend: str) -> list[Tensor]:
+    """Y and the gradients of q, k, v and the operands, in float64 where the backend is the reference."""
     if backend == "naive":
         inputs = [x.detach().double().requires_grad_() for x in inputs]
-    q, k, v, log_a = inputs
-    y = ssd(q, k, v, make(log_a), backend=backend)
+    q, k, v, *operands = inputs
+    y = ssd(q, k, v, make(*operands), backend=backend)
     dy = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     return [y, *torch.autograd.grad(y, inputs, dy.to(inputs[2].dtype).to(y.dtype))]
 
 
-def assert_near(inputs: list[Tensor], make: Callable[[Tensor], Mask]) -> None:
+def assert_near(inputs: list[Tensor], make: Callable[..., Mask]) -> None:
     found, wanted = results(inputs, make, "triton"), results(inputs, make, "naive")
-    for name, x, y in zip(("y", "dq", "dk", "dv", "dlog_a"), found, wanted, strict=True):
+    for name, x, y in zip(("y", "dq", "dk", "dv", "dlog_a", "dfactor")[: len(found)], found, wanted, strict=True):
         error, size = (x.double() - y).norm().item(), y.norm().item()
         assert error <= RELATIVE[inputs[0].dtype] * size, f"{name}: off by {error:.2e} of {size:.2e}"
 
@@ -78,6 +78,83 @@ def test_dims(dims: tuple[int, int]) -> None:
 def test_heads_that_do_not_divide(nheads: int) -> None:
     """Few blocks: the heads of a group go to more programs, in parts that need not be of one size."""
     assert_near(call((1, 300, nheads, 64, 1, 128), torch.bfloat16), masks.decay)
+
+
+SUMS: dict[str, Callable[[Tensor, Tensor], Mask]] = {
+    "bidirectional": lambda a, d: masks.decay(a) + masks.decay(a).strict().T.scale(rows=d),
+    "quasiseparable": lambda a, d: masks.decay(a).strict() + masks.decay(a).strict().T - masks.diagonal(d),
+    "trapezoidal": lambda a, d: masks.trapezoidal(a, gamma=d, beta_over_a=d.cos()),
+    "three scans": lambda a, d: masks.decay(a) - masks.decay(a).shift(1).T + masks.decay(a).scale(cols=d) + masks.diagonal(d),
+}
+"""Terms that add to one another, and diagonals that go along with scans."""
+
+
+def with_factor(inputs: list[Tensor]) -> list[Tensor]:
+    """And a factor per token and head, some of them zero."""
+    factor = torch.randn(inputs[3].shape, device="cuda", generator=torch.Generator("cuda").manual_seed(2))
+    factor[:, 7:9] = 0.0
+    return [*inputs, factor.requires_grad_()]
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("mask", SUMS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 1025, 8, 64, 1, 128),
+        (1, 4097, 2, 64, 1, 64),
+        (2, 300, 6, 64, 2, 16),
+        (2, 200, 4, 128, 2, 256),
+        (1, 200, 3, 33, 1, 7),
+    ],
+)
+def test_sums(sizes: tuple[int, ...], mask: str, dtype: torch.dtype) -> None:
+    """In one pass, in segments (a long row of two heads), in two parts of dstate, of sizes that align with nothing."""
+    assert_near(with_factor(call(sizes, dtype)), SUMS[mask])
+
+
+@pytest.mark.parametrize("mask", SUMS)
+@pytest.mark.parametrize("sizes", [(1, 1000, 4, 64, 1, 128), (1, 4097, 2, 64, 1, 128)])
+def test_sums_of_packed_documents(sizes: tuple[int, ...], mask: str) -> None:
+    """Some of them empty; in one pass and in segments."""
+    cu = torch.tensor([0, 0, 5, 133, 133, 700, sizes[1]], device="cuda")
+    assert_near(with_factor(call(sizes, torch.bfloat16)), lambda a, d: SUMS[mask](a, d) * masks.documents(cu))
+
+
+@pytest.mark.parametrize("strength", [0.0, 5.0, 50.0])
+@pytest.mark.parametrize("mask", SUMS)
+def test_sums_of_strong_and_slow_decays(mask: str, strength: float) -> None:
+    """By pairs where factors do not hold: a diagonal is as it was."""
+    assert_near(with_factor(call((1, 700, 4, 64, 1, 128), torch.bfloat16, strength)), SUMS[mask])
+
+
+@pytest.mark.parametrize("heads", [(1, 8, 8), (8, 1, 8), (8, 8, 1)])
+def test_sums_of_shared_heads(heads: tuple[int, int, int]) -> None:
+    """Heads that share q, k or v, whose gradients are summed over them, after what the terms before have made of them."""
+    q, k, v, *rest = with_factor(call((2, 300, 8, 64, 8, 128), torch.bfloat16))
+    shared = [x.detach()[:, :, :count].clone().requires_grad_() for x, count in zip((q, k, v), heads, strict=True)]
+    assert_near([*shared, *rest], SUMS["quasiseparable"])
+
+
+def test_sums_in_a_relay() -> None:
+    """More programs than the device holds, of two scans and a diagonal: right, and the same bits twice."""
+    inputs = with_factor(call((4, 3100, 128, 64, 8, 128), torch.bfloat16))
+    q, k, v, log_a, factor = (x.detach() for x in inputs)
+    mask = SUMS["quasiseparable"](log_a, factor)
+    found, again = (ssd(q, k, v, mask, backend="triton") for _ in range(2))
+    wanted = ssd(*(x.double() for x in (q, k, v)), mask, backend="chunked")
+    assert torch.equal(found, again)
+    assert (found.double() - wanted).norm() <= RELATIVE[torch.bfloat16] * wanted.norm()
+
+
+@pytest.mark.parametrize("mask", SUMS)
+def test_sums_launched_again(mask: str) -> None:
+    """At the addresses of other tensors, while those of the call before are there still."""
+    kept = []
+    for strength in (0.1, 0.2, 0.3):
+        inputs = with_factor(call((2, 600, 4, 64, 1, 128), torch.bfloat16, strength))
+        kept.append(inputs)
+        assert_near(inputs, SUMS[mask])
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)

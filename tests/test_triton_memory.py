@@ -72,7 +72,12 @@ def packed(log_a: Tensor) -> masks.Mask:
     return masks.decay(log_a) * masks.documents(torch.tensor([0, 0, 3, log_a.shape[1] - 1, log_a.shape[1]]))
 
 
-@pytest.mark.parametrize("make", [plain, later, everything, packed])
+def summed(log_a: Tensor) -> masks.Mask:
+    """A scan that adds to another, and a diagonal that goes along with one."""
+    return packed(log_a).strict() + masks.decay(log_a).T + masks.diagonal(log_a)
+
+
+@pytest.mark.parametrize("make", [plain, later, everything, packed, summed])
 @pytest.mark.parametrize("dims", [(1, 1), (33, 7), (16, 130)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scans_stay_in_their_tensors(
@@ -86,6 +91,7 @@ def test_scans_stay_in_their_tensors(
     y = ssd(q, k, v, make(log_a), backend="triton")
     torch.autograd.grad(y, (q, k, v, log_a), torch.randn(y.shape, generator=generator).to(y.dtype))
     assert {"prepare", "scan", "states", "gradients", "finish", "token_gradients"} <= set(watched)
+    assert ("diagonal_gradients" in watched) == (make is summed)
 
 
 def test_a_kernel_that_leaves_them_is_found(watched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

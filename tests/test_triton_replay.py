@@ -85,7 +85,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         monkeypatch.setattr(replay, name, counted(getattr(replay, name)))
     monkeypatch.setattr(replay, "_replays", {})
     monkeypatch.setattr(run, "_prepared", {})
-    for module, names in ((launch, ("PREPARE", "STATES", "SCAN")), (backward, ("GRADIENTS", "FINISH", "TOKENS"))):
+    for module, names in ((launch, ("PREPARE", "STATES", "SCAN")), (backward, ("GRADIENTS", "FINISH", "TOKENS", "DIAGONAL"))):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(Interpreted(getattr(module, name)._fn, seen.streams)))
     return seen
@@ -119,6 +119,16 @@ def everything(log_a: Tensor) -> Mask:
     return masks.decay(log_a).scale(factor, factor, log_a.cos()) * documents
 
 
+def both_ways(log_a: Tensor) -> Mask:
+    """Two scans, of which the second adds to the first."""
+    return masks.decay(log_a) + masks.decay(log_a).strict().T
+
+
+def with_diagonal(log_a: Tensor) -> Mask:
+    """A scan that takes a diagonal along."""
+    return masks.decay(log_a).strict() + masks.diagonal(log_a.sin())
+
+
 def check(inputs: list[Tensor], mask: Callable[[Tensor], Mask] = decay, **options: Any) -> None:
     """'triton' gives what 'chunked' does."""
     q, k, v, log_a = inputs
@@ -142,6 +152,39 @@ def test_launched_again_it_gives_what_it_would_anew(
     for seed in range(3):
         check(drawn(seed), mask)
     assert seen.passes == 1 and len(seen.streams) == 2 * (1 + segments)
+
+
+@pytest.mark.parametrize(("mask", "scans"), [(both_ways, 2), (with_diagonal, 1)])
+def test_sums_are_launched_again(mask: Callable[[Tensor], Mask], scans: int, seen: Seen) -> None:
+    """What is added to, and what a diagonal has, is found anew."""
+    for seed in range(3):
+        check(drawn(seed), mask)
+    assert seen.passes == scans and len(seen.streams) == 2 * 2 * scans
+
+
+@pytest.mark.parametrize(("mask", "scans"), [(both_ways, 2), (with_diagonal, 1)])
+def test_backward_passes_of_sums_are_launched_again(mask: Callable[[Tensor], Mask], scans: int, seen: Seen) -> None:
+    for seed in range(2):
+        check_gradients(drawn(seed, 16), mask)
+    diagonals = 1 if mask is with_diagonal else 0
+    known = scans - 1  # `finish` of the second scan is that of the first, so that it goes to a stream the first time, too
+    assert seen.passes == 2 * scans and len(seen.streams) == (2 + 5) * scans + diagonals + known
+
+
+def test_a_sum_that_begins_before_its_states_are_there(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its terms begin apart, and are summed as they go on, launched again too."""
+    monkeypatch.setattr(backend.Triton, "_splits", lambda *args: [backend.Config(16, 2)])
+    for seed in range(2):
+        q, k, v, log_a = (x[:1, :40].contiguous() for x in drawn(seed, 16))
+        wanted = torch.full((2, 1, NHEADS, 16, 16), seed + 1.0)
+        given = torch.full_like(wanted, torch.nan)
+        mask = masks.decay(log_a) + masks.decay(log_a.cos() - 1).strict() + masks.diagonal(log_a.sin())
+        whole, begun = (call_of([q, k, v], mask, list(states)) for states in (wanted, given))
+        found = run.begin(begun, learnt=False).finish(False, lambda wanted=wanted, given=given: given.copy_(wanted))
+        torch.testing.assert_close(found, run.forward(whole), atol=1e-3, rtol=1e-3)
+        exact = ssd(q, k, v, mask, initial_state=tuple(wanted), return_state=True, backend="naive")
+        torch.testing.assert_close(found[0], exact[0], atol=1e-3, rtol=1e-3)
+    assert seen.passes == 2 + 2 + 2  # what begins, what goes on from that, and what does all of it
 
 
 @pytest.mark.parametrize(("mask", "segments"), [(decay, 2), (later, 1)])

@@ -89,6 +89,8 @@ class Inputs:
         scale: the factor of the whole contraction.
         out: the dtype that Y, and gradients of q, k and v, are needed in; a backend may give a wider one.
         wants_state: whether anyone will read the final states.
+        onto: what the terms before have made, `(batch, seqlen, nheads, headdim)` in the accumulation dtype, of which Y is to be
+            the sum with this one; None is 0. Only an `Adder` is given it, and it is not written to.
     """
 
     problem: Problem
@@ -102,6 +104,7 @@ class Inputs:
     scale: float
     out: torch.dtype
     wants_state: bool
+    onto: Tensor | None = None
 
     @cached_property
     def spans(self) -> list[Span] | None:
@@ -174,12 +177,15 @@ class Cotangents:
         saved: what `forward` saved, if anything.
         arrive: fills `state`, which is contiguous and in the accumulation dtype then; to be called before it is read. None: it
             is there. Only a `Starter` is given one, and may call it more than once.
+        onto: the gradients by the terms before, in the accumulation dtype, of which those of q, k and v are to be the sums with
+            this one's, as for `Inputs.onto`.
     """
 
     y: Tensor
     state: Tensor | None = None
     saved: Sequence[Tensor] = ()
     arrive: Callable[[], None] | None = None
+    onto: Gradients | None = None
 
 
 @dataclass
@@ -272,6 +278,19 @@ class Starter(Protocol):
 
     def begin(self, term: Linear, x: Inputs, config: Config) -> Begun | None:
         """A forward pass as far as it goes without `x.initial`; None: not of this term."""
+        ...
+
+
+@runtime_checkable
+class Adder(Protocol):
+    """A backend that adds to what other terms of a mask have made: a sum apart reads and writes all of it once more."""
+
+    def adds(self, term: Term, problem: Problem, direction: str) -> bool:
+        """Whether a pass of the term, "forward" or "backward", takes `Inputs.onto` or `Cotangents.onto`."""
+        ...
+
+    def takes_diagonal(self, term: Linear, problem: Problem) -> bool:
+        """Whether the backend runs this scan with a diagonal beside it as one term (`Linear.diagonal`)."""
         ...
 
 

@@ -33,8 +33,25 @@ from .operands import Operand
 
 
 @dataclass(frozen=True, slots=True)
+class Diagonal:
+    """sign · value[i] · 1[i = j]; value None is 1."""
+
+    value: Operand | None = None
+    sign: int = 1
+
+    def node(self) -> n.Node:
+        """The same term as a mask tree."""
+        identity = n.Product((n.Causal(), n.Transpose(n.Causal())))
+        out: n.Node = identity if self.value is None else n.Diagonal(self.value)
+        return n.Neg(out) if self.sign < 0 else out
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
-    """One semiseparable scan; log_a is per token and head, or with `channel` per token, head and state channel."""
+    """One semiseparable scan; log_a is per token and head, or with `channel` per token, head and state channel.
+
+    The normal form has none with a `diagonal`: a plan puts one there that a backend takes along with the scan (`steps.Step`).
+    """
 
     causal: bool = True
     strict: bool = False
@@ -47,6 +64,7 @@ class Linear:
     cols: Operand | None = None
     log_cols: Operand | None = None
     sign: int = 1
+    diagonal: Diagonal | None = None
 
     @property
     def decays(self) -> bool:
@@ -74,7 +92,8 @@ class Linear:
             out = n.product_of(out, self.documents)
         if self.rows is not None or self.cols is not None or self.log_cols is not None:
             out = n.Scale(out, self.rows, self.cols, self.log_cols)
-        return n.Neg(out) if self.sign < 0 else out
+        out = n.Neg(out) if self.sign < 0 else out
+        return out if self.diagonal is None else n.sum_of(out, self.diagonal.node())
 
     def _core(self) -> n.Node:
         if not self.decays:
@@ -106,20 +125,6 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Diagonal:
-    """sign · value[i] · 1[i = j]; value None is 1."""
-
-    value: Operand | None = None
-    sign: int = 1
-
-    def node(self) -> n.Node:
-        """The same term as a mask tree."""
-        identity = n.Product((n.Causal(), n.Transpose(n.Causal())))
-        out: n.Node = identity if self.value is None else n.Diagonal(self.value)
-        return n.Neg(out) if self.sign < 0 else out
-
-
-@dataclass(frozen=True, slots=True)
 class Quadratic:
     """A mask that has no linear form here; it runs by entries."""
 
@@ -144,6 +149,7 @@ def term_operands(term: Term) -> Mapping[str, tuple[Operand, str]]:
                 "rows": (term.rows, n.TOKEN),
                 "cols": (term.cols, n.TOKEN),
                 "log_cols": (term.log_cols, n.TOKEN),
+                "diagonal": (None if term.diagonal is None else term.diagonal.value, n.TOKEN),
             }
             return {name: (x, axes) for name, (x, axes) in slots.items() if x is not None}
         case Diagonal(value):

@@ -116,7 +116,13 @@ class Triton:
         if (band := banded.band_of(term)) is not None:
             return banded.work(self, band, problem, config, direction)
         forward = self._forward_work(term, problem, config)
-        return forward.times(BOTH) if direction == "backward" else forward
+        if direction != "backward":
+            return forward
+        p, both = problem, forward.times(BOTH)
+        if not isinstance(term, Linear) or term.diagonal is None:
+            return both
+        touched = p.batch * p.seqlen * p.nheads * p.headdim * (3 * p.dtype.itemsize + 8)  # of V, dY and dV, once more
+        return replace(both, bytes=both.bytes + touched, launches=both.launches + 0.5)
 
     def _forward_work(self, term: Term, problem: Problem, config: Config) -> Work:
         p = problem
@@ -134,7 +140,9 @@ class Triton:
         chunks = -(-p.seqlen // (size * config.segments))
         passes = 1.0 if config.segments == 1 else 1.4  # the first reads what is remembered: the usual decays forget most
         launches = (1.0 if config.segments == 1 else 1.5) + interpreted  # two or three, each half of what one of torch takes
-        return Work(0.0, 0.0, touched, launches, steps=in_turn * (chunks + START) * passes * max(p.dstate / 128, 0.5))
+        beside = 0.0 if term.diagonal is None else tokens * p.nheads
+        steps = in_turn * (chunks + START) * passes * max(p.dstate / 128, 0.5)
+        return Work(0.0, 2 * beside * p.headdim, touched + 8 * beside, launches, steps)
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """Two launches, or three in segments."""
@@ -159,6 +167,15 @@ class Triton:
         if term.channel is not None and cotangents.arrive is not None:
             cotangents.arrive()
         return _passes(term.channel is not None)[1](term, x, config, cotangents)
+
+    def adds(self, term: Term, problem: Problem, direction: str) -> bool:
+        """Scans whose decays are per head do; backward, where no heads share V, whose gradient is summed after the launches."""
+        scan = isinstance(term, Linear) and term.channel is None
+        return scan and (direction == "forward" or problem.v_heads == problem.nheads)
+
+    def takes_diagonal(self, term: Linear, problem: Problem) -> bool:
+        """Scans whose decays are per head do."""
+        return term.channel is None
 
     def final_state(self, term: Linear, x: Inputs, config: Config) -> Tensor:
         """Two launches, in as many segments as fill the device: none waits for another."""

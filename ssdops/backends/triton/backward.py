@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, reduce_value, share_heads
 from .calls import Kernel
+from .kernels.diagonal import diagonal_gradients
 from .kernels.gradients import KINDS, finish, gradients
 from .kernels.tokens import token_gradients
 from .launch import Scan, Side, Sums, alike, ceil_div, contiguous, dense_last, or_else, strides
@@ -24,6 +25,7 @@ else:
     hopper_gradients = None
 
 GRADIENTS, FINISH, TOKENS, HOPPER = Kernel(gradients), Kernel(finish), Kernel(token_gradients), Kernel(hopper_gradients)
+DIAGONAL = Kernel(diagonal_gradients)
 WHOLE = 16
 """Elements that sizes and strides are multiples of: what Triton looks at to load sixteen bytes at a time."""
 ROOM = 2 << 30
@@ -42,18 +44,21 @@ class Results(NamedTuple):
     log_a: Tensor | None
     rows: Tensor | None
     cols: Tensor | None
+    diagonal: Tensor | None
 
-    def gradients(self, x: Inputs) -> Gradients:
-        """Of the tensors that they are results for."""
+    def gradients(self, x: Inputs, onto: Gradients | None) -> Gradients:
+        """Of the tensors that they are results for; those of v have in them what they were to be added to."""
         assert self.q is not None and self.k is not None and self.v is not None  # they always are
-        p, values = x.problem, {"log_a": self.log_a, "rows": self.rows, "cols": self.cols}
+        p, values = x.problem, {"log_a": self.log_a, "rows": self.rows, "cols": self.cols, "diagonal": self.diagonal}
         if "log_cols" in x.values:
             assert self.cols is not None  # it is wanted then
             w = x.per_head("cols")
             values["log_cols"] = self.cols if w is None else self.cols * w
         given = {name: grad for name, grad in values.items() if grad is not None and name in x.values}
+        q, k = share_heads(self.q, p.q_heads), share_heads(self.k, p.k_heads)
+        q, k = (q, k) if onto is None else (q + onto.q, k + onto.k)
         return Gradients(
-            share_heads(self.q, p.q_heads), share_heads(self.k, p.k_heads), share_heads(self.v, p.v_heads), self.initial,
+            q, k, share_heads(self.v, p.v_heads), self.initial,
             {name: reduce_value(grad, x.values[name]) for name, grad in given.items()},
         )  # fmt: skip
 
@@ -74,7 +79,9 @@ def in_whole(x: Inputs, cotangents: Cotangents) -> tuple[Inputs, Cotangents]:
         None if state is None else pad(state, (0, dstate - p.dstate, 0, headdim - p.headdim))
         for state in (x.initial, cotangents.state)
     )
-    return replace(x, problem=replace(p, headdim=headdim, dstate=dstate), q=q, k=k, v=v, initial=initial), Cotangents(dy, final)
+    onto = None if cotangents.onto is None else replace(cotangents.onto, v=filled(cotangents.onto.v, headdim))
+    whole = replace(x, problem=replace(p, headdim=headdim, dstate=dstate), q=q, k=k, v=v, initial=initial)
+    return whole, Cotangents(dy, final, onto=onto)
 
 
 def filled(x: Tensor, size: int) -> Tensor:
@@ -104,11 +111,15 @@ def in_turns(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) ->
                 initial=None if whole.initial is None else whole.initial[turn],
             )  # fmt: skip
             final = None if given.state is None else given.state[turn]
-            parts.append(Backward(term, some, config).backward(Cotangents(y, final), dv[turn])._replace(v=None))
+            onto = None if given.onto is None else replace(given.onto, v=given.onto.v[turn])
+            parts.append(Backward(term, some, config).backward(Cotangents(y, final, onto=onto), dv[turn])._replace(v=None))
         out = Results(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))._replace(v=dv)
-    grads = out.gradients(x)
+    grads = out.gradients(x, None)
+    dq, dk = grads.q[..., : p.dstate], grads.k[..., : p.dstate]
+    if cotangents.onto is not None:
+        dq, dk = dq + cotangents.onto.q, dk + cotangents.onto.k
     return replace(
-        grads, q=grads.q[..., : p.dstate], k=grads.k[..., : p.dstate], v=grads.v[..., : p.headdim],
+        grads, q=dq, k=dk, v=grads.v[..., : p.headdim],
         initial=None if grads.initial is None else grads.initial[..., : p.headdim, : p.dstate],
     )  # fmt: skip
 
@@ -131,6 +142,11 @@ class Backward(Scan):
         turns = ceil_div(p.batch, max(ROOM * p.batch // needed, 1))
         return ceil_div(p.batch, turns)
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether a gradient is wanted that is made of what tokens exchange."""
+        return not {"log_a", "rows", "cols", "log_cols"}.isdisjoint(self.x.values)
+
     def per_token(self, name: str) -> Tensor:
         """An operand that is there."""
         x = self.slot(name)
@@ -146,7 +162,7 @@ class Backward(Scan):
     def backward(self, cotangents: Cotangents, dv: Tensor | None = None) -> Results:
         """Gradients of everything, from tensors that load in whole; dV goes where it is told to."""
         p, x, slots = self.problem, self.x, self.slots_of(self.sizes.block)
-        dy, dv = dense_last(cotangents.y), self.room_for_dv() if dv is None else dv
+        dy, dv, onto = dense_last(cotangents.y), self.room_for_dv() if dv is None else dv, cotangents.onto
         states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=self.kept) for _ in range(2))
         dinitial = None if x.initial is None else self.empty(*x.initial.shape)
         logs = self.prepare(chunks=False, blocks=True).blocks
@@ -156,23 +172,32 @@ class Backward(Scan):
             if entering is not None and leaving is not None:
                 entering, leaving = alike(entering, leaving, torch.float32)
             self.walk(logs, Side(v, entering, None, states), Side(dout, leaving, dinitial, dstates))
-        dq, dk, *exchanged = self._gradients(logs, dy, states, dstates, dv)
-        return Results(dq, dk, dv, dinitial, *(self._by_token(*exchanged) if x.values else (None, None, None)))
+        made = dv if not self.diagonal else self.empty(*dv.shape)
+        narrow = onto is None and not self.diagonal
+        dq, dk, *exchanged = self._gradients(
+            logs, dy, states, dstates, made, None if onto is None else contiguous(onto.v), narrow
+        )
+        by_token = self._by_token(*exchanged) if self.exchanges else (None, None, None)
+        dq, dk, diagonal = self._with_diagonal(dq, dk, made, dv, dy, onto is None) if self.diagonal else (dq, dk, None)
+        return Results(dq, dk, dv, dinitial, *by_token, diagonal)
 
-    def _gradients(self, logs: Sums, dy: Tensor, states: Tensor, dstates: Tensor, dv: Tensor) -> tuple[Tensor, ...]:
-        """dQ and dK by groups of heads that share them, what tokens exchange, ⟨dS, exp(E) S⟩ of blocks; dV on the way."""
+    def _gradients(
+        self, logs: Sums, dy: Tensor, states: Tensor, dstates: Tensor, dv: Tensor, onto: Tensor | None, narrow: bool
+    ) -> tuple[Tensor, ...]:
+        """dQ and dK by groups of heads that share them, what tokens exchange, ⟨dS, exp(E) S⟩ of blocks; dV on the way.
+
+        Args:
+            onto: what dV is added to; narrow: whether nothing is added to dQ and dK any more.
+        """
         p, t, z, x, nothing, slots = self.problem, self.term, self.sizes, self.x, self.q, len(states)
-        u, w, wanted = self.slot("rows"), self.slot("cols"), bool(x.values)
+        u, w, wanted = self.slot("rows"), self.slot("cols"), self.exchanges
         scales = not {"rows", "cols", "log_cols"}.isdisjoint(x.values)
         kernel, parts, switches = self._kernel()
         splits = split_heads(p.nheads // self.groups, parts * slots * self.groups, p.target.multiprocessors)
         tokens = (p.batch, p.seqlen)
         dq_states, dk_states = (self.empty(splits, *tokens, self.groups, p.dstate) for _ in range(2))
         dg = self.empty(splits, slots, self.groups, z.block, z.block, dtype=self.dot if splits == 1 else torch.float32)
-        dq, dk = (
-            self.empty(*tokens, self.groups, p.dstate, dtype=x.out if heads == self.groups else torch.float32)
-            for heads in (p.q_heads, p.k_heads)
-        )  # fmt: skip
+        dq, dk = (self._by_group(heads, narrow) for heads in (p.q_heads, p.k_heads))
         kinds = 0 if not wanted else KINDS.value if scales else KINDS.value // 2
         sums, through = self.empty(kinds, 2, slots, p.nheads, z.block), self.empty(slots if wanted else 0, p.nheads)
         shares = (p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads)
@@ -181,14 +206,15 @@ class Backward(Scan):
                 kernel, (parts * slots, self.groups, splits),
                 (
                     self.q, self.k, self.v, dy, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *logs,
-                    states, dstates, dq_states, dk_states, dv, dg, sums, through,
+                    states, dstates, dq_states, dk_states, dv, dg, sums, through, or_else(onto, nothing),
                 ),
                 (
                     *self.packing, self.groups, *shares, self.scale, ceil_div(p.nheads, self.groups * splits),
                     *(n for x in (self.q, self.k, self.v, dy, u, w) for n in strides(x)),
                 ),
                 BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=padded(p.dstate), CAUSAL=t.causal, STRICT=int(t.strict),
-                ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales, **switches, num_warps=8,
+                ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales, ONTO=onto is not None, **switches,
+                num_warps=8,
             )  # fmt: skip
             columns = min(padded(p.dstate), 64)
             self.run(
@@ -199,6 +225,34 @@ class Backward(Scan):
                 num_warps=8,
             )  # fmt: skip
         return dq, dk, sums, through
+
+    def _by_group(self, heads: int, narrow: bool) -> Tensor:
+        """Room for dQ or dK by groups of heads, of an operand with so many; in float32 if anything is added to it yet."""
+        p = self.problem
+        dtype = self.x.out if narrow and heads == self.groups else torch.float32
+        return self.empty(p.batch, p.seqlen, self.groups, p.dstate, dtype=dtype)
+
+    def _with_diagonal(
+        self, dq: Tensor, dk: Tensor, dv_scan: Tensor, dv: Tensor, dy: Tensor, narrow: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dQ and dK with what the diagonal adds, and the gradient of its values; dV, of what the scan makes, on the way."""
+        p, d = self.problem, self.slot("diagonal")
+        out = [self._by_group(heads, narrow) for heads in (p.q_heads, p.k_heads)]
+        dd = None if d is None else self.empty(p.batch, p.seqlen, p.nheads)
+        columns = padded(max(p.headdim, p.dstate))
+        tile = max(16, min(32, 4096 // columns))
+        if self.tokens:
+            self.run(
+                DIAGONAL, (ceil_div(self.tokens, tile), self.groups, 1),
+                (self.q, self.k, self.v, dy, or_else(d, self.q), dq, dk, dv_scan, *out, dv, or_else(dd, self.q)),
+                (
+                    *self.packing[1:], self.groups, p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads,
+                    self.diagonal_scale, *(n for x in (self.q, self.k, self.v, dy, d) for n in strides(x)),
+                ),
+                TILE=tile, P=p.headdim, BP=padded(p.headdim), N=p.dstate, BN=padded(p.dstate), VALUES=d is not None, STAGES=2,
+                num_warps=4,
+            )  # fmt: skip
+        return out[0], out[1], dd
 
     def _kernel(self) -> tuple[Kernel, int, dict[str, Any]]:
         """What makes gradients by blocks, into how many parts it takes a block, and the switches that are its own."""

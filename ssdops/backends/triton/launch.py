@@ -40,6 +40,7 @@ class Prepared(NamedTuple):
     """What `prepare` gives; its docstring has the shapes."""
 
     scores: Tensor
+    beside: Tensor
     chunks: Sums
     center: Tensor
     blocks: Sums
@@ -70,6 +71,8 @@ class Scan:
         self.sizes = sizes(p, config.chunk_size)
         self.groups = common_heads(p)
         self.scale = float(term.sign * x.scale)
+        self.diagonal = term.diagonal is not None
+        self.diagonal_scale = float(x.scale * (term.diagonal.sign if term.diagonal is not None else 0))
         self.q, self.k, self.v = (dense_last(t) for t in (x.q, x.k, x.v))
         self.cu = x.boundaries
         self.places: Tensor | None = None  # of packed rows, once they are prepared
@@ -122,6 +125,8 @@ class Scan:
         """Scores and sums of log decays of every chunk, and sums of every block, as far as they are wanted; turns at 0."""
         p, t, z, slots, coarse = self.problem, self.term, self.sizes, self.slots, self.slots_of(self.sizes.block)
         scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot) if chunks else self.q
+        diagonal, d = chunks and self.diagonal, self.slot("diagonal") if chunks else None
+        beside = self.empty(slots, p.nheads, z.chunk) if diagonal else self.q
         by_chunk, center, by_block = Sums(*(self.q,) * 3), self.q, Sums(*(self.q,) * 3)
         if self.decays and chunks:
             by_chunk, center = self._sums(slots, z.chunk), self.empty(slots, p.nheads)
@@ -137,19 +142,19 @@ class Scan:
             self.run(
                 PREPARE, (slots if chunks else coarse, parts, 1),
                 (
-                    self.q, self.k, or_else(log_a, self.q), or_else(log_cols, self.q), or_else(self.cu, self.q), scores,
+                    self.q, self.k, *(or_else(x, self.q) for x in (log_a, log_cols, d, self.cu)), scores, beside,
                     *by_chunk, center, *by_block, or_else(turns, self.q), or_else(self.places, self.q),
                 ),
                 (
                     *self.packing, groups, coarse, *self._places(), self.groups // p.q_heads, self.groups // p.k_heads,
-                    *strides(self.q), *strides(self.k), *strides(log_a), *strides(log_cols),
+                    self.diagonal_scale, *(n for x in (self.q, self.k, log_a, log_cols, d) for n in strides(x)),
                 ),
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
                 ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None, CHUNKS=chunks,
-                BLOCKS=blocks, SPAN=SPAN, RUNNERS=0 if turns is None else turns.shape[1] // self.groups,
-                **{**self.common, "DECAY": log_a is not None}, num_warps=4,
+                BLOCKS=blocks, SPAN=SPAN, RUNNERS=0 if turns is None else turns.shape[1] // self.groups, DIAGONAL=diagonal,
+                VALUES=d is not None, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
-        return Prepared(scores, by_chunk, center, by_block)
+        return Prepared(scores, beside, by_chunk, center, by_block)
 
     def _places(self) -> tuple[int, int]:
         """How many slots of segments there are of packed rows, and the tokens of one."""
@@ -243,25 +248,25 @@ class Scan:
         prepared = self.prepare(chunks=True, blocks=self.config.segments > 1 and parts is None, turns=turns)
         parts = self.walk(prepared.blocks, Side(self.v)) if parts is None else parts
         self.wait()
-        initial, u, w = contiguous(self.x.initial), self.slot("rows"), self.slot("cols")
+        initial, onto = contiguous(self.x.initial), contiguous(self.x.onto)
+        u, w = self.slot("rows"), self.slot("cols")
         self.run(
             SCAN, (runners * self.rows, 1, relay) if relay > 1 else self._grid(runners, 1, parts),
             (
-                self.q, self.k, self.v, y, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing),
-                prepared.scores, *prepared.chunks, prepared.center, or_else(initial, nothing), or_else(state, nothing),
-                or_else(blocks, nothing), *(parts or (nothing, nothing)),
-                *(or_else(x, nothing) for x in (self.places, handed, turns)),
+                self.q, self.k, self.v, y, *(or_else(x, nothing) for x in (u, w, self.cu)),
+                prepared.scores, prepared.beside, *prepared.chunks, prepared.center,
+                *(or_else(x, nothing) for x in (initial, state, blocks)), *(parts or (nothing, nothing)),
+                *(or_else(x, nothing) for x in (self.places, handed, turns, onto)),
             ),
             (
                 *self.packing, self.groups, p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads, self.scale,
-                each * (z.block // z.chunk),
-                *strides(self.q), *strides(self.k), *strides(self.v), *strides(y), *strides(u), *strides(w),
+                each * (z.block // z.chunk), *(n for x in (self.q, self.k, self.v, y, u, w) for n in strides(x)),
             ),
             L=z.chunk, BLOCK=p.state_every or z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
-            CAUSAL=t.causal, ROWS=u is not None, COLS=w is not None, ENTERING=initial is not None,
-            LEAVING=state is not None, BLOCKS=blocks is not None, SEGMENTS=parts is not None, RELAY=relay > 1,
-            ALIGN=z.block // z.chunk, FACTORED=self.factored, NORMALIZE=self.dot == torch.float16, STAGES=z.stages,
-            **self.common, num_warps=4, maxnreg=z.registers if blocks is None else None,
+            CAUSAL=t.causal, ROWS=u is not None, COLS=w is not None, DIAGONAL=self.diagonal, ONTO=onto is not None,
+            ENTERING=initial is not None, LEAVING=state is not None, BLOCKS=blocks is not None, SEGMENTS=parts is not None,
+            RELAY=relay > 1, ALIGN=z.block // z.chunk, FACTORED=self.factored, NORMALIZE=self.dot == torch.float16,
+            STAGES=z.stages, **self.common, num_warps=4, maxnreg=z.registers if blocks is None else None,
         )  # fmt: skip
 
     def begin(self) -> Parts:

@@ -150,7 +150,7 @@ def forward(
     with Launching(x.problem, x.q.device):
         if x.problem.state_every is not None:  # states between are put in order after the launches
             return Scan(term, x, config, arrive).forward(parts)
-        key, addresses = _key(term, x, config, parts or ())
+        key, addresses = _key(term, x, config, (x.onto, *(parts or ())))
         replay = _replays.get(key)
         if replay is not None:
             y, state = replay(addresses, x.q.device, arrive)
@@ -165,17 +165,18 @@ def forward(
 def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
     """Gradients of everything."""
     with Launching(x.problem, x.q.device):
-        key, addresses = _key(term, x, config, (cotangents.y, cotangents.state))
+        onto = cotangents.onto
+        key, addresses = _key(term, x, config, (cotangents.y, cotangents.state, None if onto is None else onto.v))
         replay = _replays.get(key)
         if replay is not None:
-            return Results(*replay(addresses, x.q.device, cotangents.arrive)).gradients(x)
+            return Results(*replay(addresses, x.q.device, cotangents.arrive)).gradients(x, onto)
         whole, given = in_whole(x, cotangents)
         scan = BackwardNotes(term, whole, config, given.arrive)
         if whole is not x or scan.rows_at_once < x.problem.batch:  # tensors are copied before the launches, or between them
             return in_turns(term, x, config, cotangents)
         out = scan.backward(given)
         _keep(key, scan.replay(addresses, out))
-        return out.gradients(x)
+        return out.gradients(x, onto)
 
 
 def _key(term: Linear, x: Inputs, config: Config, cotangents: tuple[Tensor | None, ...]) -> tuple[tuple[Any, ...], list[int]]:

@@ -30,13 +30,13 @@ IN_PAIRS, IN_STATES, ALL_PAIRS, ALL_STATES = (tl.constexpr(kind) for kind in ran
 
 @triton.jit
 def gradients(
-    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through,
+    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through, onto,
     n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     BLOCK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, ALL_SUMS: tl.constexpr, SKIP: tl.constexpr,
-    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ONTO: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     STATE_STAGES: tl.constexpr, VALUE_STAGES: tl.constexpr, PAIR_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks · parts, groups, splits of a group's heads); but for pairs there is a part per TILE tokens of a block.
@@ -44,7 +44,7 @@ def gradients(
     Args:
         states, dstates: S and dS as they enter each block.
         dq, dk: what comes through states, `[splits, tokens, groups, N]`; dg: `[splits, blocks, groups, BLOCK, BLOCK]`.
-        dv: `[tokens, nheads, P]`.
+        dv: `[tokens, nheads, P]`; onto: what it is added to, in float32, if ONTO.
         sums: `[KINDS, 2, blocks, nheads, BLOCK]`, of rows and of columns: the first two kinds if SUMS, all if ALL_SUMS.
         through: ⟨dS, exp(E) S⟩, `[blocks, nheads]`, if SUMS.
         scale: the factor of scores, which dS has in it already.
@@ -83,9 +83,10 @@ def gradients(
         )  # fmt: skip
     elif part < 3 * tiles:
         _values(
-            q, k, dy, u, w, rho, kappa, total, dstates, dv + first * nheads * P, base, length, tile, lo, hi, nheads, scale,
+            q, k, dy, u, w, rho, kappa, total, dstates, dv + first * nheads * P, onto + first * nheads * P, base,
+            length, tile, lo, hi, nheads, scale,
             q_t, k_t, y_t, y_h, u_t, u_h, w_t, w_h,
-            BLOCK, TILE, P, BP, N, BN, CAUSAL, STRICT, DECAY, ROWS, COLS, NORMALIZE, DOT, PRECISION, VALUE_STAGES,
+            BLOCK, TILE, P, BP, N, BN, CAUSAL, STRICT, DECAY, ROWS, COLS, ONTO, NORMALIZE, DOT, PRECISION, VALUE_STAGES,
         )  # fmt: skip
     else:
         _pairs(
@@ -144,11 +145,11 @@ def _through(
 
 @triton.jit
 def _values(
-    q, k, dy, u, w, rho, kappa, total, dstates, dv, base, length, first, lo, hi, nheads, scale,
+    q, k, dy, u, w, rho, kappa, total, dstates, dv, onto, base, length, first, lo, hi, nheads, scale,
     q_t, k_t, y_t, y_h, u_t, u_h, w_t, w_h,
     BLOCK: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ONTO: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dV of the tokens [first, first + TILE)."""
     j, i, n = first + tl.arange(0, TILE), tl.arange(0, BLOCK), tl.arange(0, BN)
@@ -176,8 +177,11 @@ def _values(
             ds, size = _normal(tl.load(dstates + place, mask=inside, other=0.0), NORMALIZE, DOT)
             y = tl.dot(own, tl.trans(ds), input_precision=PRECISION) * (weight * size)[:, None]
             y = tl.dot(given, tokens_of(dy + h * y_h, i, i < length, p, P, y_t, DOT), acc=y, input_precision=PRECISION)
-            place = j.to(tl.int64)[:, None] * nheads * P + (h * P + p)[None, :]
-            tl.store(dv + place, (y * own_scale[:, None]).to(dv.dtype.element_ty), mask=here[:, None] & (p < P)[None, :])
+            place, inside = j.to(tl.int64)[:, None] * nheads * P + (h * P + p)[None, :], here[:, None] & (p < P)[None, :]
+            y *= own_scale[:, None]
+            if ONTO:
+                y += tl.load(onto + place, mask=inside, other=0.0)
+            tl.store(dv + place, y.to(dv.dtype.element_ty), mask=inside)
 
 
 @triton.jit

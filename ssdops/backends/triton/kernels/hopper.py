@@ -45,12 +45,13 @@ LARGE = gl.constexpr(126.0)
 
 @gluon.jit
 def hopper_gradients(
-    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through,
+    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through, onto,
     n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr,
     CAUSAL: gl.constexpr, STRICT: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr,
-    COLS: gl.constexpr, PACKED: gl.constexpr, SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, STAGES: gl.constexpr,
+    COLS: gl.constexpr, PACKED: gl.constexpr, SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, ONTO: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks · parts, groups, splits of a group's heads), with 3 parts if BN > 128, else 2.
 
@@ -73,10 +74,10 @@ def hopper_gradients(
         lo, hi = g * share + split * per_split, g * share + gl.minimum((split + 1) * per_split, share)
         if part == 0:
             _pairs(
-                q, k, v, dy, u, w, rho, kappa, total, dstates, dv + first * nheads * P,
+                q, k, v, dy, u, w, rho, kappa, total, dstates, dv + first * nheads * P, onto + first * nheads * P,
                 dg + ((split * blocks + slot).to(gl.int64) * groups + g) * BLOCK * BLOCK, sums, base, area, length, lo, hi,
                 nheads, v_share, scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
-                BLOCK, P, BP, N, BN, CAUSAL, STRICT, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, STAGES,
+                BLOCK, P, BP, N, BN, CAUSAL, STRICT, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, ONTO, STAGES,
             )  # fmt: skip
         elif part == 1:
             _states(
@@ -191,11 +192,11 @@ def _states(
 
 @gluon.jit
 def _pairs(
-    q, k, v, dy, u, w, rho, kappa, total, dstates, dv, dg, sums, base, area, length, lo, hi, nheads, v_share, scale,
+    q, k, v, dy, u, w, rho, kappa, total, dstates, dv, onto, dg, sums, base, area, length, lo, hi, nheads, v_share, scale,
     q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr,
     STRICT: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
-    SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, STAGES: gl.constexpr,
+    SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, ONTO: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dV, dG, and the sums of pairs and through dS."""
     HALF: gl.constexpr = BLOCK // 2
@@ -318,10 +319,16 @@ def _pairs(
                     own_rows += met
                 gl.store(sums + (2 * ALL_PAIRS + 1) * area + at + jn, own_rows)
                 same_room.index(turn).store(met * own_scale)
+        if ONTO:
+            p = gl.arange(0, BP, gl.SliceLayout(0, narrow))
+            of_head = onto + h * P + jn[:, None] * (nheads * P) + p[None, :] + unmoved
+            before = gl.load(of_head, mask=(jn < length + unmoved)[:, None] & (p < P)[None, :], other=0.0)
         y = warpgroup_mma_wait(0, deps=[y])
         y = warpgroup_mma(operand_of(given, narrow), late, y)
         if COLS:
             y *= own_scale[:, None]
+        if ONTO:
+            y += before
         gl.store(dv + h * P + place, gl.convert_layout(y.to(dv.dtype.element_ty), whole), mask=inside)
     async_copy.wait_group(0)
     if SUMS:

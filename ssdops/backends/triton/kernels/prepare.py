@@ -8,14 +8,14 @@ from .rows import first_slot, row_of_slot, slot_bounds
 
 @triton.jit
 def prepare(
-    q, k, log_a, log_cols, cu, scores, rho, kappa, total, center, block_rho, block_kappa, block_total, turns, places,
-    n_rows, seqlen, tokens, nheads, groups, blocks, n_places, segment, q_share, k_share,
-    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h,
+    q, k, log_a, log_cols, d, cu, scores, beside, rho, kappa, total, center, block_rho, block_kappa, block_total, turns, places,
+    n_rows, seqlen, tokens, nheads, groups, blocks, n_places, segment, q_share, k_share, d_scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h, d_b, d_t, d_h,
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
     DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
     PACKED: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, RUNNERS: tl.constexpr,
+    PRECISION: tl.constexpr, RUNNERS: tl.constexpr, DIAGONAL: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Scores K Qᵀ of chunks under the mask's triangle, if CHUNKS; sums of log decays of blocks, in units of log 2.
 
@@ -24,6 +24,7 @@ def prepare(
 
     Args:
         scores: `[chunks, groups, L_j, L_i]`.
+        beside: `[chunks, nheads, L]`, d_scale · d_i ⟨q_i, k_i⟩ of a DIAGONAL beside the scan; d is 1 unless it has VALUES.
         rho, kappa: `[chunks, nheads, L]`, from the chunk's start in local time; float64 where products are of float32, as
             differences of rounded sums lose digits.
         total: `[chunks, nheads]`, the sum of a chunk. These, and scores and center, only if CHUNKS.
@@ -50,6 +51,18 @@ def prepare(
                 qt = tl.load(q + i[:, None] * q_t + n[None, :], mask=inside, other=0.0).to(DOT)
                 kt = tl.load(k + i[:, None] * k_t + n[None, :], mask=inside, other=0.0).to(DOT)
                 acc = tl.dot(kt, tl.trans(qt), acc=acc, input_precision=PRECISION)  # [L_j, L_i]
+            if DIAGONAL:
+                share, own = nheads // groups, tl.sum(tl.where(i[:, None] == i[None, :], acc, 0.0), 0) * d_scale
+                d += b * d_b + t * d_t + part * share * d_h
+                beside += (slot.to(tl.int64) * nheads + part * share) * L
+                for h0 in range(0, share, HEADS):
+                    h = h0 + tl.arange(0, HEADS)
+                    out = tl.zeros([HEADS, L], tl.float32) + own[None, :]
+                    there = (h < share)[:, None]
+                    if VALUES:
+                        real = there & (first + i < stop)[None, :]
+                        out *= tl.load(d + i[None, :] * d_t + h[:, None] * d_h, mask=real, other=0.0).to(tl.float32)
+                    tl.store(beside + h[:, None] * L + i[None, :], out, mask=there)
             late, early = (i[None, :], i[:, None]) if CAUSAL else (i[:, None], i[None, :])
             acc = tl.where(late > early if STRICT else late >= early, acc, 0.0)
             scores += (slot.to(tl.int64) * groups + part) * L * L

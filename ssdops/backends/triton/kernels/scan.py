@@ -8,29 +8,35 @@ shared scores G = K Qᵀ of a chunk, the state S that enters it, and V as [P, L]
 
 Everything is [P, ·], so that S and V are left operands, which tensor cores read from registers: S is never written anywhere
 between chunks.
+
+What other terms of a mask give is added on the way out: d_i ⟨q_i, k_i⟩ v_i of a diagonal, in registers, and the sum of the
+terms before, from memory.
 """
 
 import triton
 import triton.language as tl
 
-from .rows import any_wide, bounds, first_slot, remembered, segment_of
+from .rows import any_wide, bounds, first_slot, remembered, segment_of, tokens_of
 
 
 @triton.jit
 def scan(
-    q, k, v, y, u, w, cu, scores, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals, places,
-    handed, turns, n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_segment,
+    q, k, v, y, u, w, cu, scores, beside, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals, places,
+    handed, turns, onto, n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BN2: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr, ENTERING: tl.constexpr,
-    LEAVING: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, RELAY: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr, ONTO: tl.constexpr,
+    PACKED: tl.constexpr, ENTERING: tl.constexpr, LEAVING: tl.constexpr, BLOCKS: tl.constexpr,
+    SEGMENTS: tl.constexpr, RELAY: tl.constexpr, ALIGN: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows · heads · tiles of P, 1, segments), or of SEGMENTS of packed rows (slots · heads · tiles of P): `segment_of`.
 
     Args:
         scale: the factor of Y.
+        beside: what a DIAGONAL multiplies v with (`prepare`).
+        onto: what Y is added to, laid out as Y is, if ONTO.
         per_segment: chunks of a segment, a multiple of ALIGN, which segments begin at.
         parts, part_totals: the state that each segment makes from zero, `[slots of segments, nheads, P, N]`, and its E
             (`states`): read if SEGMENTS.
@@ -67,6 +73,8 @@ def scan(
         u += b * u_b + t0 * u_t + h * u_h
     if COLS:
         w += b * w_b + t0 * w_t + h * w_h
+    if ONTO:
+        onto += b * y_b + t0 * y_t + h * y_h
     state = (row * nheads64 + h) * P * N + p[:, None] * N
     inside_p, inside_n, inside_n2 = (p < P)[:, None], (n < N)[None, :], (n2 < N)[None, :]
     s = tl.zeros([BP, BN], tl.float32)
@@ -98,23 +106,23 @@ def scan(
         leftmost = lo if CAUSAL else chunks - hi
         if any_wide(center, (slot0 + leftmost) * nheads64 + h, nheads64, hi - lo):
             s, s2 = _chunks(
-                q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
-                h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
-                L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, BLOCKS, False,
+                q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
+                block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+                L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, DIAGONAL, ONTO, BLOCKS, False,
                 NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
         else:
             s, s2 = _chunks(
-                q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
-                h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
-                L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, BLOCKS, True,
+                q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
+                block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+                L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, DIAGONAL, ONTO, BLOCKS, True,
                 NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
     else:
         s, s2 = _chunks(
-            q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
-            h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
-            L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, BLOCKS, False,
+            q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
+            block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+            L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, DIAGONAL, ONTO, BLOCKS, False,
             NORMALIZE, DOT, PRECISION, STAGES,
         )  # fmt: skip
     if RELAY:
@@ -133,11 +141,11 @@ def scan(
 
 @triton.jit
 def _chunks(
-    q, k, v, y, u, w, scores, rho, kappa, total, center, blocks, s, s2, lo, hi, chunks, length, slot0, block0,
-    h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+    q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
+    block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BN2: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr, ONTO: tl.constexpr, BLOCKS: tl.constexpr,
     FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The chunks [lo, hi) of a walk, and the state after them.
@@ -154,6 +162,12 @@ def _chunks(
         c = step if CAUSAL else chunks - 1 - step
         c0 = c.to(tl.int64) * L
         inside = i < length - c * L
+        if ONTO:  # long before it is wanted; in branches, as what is loaded outside of one takes shared memory for two chunks
+            of_sum = onto + c0 * y_t
+            if step < hi:
+                before = tokens_of(of_sum, i, inside, p, P, y_t, tl.float32)
+            else:  # never: without it the compiler would wait for the tile in the branch
+                before = tokens_of(of_sum, i, inside, p, P, y_t, tl.float32)
         if BLOCKS:
             if (c % per_block == 0) if CAUSAL else ((c % per_block == per_block - 1) | (c == chunks - 1)):
                 owed = tl.exp2(pending)
@@ -208,6 +222,10 @@ def _chunks(
         else:
             weighted = _weighted(pairs, r, kap, ut, wt, scale, i, L, CAUSAL, DECAY, ROWS, COLS)
             yt = tl.dot(vt, weighted.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
+        if DIAGONAL:
+            yt += vt.to(tl.float32) * tl.load(beside + base * L + i)[None, :]
+        if ONTO:
+            yt += tl.trans(before)
         place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
         tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
         if DECAY and not FACTORED:
