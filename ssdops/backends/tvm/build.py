@@ -116,10 +116,12 @@ def make(wanted: Iterable[tuple[str, Tile]]) -> None:
         ) from error
 
     def finish(lowered: Any, name: str, tile: Tile) -> Callable[..., None]:
-        return _keep(compiler.compiled(lowered, tile), place(name, tile))
+        return _keep(compiler.compiled(name, lowered, tile), place(name, tile))
 
+    first = {name: at for at, name in enumerate(compiler.WRITTEN_OUT)}
+    longest_first = sorted(dict.fromkeys(wanted), key=lambda program: first.get(program[0], len(first)))
     with ThreadPoolExecutor() as pool:
-        made = {key: pool.submit(finish, compiler.lowered(*key), *key) for key in dict.fromkeys(wanted)}
+        made = {key: pool.submit(finish, compiler.lowered(*key), *key) for key in longest_first}
     MADE.update({key: future.result() for key, future in made.items()})
 
 
@@ -137,7 +139,7 @@ def export(name: str, tile: Tile, directory: Path, cpu: str | None) -> Path:
         return path
     if not threads.of_torch():
         raise UnsupportedError("programs are exported for the OpenMP runtime of torch on Linux, and it is not here")
-    compiler.compiled(lowered, tile, cpu).export_library(str(path), addons=[str(threads.SOURCE)])
+    compiler.compiled(name, lowered, tile, cpu).export_library(str(path), addons=[str(threads.SOURCE)])
     return path
 
 

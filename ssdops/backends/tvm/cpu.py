@@ -14,7 +14,7 @@ from ..base import Config, Cotangents, Gradients, Inputs, Output
 from . import threads
 from .replay import Notes, Outputs
 from .scan import Heads, Scan, Scores, Sides, by_slot
-from .tile import EVERY, MOST, SEGMENT, STARTS, STATES
+from .tile import EVERY, MOST, SEGMENT, STATES
 
 MANY = 8
 """Programs for each thread from which it hardly matters that the last come alone."""
@@ -46,7 +46,7 @@ class OnCpu(Scan):
         p = self.problem
         y, qk, sides = self.covered(self.tokens, p.nheads, p.headdim), self.shared_scores(), self.sides(self.term)
         starts = self.starts() if save else self.unread(1, p.nheads, p.dstate, p.headdim)
-        final = self.walk(qk, sides, y, starts, STARTS if save else "")
+        final = self.walk(qk, sides, y, starts, save=save)
         state = final if self.x.wants_state else None
         return (self.shaped(y), state, starts, qk.values, sides.lines, sides.total) if save else (self.shaped(y), state)
 
@@ -100,8 +100,8 @@ class OnCpu(Scan):
             int(term.col_inclusive), int(term.strict), apart,
         )  # fmt: skip
 
-    def walk(self, qk: Scores, sides: Sides, y: Tensor, kept: Tensor, mode: str) -> Tensor:
-        """Write y, and keep what the mode says; the states that leave."""
+    def walk(self, qk: Scores, sides: Sides, y: Tensor, kept: Tensor, mode: str = "", save: bool = True) -> Tensor:
+        """Write y, and keep what the mode says, or with `save` the states that enter segments; the states that leave."""
         p, initial = self.problem, self.state(self.x.initial)
         if not self.tokens:
             return initial if self.x.initial is not None else self.new(self.rows, p.nheads, p.headdim, p.dstate).zero_()
@@ -109,7 +109,7 @@ class OnCpu(Scan):
         self.program("outputs", **self.tiles(), mode=mode)(
             self.q, self.k, self.v, qk.values, sides.lines, sides.total, self.begin, initial, leaving, y, kept,
             int(self.x.initial is not None), self.seqlen, int(self.term.causal), int(self.term.strict),
-            self.together(),
+            self.together(), int(save),
         )  # fmt: skip
         return leaving
 

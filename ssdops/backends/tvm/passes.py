@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from ...ir.terms import Linear, Quadratic
@@ -10,25 +11,30 @@ from ..base import Config, Cotangents, Gradients, Inputs, Output
 from . import build
 from .cpu import OnCpu, gathered, output
 from .cuda import OnGpu
+from .kept import needed
 from .quadratic import OnPairs
 from .replay import Call, able, as_read, reading, tensors
 from .scan import Pass
 from .threads import Alone
+from .tile import Tile
 
 S = TypeVar("S", bound=Pass)
 R = TypeVar("R")
+Programs = Sequence[tuple[str, Tile]]
+"""Names and tiles."""
 
 
 def forward(term: Linear | Quadratic, x: Inputs, config: Config, save: bool) -> Output:
     """Y, the final states, and those between; with `save`, what spares the backward pass work."""
     if not isinstance(term, Linear) or x.q.device.type != "cpu":
         return complete(x, lambda: other(term, x, config), lambda scan: scan.forward(save))
+    later = partial(needed, term, x.problem, config, "backward") if save else tuple
     if not able(x):
-        return complete(x, lambda: OnCpu(term, x, config), lambda scan: scan.forward(save))
+        return complete(x, lambda: OnCpu(term, x, config), lambda scan: scan.forward(save), later)
     read = tensors(x)
     call = Call(("forward", save), term, x, config, read)
     found = call.again() or complete(
-        x, lambda: OnCpu(term, reading(x, read), config), lambda scan: call.keep(scan.notes, scan.outputs(save))
+        x, lambda: OnCpu(term, reading(x, read), config), lambda scan: call.keep(scan.notes, scan.outputs(save)), later
     )
     return output(found)
 
@@ -54,8 +60,12 @@ def other(term: Linear | Quadratic, x: Inputs, config: Config) -> OnGpu | OnPair
     return OnPairs(term, x, config) if isinstance(term, Quadratic) else OnGpu(term, x, config)
 
 
-def complete(x: Inputs, make: Callable[[], S], run: Callable[[S], R]) -> R:
-    """What a pass gives; its first time, when it has only told which programs it wants, they are made and it runs again."""
+def complete(x: Inputs, make: Callable[[], S], run: Callable[[S], R], later: Callable[[], Programs] = tuple) -> R:
+    """What a pass gives; its first time, when it has only told which programs it wants, they are made and it runs again.
+
+    Args:
+        later: programs that another pass will want; if some must be made now, these are made beside them.
+    """
     with Alone(x.q.device):
         first = make()
         out = run(first)
@@ -64,7 +74,7 @@ def complete(x: Inputs, make: Callable[[], S], run: Callable[[S], R]) -> R:
             return out
         if not first.wanted:
             return out
-        build.make(first.wanted)
+        build.make([*first.wanted, *[program for program in later() if build.known(*program) is None]])
         again = make()
         out = run(again)
         assert not again.wanted  # else what it gave is not filled
