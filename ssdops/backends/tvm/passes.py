@@ -13,7 +13,7 @@ from .cpu import OnCpu, gathered, output
 from .cuda import OnGpu
 from .kept import needed
 from .quadratic import OnPairs
-from .replay import Call, able, as_read, reading, tensors
+from .replay import Call, able, as_read, reading
 from .scan import Pass
 from .threads import Alone
 from .tile import Tile
@@ -26,32 +26,32 @@ Programs = Sequence[tuple[str, Tile]]
 
 def forward(term: Linear | Quadratic, x: Inputs, config: Config, save: bool) -> Output:
     """Y, the final states, and those between; with `save`, what spares the backward pass work."""
-    if not isinstance(term, Linear) or x.q.device.type != "cpu":
+    if not isinstance(term, Linear) or not x.q.is_cpu:
         return complete(x, lambda: other(term, x, config), lambda scan: scan.forward(save))
+    call = Call(("forward", save), term, x, config) if able(x) else None
+    if call is not None and (found := call.again()) is not None:
+        return output(found)
     later = partial(needed, term, x.problem, config, "backward") if save else tuple
-    if not able(x):
+    if call is None:
         return complete(x, lambda: OnCpu(term, x, config), lambda scan: scan.forward(save), later)
-    read = tensors(x)
-    call = Call(("forward", save), term, x, config, read)
-    found = call.again() or complete(
-        x, lambda: OnCpu(term, reading(x, read), config), lambda scan: call.keep(scan.notes, scan.outputs(save)), later
-    )
-    return output(found)
+    read = reading(x, call.read)
+    return output(complete(x, lambda: OnCpu(term, read, config), lambda scan: call.keep(scan.notes, scan.outputs(save)), later))
 
 
 def backward(term: Linear | Quadratic, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
     """Gradients of everything."""
-    if not isinstance(term, Linear) or x.q.device.type != "cpu":
+    if not isinstance(term, Linear) or not x.q.is_cpu:
         return complete(x, lambda: other(term, x, config), lambda scan: scan.backward(cotangents))
     if not able(x):
         return complete(x, lambda: OnCpu(term, x, config), lambda scan: scan.backward(cotangents))
-    acc, dstate, read = x.problem.accumulate, cotangents.state, tensors(x)
-    given = Cotangents(as_read(cotangents.y, acc), None if dstate is None else as_read(dstate, acc), cotangents.saved)
-    others = (given.y, *given.saved) if given.state is None else (given.y, *given.saved, given.state)
-    call = Call(("backward", dstate is None, len(given.saved)), term, x, config, (*read, *others))
-    found = call.again() or complete(
-        x, lambda: OnCpu(term, reading(x, read), config), lambda scan: call.keep(scan.notes, scan.gradients(given))
-    )
+    acc, saved = x.problem.accumulate, cotangents.saved
+    others = [*saved, as_read(cotangents.y, acc)]
+    if cotangents.state is not None:
+        others.append(as_read(cotangents.state, acc))
+    call = Call(("backward", cotangents.state is None, len(saved)), term, x, config, others)
+    if (found := call.again()) is None:
+        read, given = reading(x, call.read), call.given(cotangents)
+        found = complete(x, lambda: OnCpu(term, read, config), lambda scan: call.keep(scan.notes, scan.gradients(given)))
     return gathered(x, found)
 
 
