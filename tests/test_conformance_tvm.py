@@ -327,7 +327,8 @@ def cuda_source(name: str, target: str, data: str, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(toolkit, "prepare", lambda: None)
     tile = Tile(target, data, "float32", 32 if data == "float32" else 64, **PROGRAMS[name])
-    source: str = compiler.compiled(compiler.lowered(name.split()[0], tile), tile).mod.imports[0].inspect_source("cuda")
+    program = name.split()[0]
+    source: str = compiler.compiled(program, compiler.lowered(program, tile), tile).mod.imports[0].inspect_source("cuda")
     return source
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from ssdops import config, explain, masks, ssd
 from ssdops.autotune.choose import Candidate, Choice, why_not
 from ssdops.backends.base import Config
-from ssdops.backends.tvm import build, kept
+from ssdops.backends.tvm import build, kept, scan
 from ssdops.backends.tvm.backend import Tvm
+from ssdops.backends.tvm.tile import Tile
 from ssdops.ir import nodes as n
 from ssdops.ir.problem import Target
 from ssdops.ir.terms import Diagonal, Linear
@@ -68,6 +70,31 @@ def test_it_knows_what_a_call_would_call(mask: str, dtype: torch.dtype, learnt: 
     assert isinstance(one.term, Linear)
     assert kept.are_kept(one.term, found.problem, Config(16), direction)
     assert asked == set(called)
+
+
+class Asked(Exception):
+    """Raised in place of compiling."""
+
+
+@pytest.mark.parametrize("mask", ["decay", "packed"])
+def test_what_learns_compiles_both_passes_at_once(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what does not, the same programs of a forward pass and no more."""
+    asked: list[set[object]] = []
+
+    def make(wanted: Iterable[tuple[str, Tile]]) -> None:
+        asked.append(set(wanted))
+        raise Asked
+
+    monkeypatch.setattr(build, "make", make)
+    monkeypatch.setattr(scan, "_known", {})
+    for learnt in (False, True):
+        with pytest.raises(Asked):
+            ssd(*tensors(mask, learnt=learnt), backend="tvm", chunk_size=16)
+    with build.collecting() as called:
+        ssd(*tensors(mask, learnt=True), backend="tvm", chunk_size=16).sum().backward()
+    forward, both = asked
+    assert both == set(called) > forward
+    assert {name for name, _ in forward} == {"lines", "scores", "outputs"}
 
 
 def test_states_between_need_another_program(monkeypatch: pytest.MonkeyPatch) -> None:

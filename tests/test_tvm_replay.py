@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssdops import masks, ssd
 from ssdops.backends.tvm import backend, threads
+from ssdops.backends.tvm.backend import Tvm
 
 if not backend.installed().ok or not threads.of_torch():
     pytest.skip("passes are called again on torch's threads alone; conformance covers others", allow_module_level=True)
@@ -18,7 +19,9 @@ if not backend.installed().ok or not threads.of_torch():
 from ssdops.backends.tvm import passes, replay
 
 pytestmark = pytest.mark.tvm
-KINDS = ("plain", "shared", "strided", "half", "state", "scaled", "without decay", "anticausal")
+KINDS = (
+    "plain", "shared", "strided", "misaligned", "half", "half logs", "double", "state", "scaled", "without decay", "anticausal",
+)  # fmt: skip
 
 
 def leaves(kind: str, seed: int, seqlen: int = 70) -> list[Tensor]:
@@ -31,6 +34,12 @@ def leaves(kind: str, seed: int, seqlen: int = 70) -> list[Tensor]:
         q, v = q.transpose(2, 3).contiguous().transpose(2, 3), torch.stack((v, v), -1)[..., 0]
     if kind == "half":
         q, k, v = (x.bfloat16() for x in (q, k, v))
+    if kind == "half logs":
+        log_a = log_a.bfloat16()
+    if kind == "double":
+        q, k, v, log_a, state = (x.double() for x in (q, k, v, log_a, state))
+    if kind == "misaligned":
+        q, log_a = (torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape) for x in (q, log_a))
     return [x.requires_grad_() for x in (q, k, v, log_a, state)]
 
 
@@ -70,6 +79,41 @@ def test_another_call_says_what_it_would_say_first(kind: str, monkeypatch: pytes
     again()
     found = results(kind, leaves(kind, 1))
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+def test_many_logs_are_made_wide_by_all_threads(monkeypatch: pytest.MonkeyPatch, again: Any) -> None:
+    """A pass that is called again does by itself what torch did the first time."""
+    monkeypatch.setattr(replay, "_replays", {})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        given = leaves("plain", 4, 5001)
+        assert given[3].numel() >= 32768  # as threads.c has it
+        wanted = results("plain", given)
+        again()
+        assert all(torch.equal(x, y) for x, y in zip(results("plain", given), wanted, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_forward_pass_leaves_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the backward pass reads the parts, the first time and again: as much as states, scores, lines and E take."""
+    monkeypatch.setattr(replay, "_replays", {})
+    kept, backward = [], Tvm.backward
+
+    def noted(self: Tvm, term: Any, x: Any, config: Any, cotangents: Any) -> Any:
+        kept.append((config.chunk_size, cotangents.saved))
+        return backward(self, term, x, config, cotangents)
+
+    monkeypatch.setattr(Tvm, "backward", noted)
+    given = leaves("plain", 5)
+    for _ in range(2):
+        results("plain", given)
+    for chunk, (whole,) in kept:
+        slots = 2 * -(-70 // chunk)  # all of a row are one segment
+        starts, scores, lines, total = 2 * 4 * 7 * 5 * 4, slots * 2 * chunk**2 * 4, slots * 4 * 8 * chunk * 8, slots * 4 * 8
+        assert 0 <= whole.nbytes - (starts + scores + lines + total) < 4 * replay.ALIGNED
+    assert len(kept) == 2
 
 
 def test_tensors_that_are_one_are_told_apart_from_two(monkeypatch: pytest.MonkeyPatch) -> None:

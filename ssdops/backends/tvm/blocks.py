@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tvm.script import tirx as T
 
-from .parts import behind, beside, bound, first_segment, first_slot, fits, number, one_if, under
+from .parts import behind, beside, bound, first_segment, first_slot, fits, number, one_if, put, under
 from .tile import Tile
 
+At = Callable[..., Any]
+"""What is at an index."""
 
-def fill(name: str, *shape: int) -> Any:
-    """`fill(name, I, J)(tile, value)`: tile[i, j] = value(i, j). Of one, two or three axes.
 
-    Each has a function of its own, as TVM reads the text of every macro that a function defines.
+def fill(name: str, *shape: int) -> Callable[[Any, At], None]:
+    """`fill(name, I, J)(tile, value)`: tile[i, j] = value(i, j). Of any number of axes.
+
+    No macro, like `store` and `locate`: for each call of one TVM looks for the text of all functions that are being called.
     """
-    return (_line, _matrix, _stack)[len(shape) - 1](name, *shape)
 
+    def block(tile: Any, value: At) -> None:
+        with T.grid(*shape) as loops, T.sblock(name):
+            at = [T.axis.spatial(*of) for of in zip(shape, loops if len(shape) > 1 else (loops,), strict=True)]
+            put(tile, value(*at), *at)
 
-def _line(name: str, size: int) -> Any:
-    @T.macro
-    def line(tile, value):
-        for i in range(size):
-            with T.sblock(name):
-                vi = T.axis.spatial(size, i)
-                tile[vi] = value(vi)
-
-    return line
-
-
-def _matrix(name: str, rows: int, cols: int) -> Any:
-    @T.macro
-    def matrix(tile, value):
-        for i, j in T.grid(rows, cols):
-            with T.sblock(name):
-                vi, vj = T.axis.remap("SS", [i, j])
-                tile[vi, vj] = value(vi, vj)
-
-    return matrix
-
-
-def _stack(name: str, count: int, rows: int, cols: int) -> Any:
-    @T.macro
-    def stack(tile, value):
-        for h, i, j in T.grid(count, rows, cols):
-            with T.sblock(name):
-                vh, vi, vj = T.axis.remap("SSS", [h, i, j])
-                tile[vh, vi, vj] = value(vh, vi, vj)
-
-    return stack
+    return block
 
 
 class Rows:
@@ -192,27 +169,23 @@ def near_sums(size: int, dtype: str) -> Any:
     return block
 
 
-def store(name: str, rows: int, cols: int, whole: bool) -> Any:
+def store(name: str, rows: int, cols: int, whole: bool) -> Callable[[Any, Any, Any, Any, Any, At], None]:
     """`store(name, I, J, whole)(out, head, first, end, size, value)`: tokens before the end of a row, and what sizes have."""
 
-    @T.macro
-    def block(out, head, first, end, size, value):
-        for i, j in T.grid(rows, cols):
-            with T.sblock(name):
-                vi, vj = T.axis.remap("SS", [i, j])
-                T.where(first + i < end and fits(whole, j, size))
-                out[first + vi, head, vj] = value(vi, vj)
+    def block(out: Any, head: Any, first: Any, end: Any, size: Any, value: At) -> None:
+        with T.grid(rows, cols) as (i, j), T.sblock(name):
+            vi, vj = T.axis.remap("SS", [i, j])
+            T.where(T.And(first + i < end, fits(whole, j, size)))
+            put(out, value(vi, vj), first + vi, head, vj)
 
     return block
 
 
-@T.macro
-def locate(place, begin, row, seqlen, chunk):
+def locate(place: Any, begin: Any, row: Any, seqlen: Any, chunk: int) -> None:
     """place = the first token of a row, its end, its first slot, and its first segment."""
-    for i in range(1):
-        with T.sblock("place"):
-            vi = T.axis.spatial(1, i)
-            place[vi] = bound(begin, row, seqlen)
-            place[vi + 1] = bound(begin, row + 1, seqlen)
-            place[vi + 2] = first_slot(begin, row, seqlen, chunk)
-            place[vi + 3] = first_segment(begin, row, seqlen, chunk)
+    with T.serial(0, 1) as i, T.sblock("place"):
+        vi = T.axis.spatial(1, i)
+        put(place, bound(begin, row, seqlen), vi)
+        put(place, bound(begin, row + 1, seqlen), vi + 1)
+        put(place, first_slot(begin, row, seqlen, chunk), vi + 2)
+        put(place, first_segment(begin, row, seqlen, chunk), vi + 3)

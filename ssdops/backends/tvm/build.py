@@ -55,6 +55,8 @@ SOURCES = (
 )
 
 
+OPTIONS = ["-O2"]
+"""Of the compiler that makes a library of a program and `threads.c`."""
 _collected: ContextVar[dict[tuple[str, Tile], None] | None] = ContextVar("_collected", default=None)
 """Programs that passes have wanted, where they are to be exported and not run."""
 _told: set[Path] = set()
@@ -116,10 +118,12 @@ def make(wanted: Iterable[tuple[str, Tile]]) -> None:
         ) from error
 
     def finish(lowered: Any, name: str, tile: Tile) -> Callable[..., None]:
-        return _keep(compiler.compiled(lowered, tile), place(name, tile))
+        return _keep(compiler.compiled(name, lowered, tile), place(name, tile))
 
+    first = {name: at for at, name in enumerate(compiler.WRITTEN_OUT)}
+    longest_first = sorted(dict.fromkeys(wanted), key=lambda program: first.get(program[0], len(first)))
     with ThreadPoolExecutor() as pool:
-        made = {key: pool.submit(finish, compiler.lowered(*key), *key) for key in dict.fromkeys(wanted)}
+        made = {key: pool.submit(finish, compiler.lowered(*key), *key) for key in longest_first}
     MADE.update({key: future.result() for key, future in made.items()})
 
 
@@ -137,7 +141,7 @@ def export(name: str, tile: Tile, directory: Path, cpu: str | None) -> Path:
         return path
     if not threads.of_torch():
         raise UnsupportedError("programs are exported for the OpenMP runtime of torch on Linux, and it is not here")
-    compiler.compiled(lowered, tile, cpu).export_library(str(path), addons=[str(threads.SOURCE)])
+    compiler.compiled(name, lowered, tile, cpu).export_library(str(path), addons=[str(threads.SOURCE)], options=OPTIONS)
     return path
 
 
@@ -155,7 +159,9 @@ def _keep(made: Any, path: Path) -> Callable[..., None]:
         if not ours(path.parent):
             raise PermissionError("it is another user's, or others can write there (chmod go-w)")
         with tempfile.TemporaryDirectory(dir=path.parent) as room:
-            made.export_library(os.path.join(room, path.name), addons=addons)  # which needs a linker
+            made.export_library(
+                os.path.join(room, path.name), addons=addons, options=OPTIONS if addons else None
+            )  # which needs a linker
             os.replace(os.path.join(room, path.name), path)  # at once, so that nobody loads half of it
         return _load(path)
     except (OSError, RuntimeError) as error:
@@ -202,8 +208,13 @@ def entry(run: Callable[..., None]) -> int | None:
 def replayer(run: Callable[..., None]) -> Any:
     """`ssdops_replay` of `threads.c`, which each such program has; addresses as bytes."""
     replay = _libraries[run].ssdops_replay
-    replay.argtypes = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
+    replay.argtypes = ctypes.c_void_p, ctypes.c_char_p
     return replay
+
+
+def widener(run: Callable[..., None]) -> int | None:
+    """Where `ssdops_widen` of `threads.c` begins, likewise."""
+    return ctypes.cast(_libraries[run].ssdops_widen, ctypes.c_void_p).value
 
 
 @cache

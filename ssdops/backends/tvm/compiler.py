@@ -28,6 +28,9 @@ PROGRAMS = {
     "pairs": pairs.pairs,
     "pairs_gpu": pairs_gpu.pairs_gpu,
 }
+WRITTEN_OUT = ("gradients", "outputs")
+"""Programs whose products are written out (`products.py`), the one that takes longest first. Their buffers are as small as they
+can be: for TVM to look at every access of hundreds of them takes it as long as all the rest."""
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
 """Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
 
@@ -37,10 +40,12 @@ def lowered(name: str, tile: Tile) -> Any:
     return rules.schedule(PROGRAMS[name](tile), tile)
 
 
-def compiled(program: Any, tile: Tile, cpu: str | None = None) -> Any:
+def compiled(name: str, program: Any, tile: Tile, cpu: str | None = None) -> Any:
     """What TVM makes of it, at any time: for this processor, or for one that LLVM has a name for."""
     if tile.target == "cpu":
-        return tvm.compile(program, target=processor(cpu))
+        left_out = ["s_tir.CompactBufferAllocation"] if name in WRITTEN_OUT else []
+        with tvm.transform.PassContext(disabled_pass=left_out):
+            return tvm.compile(program, target=processor(cpu))
     toolkit.prepare()
     with for_gpu(tile, "llvm") as target:
         return tvm.compile(program, target=target)

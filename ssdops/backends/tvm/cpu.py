@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import gcd
-from typing import Any
+from itertools import accumulate
+from math import gcd, prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Gradients, Inputs, Output
 from . import threads
-from .replay import Notes, Outputs
+from .replay import ALIGNED, Notes, Outputs, widen
 from .scan import Heads, Scan, Scores, Sides, by_slot
-from .tile import EVERY, MOST, SEGMENT, STARTS, STATES
+from .tile import EVERY, LINES, MOST, SEGMENT, STATES
 
 MANY = 8
 """Programs for each thread from which it hardly matters that the last come alone."""
@@ -22,6 +24,16 @@ MANY = 8
 
 BY_TOKEN = ("log_a", "rows", "cols")
 """What there are gradients of by token and head."""
+
+
+class Keepsake(NamedTuple):
+    """What a forward pass leaves for the backward pass, in one tensor, as each takes torch 2 µs; and the parts of it."""
+
+    whole: Tensor
+    starts: Tensor
+    scores: Tensor
+    lines: Tensor
+    total: Tensor
 
 
 class OnCpu(Scan):
@@ -44,11 +56,16 @@ class OnCpu(Scan):
     def outputs(self, save: bool) -> Outputs:
         """Y, the final states if they are wanted, and what is to be saved."""
         p = self.problem
-        y, qk, sides = self.covered(self.tokens, p.nheads, p.headdim), self.shared_scores(), self.sides(self.term)
-        starts = self.starts() if save else self.unread(1, p.nheads, p.dstate, p.headdim)
-        final = self.walk(qk, sides, y, starts, STARTS if save else "")
+        y = self.covered(self.tokens, p.nheads, p.headdim)
+        if save:
+            kept = self.keepsake()
+            qk, sides = self.shared_scores(kept.scores), self.sides(self.term, (kept.lines, kept.total))
+            final = self.walk(qk, sides, y, kept.starts)
+        else:
+            qk, sides = self.shared_scores(), self.sides(self.term)
+            final = self.walk(qk, sides, y, self.unread(1, p.nheads, p.dstate, p.headdim), save=False)
         state = final if self.x.wants_state else None
-        return (self.shaped(y), state, starts, qk.values, sides.lines, sides.total) if save else (self.shaped(y), state)
+        return (self.shaped(y), state, kept.whole) if save else (self.shaped(y), state)
 
     def backward(self, cotangents: Cotangents) -> Gradients:
         """Gradients of everything."""
@@ -100,8 +117,8 @@ class OnCpu(Scan):
             int(term.col_inclusive), int(term.strict), apart,
         )  # fmt: skip
 
-    def walk(self, qk: Scores, sides: Sides, y: Tensor, kept: Tensor, mode: str) -> Tensor:
-        """Write y, and keep what the mode says; the states that leave."""
+    def walk(self, qk: Scores, sides: Sides, y: Tensor, kept: Tensor, mode: str = "", save: bool = True) -> Tensor:
+        """Write y, and keep what the mode says, or with `save` the states that enter segments; the states that leave."""
         p, initial = self.problem, self.state(self.x.initial)
         if not self.tokens:
             return initial if self.x.initial is not None else self.new(self.rows, p.nheads, p.headdim, p.dstate).zero_()
@@ -109,28 +126,42 @@ class OnCpu(Scan):
         self.program("outputs", **self.tiles(), mode=mode)(
             self.q, self.k, self.v, qk.values, sides.lines, sides.total, self.begin, initial, leaving, y, kept,
             int(self.x.initial is not None), self.seqlen, int(self.term.causal), int(self.term.strict),
-            self.together(),
+            self.together(), int(save),
         )  # fmt: skip
         return leaving
 
     def saved(self, cotangents: Cotangents) -> tuple[Tensor, Scores, Sides]:
         """What the forward pass saved, or would have: states that enter segments, scores, and what there is per token."""
-        p = self.problem
+        p, kept = self.problem, self.keepsake(*cotangents.saved)
         if cotangents.saved:
-            starts, scores, lines, total = cotangents.saved
-            return starts, Scores(scores, 0, p.nheads // scores.shape[1]), Sides(self.term, lines, total)
-        starts, qk, sides = self.starts(), self.shared_scores(), self.sides(self.term)
-        self.walk(qk, sides, self.new(self.tokens, p.nheads, p.headdim), starts, STATES)
-        return starts, qk, sides
+            scores = Scores(kept.scores, 0, p.nheads // kept.scores.shape[1])
+            return kept.starts, scores, Sides(self.term, kept.lines, kept.total)
+        qk, sides = self.shared_scores(kept.scores), self.sides(self.term, (kept.lines, kept.total))
+        self.walk(qk, sides, self.new(self.tokens, p.nheads, p.headdim), kept.starts, STATES)
+        return kept.starts, qk, sides
 
-    def starts(self) -> Tensor:
-        """Room for the states that enter segments of `SEGMENT` chunks."""
+    def keepsake(self, whole: Tensor | None = None) -> Keepsake:
+        """What was saved, or room for it: states that enter segments of `SEGMENT` chunks, scores, lines and E."""
         p = self.problem
         if self.seqlen < 0:  # documents: `parts.first_segment` says where theirs are
             count = self.slots // SEGMENT + self.rows + 1
         else:
             count = self.rows * -(-self.seqlen // (self.chunk * SEGMENT))
-        return self.new(count, p.nheads, p.dstate, p.headdim)
+        parts = (
+            ((count, p.nheads, p.dstate, p.headdim), self.acc),
+            ((self.slots, common_heads(p), self.chunk, self.chunk), self.data),
+            ((self.slots, p.nheads, LINES, self.chunk), torch.float64),
+            ((self.slots, p.nheads), torch.float64),
+        )
+        bytes_of = [prod(shape) * dtype.itemsize for shape, dtype in parts]
+        *begin, size = accumulate((-(-count // ALIGNED) * ALIGNED for count in bytes_of), initial=0)
+        if whole is None:
+            whole = self.new(size, dtype=torch.uint8)
+        views = [
+            whole[at : at + count].view(dtype).view(shape)
+            for at, count, (shape, dtype) in zip(begin, bytes_of, parts, strict=True)
+        ]
+        return Keepsake(whole, *views)
 
     def state(self, given: Tensor | None) -> Tensor:
         """States as programs read them."""
@@ -175,30 +206,44 @@ class OnCpu(Scan):
         self.notes.unread.append(found := super().unread(*shape))
         return found
 
+    def slot(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """As `Scan` does; that logs of float32 become float64 is noted, and done by threads.c, as torch takes 4 µs to begin."""
+        given, p = self.x.values.get(name), self.problem
+        if given is None or given.dtype != torch.float32 or dtype != torch.float64:
+            return super().slot(name, dtype)
+        found = super().slot(name, given.dtype)
+        assert found is not None  # the slot is there
+        made = self.new(self.tokens, p.nheads, dtype=dtype)
+        self.noted(widen)(found, made, made.numel())
+        return made
+
     def program(self, name: str, **fields: Any) -> Callable[..., None]:
         """As `Scan` does; its calls are noted."""
-        run = super().program(name, **fields)
+        return self.noted(super().program(name, **fields))
 
-        def noted(*arguments: Any) -> None:
+    def noted(self, run: Callable[..., None]) -> Callable[..., None]:
+        """A program whose calls are noted."""
+
+        def call(*arguments: Any) -> None:
             self.notes.calls.append((run, arguments))
             run(*arguments)
 
-        return noted
+        return call
 
 
 def output(found: Outputs) -> Output:
     """Of what `OnCpu.outputs` gives."""
     y, state, *saved = found
-    assert y is not None  # it always is there, as is what is saved
-    return Output(y, state, tuple(x for x in saved if x is not None))
+    assert y is not None  # it always is there
+    return Output(y, state, tuple(saved))  # type: ignore[arg-type]  # as is what is saved
 
 
 def gathered(x: Inputs, found: Outputs) -> Gradients:
     """Gradients of a term's inputs, of what `OnCpu.gradients` gives."""
     initial, dq, dk, dv, *by_token = found
     assert dq is not None and dk is not None and dv is not None  # they always are there
-    q, k, v = (lanes if lanes.ndim == 4 else lanes.sum(3) for lanes in (dq, dk, dv))
-    read = {name: value for name, value in zip(BY_TOKEN, by_token, strict=True) if value is not None}
+    q, k, v = [lanes if lanes.ndim == 4 else lanes.sum(3) for lanes in (dq, dk, dv)]
+    read: Any = dict(zip(BY_TOKEN, by_token, strict=True))  # None is what no value of the term is read for
     return Gradients(q, k, v, initial, by_slot(x, read))
 
 

@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 from .blocks import fill, locate, store
 from .parts import bound, decay, exp, fits, meets, near, number, shared, sizes, summed, under, within
 from .products import add, adding, given, onto, product
-from .tile import INTO, LANES, LINES, MOST, OUT_OF, PADDING, SEGMENT, Tile, U, W
+from .tile import INTO, LANES, LINES, MOST, OUT_OF, SEGMENT, Tile, U, W
 
 PASSING = 4
 """Rows of partial sums of what passes a chunk."""
@@ -77,8 +77,8 @@ def gradients(tile: Tile) -> Any:
                 place = T.sblock_alloc_buffer((4,), "int64")
                 at = T.sblock_alloc_buffer((3,), "int64")
                 lane = T.sblock_alloc_buffer((6,), "int64")  # of q, k and v, and whether another was there before
-                cotangent = T.sblock_alloc_buffer((MOST, P, N + PADDING), data)  # D
-                states = T.sblock_alloc_buffer((Z * MOST, P, N + PADDING), data)
+                cotangent = T.sblock_alloc_buffer((MOST, P, N), data)  # D
+                states = T.sblock_alloc_buffer((Z * MOST, P, N), data)
                 start = T.meta_var(place[0])
                 end = T.meta_var(place[1])
                 first = T.meta_var(at[0])

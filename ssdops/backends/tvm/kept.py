@@ -21,6 +21,11 @@ from .tile import Tile
 
 def are_kept(term: Linear, problem: Problem, config: Config, direction: str) -> bool:
     """Whether every program of a pass, or of both passes of a call that is learnt from, was compiled before."""
+    return all(_is_kept(*program) for program in needed(term, problem, config, direction))
+
+
+def needed(term: Linear, problem: Problem, config: Config, direction: str) -> tuple[tuple[str, Tile], ...]:
+    """These programs."""
     p = problem
     slots = tuple(slot for slot in ("log_a", "rows", "cols", "log_cols") if getattr(term, slot) is not None)
     tokens = 2 * (config.chunk_size or 1)
@@ -28,7 +33,7 @@ def are_kept(term: Linear, problem: Problem, config: Config, direction: str) -> 
         1, tokens, 1, p.headdim, p.dstate, 1, 1, 1, p.dtype, p.accumulate, p.accumulate, 1, False, (), p.target,
         None if p.state_every is None else config.chunk_size,
     )  # fmt: skip
-    return all(_is_kept(*program) for program in programs(replace(term, documents=None), slots, small, config, direction))
+    return programs(replace(term, documents=None), slots, small, config, direction)
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 from .blocks import fill, locate, store
 from .parts import bound, decay, exp, fits, meets, near, number, shared, sizes, under, within
 from .products import onto, product
-from .tile import EVERY, INTO, LINES, MOST, OUT_OF, PADDING, SEGMENT, STATES, Tile, U, W
+from .tile import EVERY, INTO, LINES, MOST, OUT_OF, SEGMENT, STATES, Tile, U, W
 
 
 def outputs(tile: Tile) -> Any:
@@ -17,8 +17,9 @@ def outputs(tile: Tile) -> Any:
 
     Parameters, in order: q, k `[tokens, heads of their own, N]`; v `[tokens, heads of its own, P]`; g `[slots, heads of its
     own, C, C]`; lines and E of `lines`; begin `[rows + 1]`; entering and leaving `[rows, nheads, P, N]`; y `[tokens, nheads,
-    P]`; kept `[slots or segments, nheads, N, P]`; and the numbers enters (whether states do), seqlen, causal, strict, and how
-    many heads are walked together. The mode says what is kept, and whether Y is wanted.
+    P]`; kept `[slots or segments, nheads, N, P]`; and the numbers enters (whether states do), seqlen, causal, strict, how many
+    heads are walked together, and keeps (whether states that enter segments are kept: so passes that are learnt from need no
+    program of their own). The mode says what else is kept, and whether Y is wanted.
     """
     C, N, P, data, whole = tile.chunk, tile.inner, tile.outer, tile.data, tile.whole
     WANTED = tile.mode != STATES
@@ -27,7 +28,7 @@ def outputs(tile: Tile) -> Any:
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
         entering_: T.handle, leaving_: T.handle, y_: T.handle, kept_: T.handle, enters: T.int64, seqlen: T.int64,
-        causal: T.int64, strict: T.int64, together: T.int64,
+        causal: T.int64, strict: T.int64, together: T.int64, keeps: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         tokens, slots, rows, ends, entering_rows, nheads, kept_slots = sizes(7)
@@ -50,7 +51,7 @@ def outputs(tile: Tile) -> Any:
                 row, some = T.axis.remap("SS", [row_, some_])
                 place = T.sblock_alloc_buffer((4,), "int64")
                 at = T.sblock_alloc_buffer((2,), "int64")
-                state = T.sblock_alloc_buffer((MOST, N, P + PADDING), data)
+                state = T.sblock_alloc_buffer((MOST, N, P), data)
                 start = T.meta_var(place[0])
                 end = T.meta_var(place[1])
                 first = T.meta_var(at[0])
@@ -113,11 +114,13 @@ def outputs(tile: Tile) -> Any:
                                             vm, vo = T.axis.remap("SS", [m, o])
                                             T.where(fits(whole, m, n) and fits(whole, o, p))
                                             kept[slot, head(vh), vm, vo] = state[vh, vm, vo]
-                                elif tile.mode != "":
+                                else:
                                     for m, o in T.grid(N, P):
                                         with T.sblock("keep"):
                                             vm, vo = T.axis.remap("SS", [m, o])
-                                            T.where(vs % SEGMENT == 0 and fits(whole, m, n) and fits(whole, o, p))
+                                            T.where(
+                                                keeps == 1 and vs % SEGMENT == 0 and fits(whole, m, n) and fits(whole, o, p)
+                                            )
                                             kept[place[3] + vs // SEGMENT, head(vh), vm, vo] = state[vh, vm, vo]
                                 if WANTED:
                                     fill("pairs", C, C)(

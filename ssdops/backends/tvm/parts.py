@@ -43,6 +43,11 @@ def decay(tile: Tile, lines: Any, i: Any, j: Any, condition: Any) -> Any:
     return exp_if(condition, lines[RHO, i] - lines[KAPPA, j] + (lines[RHO_LOW, i] - lines[KAPPA_LOW, j]))
 
 
+def put(buffer: Any, value: Any, *at: Any) -> Any:
+    """buffer[at] = value, as a statement of the program."""
+    return T.buffer_store(buffer, value, list(at))
+
+
 def number(value: float, dtype: str) -> Any:
     """A constant of a dtype of sums."""
     return T.float64(value) if dtype == "float64" else T.float32(value)

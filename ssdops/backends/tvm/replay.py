@@ -12,7 +12,9 @@ import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import accumulate
+from operator import or_
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ...ir.resolve import repeat_heads
 from ...ir.terms import Linear
-from ..base import Config, Inputs
+from ..base import Config, Cotangents, Inputs
 from . import build, threads
 
 ALIGNED, VECTOR = 64, 16
@@ -29,6 +31,8 @@ ARGUMENTS = 64
 """Of a program at most, as `threads.c` has it."""
 MOST = 256
 """Passes that are remembered."""
+NO_TENSOR, OF_ROOM, FIXED = -1, -2, -3
+"""Sources of an argument, beside tensors that differ from call to call, as `threads.c` has them."""
 INT, FLOAT, TENSOR, CPU = 1, 3, 7, 1
 """Kinds of arguments of TVM's FFI, and DLPack's device."""
 CODES = {torch.float32: 2 | 32 << 8 | 1 << 16, torch.float64: 2 | 64 << 8 | 1 << 16, torch.int64: 0 | 64 << 8 | 1 << 16}
@@ -51,7 +55,7 @@ class Argument(ctypes.Structure):
 
 
 class Layout(ctypes.Structure):
-    """`Tensor` of `threads.c`."""
+    """`Tensor` of `threads.c`; its data are so many bytes behind the address of its source."""
 
     _fields_ = (
         ("data", ctypes.c_void_p), ("device", ctypes.c_int32 * 2), ("ndim", ctypes.c_int32), ("dtype", ctypes.c_int32),
@@ -66,6 +70,12 @@ class Program(ctypes.Structure):
         ("run", ctypes.c_void_p), ("arguments", ctypes.c_void_p), ("tensors", ctypes.c_void_p), ("sources", ctypes.c_void_p),
         ("count", ctypes.c_int64),
     )  # fmt: skip
+
+
+class Steps(ctypes.Structure):
+    """`Pass` of `threads.c`."""
+
+    _fields_ = (("programs", ctypes.c_void_p), ("count", ctypes.c_int64), ("room", ctypes.c_int64))
 
 
 @dataclass
@@ -84,55 +94,63 @@ class Notes:
 
 
 class Replay:
-    """A pass less the addresses: of what is given, of outputs, of what is handed on, and of what never changes."""
+    """A pass less the addresses: of what is given, and of outputs. What is handed on is in one room, which is C's."""
 
-    def __init__(self, notes: Notes, given: Sequence[int], outputs: Outputs, keeps: tuple[Any, ...]) -> None:
+    def __init__(self, notes: Notes, given: Sequence[Tensor], outputs: Outputs, keeps: tuple[Any, ...]) -> None:
         """Raises: KeyError where a tensor is none of these; then the pass cannot be called so."""
-        there = [x for x in outputs if x is not None]
-        wanted = {x.data_ptr() for x in there}
-        handed_on = [x for x in notes.made if x.data_ptr() not in wanted]
-        unread = [x for x in notes.unread if x.data_ptr() not in given]
-        self.keeps = keeps, unread  # while this is here, no others can have their ids and addresses
-        # to make one like another is quickest
-        self.outputs = [None if x is None else torch.empty(1, dtype=x.dtype).expand(x.shape) for x in outputs]
-        *self.offsets, self.size = accumulate((-(-x.nbytes // ALIGNED) * ALIGNED for x in handed_on), initial=0)
-        self.unread = [x.data_ptr() for x in unread]
-        places = [*given, *[x.data_ptr() for x in (*there, *handed_on)], *self.unread]
-        index = {address: at for at, address in reversed(list(enumerate(places)))}
+        places = [*given, *[x for x in outputs if x is not None]]
+        self.regions = [(x.data_ptr(), x.nbytes, at, 0) for at, x in enumerate(places)]
+        handed_on = [x for x in notes.made if self.found(x.data_ptr()) is None]
+        *offsets, size = accumulate((-(-x.nbytes // ALIGNED) * ALIGNED for x in handed_on), initial=0)
+        self.regions += [(x.data_ptr(), x.nbytes, OF_ROOM, at) for x, at in zip(handed_on, offsets, strict=True)]
+        unread = [x for x in notes.unread if self.found(x.data_ptr()) is None]
+        self.regions += [(x.data_ptr(), x.nbytes, FIXED, x.data_ptr()) for x in unread]
         self.room: list[Any] = []  # of what C reads
-        self.programs = (Program * len(notes.calls))(*[self.program(*call, index) for call in notes.calls])
-        self.addresses = struct.Struct(f"{len(places)}q").pack
-        self.run = build.replayer(notes.calls[0][0])
-        self.arguments = ctypes.addressof(self.programs), len(self.programs)
+        run = next(run for run, _ in notes.calls if run is not widen)
+        self.widener, self.run = build.widener(run), build.replayer(run)
+        programs = (Program * len(notes.calls))(*[self.program(*call) for call in notes.calls])
+        self.steps = Steps(ctypes.addressof(programs), len(programs), size)
+        self.address, self.pack = ctypes.addressof(self.steps), struct.Struct(f"{len(places)}q").pack
+        self.outputs = [None if x is None else like(x) for x in outputs]
+        self.keeps = keeps, unread, programs  # while this is here, no others can have their ids and addresses
+        del self.regions  # of one call
 
-    def program(self, run: Callable[..., None], arguments: tuple[Any, ...], index: dict[int, int]) -> Program:
+    def found(self, address: int) -> tuple[int, int] | None:
+        """What begins at an address, or else has it inside: where C finds that, and how far in; None if nothing does."""
+        for begin, _, source, offset in self.regions:
+            if begin == address:
+                return source, offset
+        inside = (region for region in self.regions if 0 < address - region[0] < region[1])
+        return next(((source, offset + address - begin) for begin, _, source, offset in inside), None)
+
+    def program(self, run: Callable[..., None], arguments: tuple[Any, ...]) -> Program:
         """One call, as C makes it."""
         count = len(arguments)
         assert count <= ARGUMENTS  # `threads.c` has room for no more
-        values, layouts, sources = (Argument * count)(), (Layout * count)(), (ctypes.c_int32 * count)(*[-1] * count)
+        values, layouts, sources = (Argument * count)(), (Layout * count)(), (ctypes.c_int32 * count)(*[NO_TENSOR] * count)
         for at, (x, value) in enumerate(zip(arguments, values, strict=True)):
             if isinstance(x, Tensor):
-                value.kind, sources[at] = TENSOR, index[x.data_ptr()]
+                if (found := self.found(x.data_ptr())) is None:
+                    raise KeyError(at)
+                value.kind, (sources[at], offset) = TENSOR, found
                 shape, strides = ((ctypes.c_int64 * x.ndim)(*sizes) for sizes in (x.shape, x.stride()))
                 self.room += [shape, strides]
                 layouts[at] = Layout(
-                    None, (CPU, 0), x.ndim, CODES[x.dtype], ctypes.addressof(shape), ctypes.addressof(strides), 0
+                    offset, (CPU, 0), x.ndim, CODES[x.dtype], ctypes.addressof(shape), ctypes.addressof(strides), 0
                 )
             elif isinstance(x, float):
                 value.kind, value.value.real = FLOAT, x
             else:
                 value.kind, value.value.number = INT, x
         self.room += [values, layouts, sources]
-        return Program(build.entry(run), *[ctypes.addressof(x) for x in (values, layouts, sources)], count)
+        code = self.widener if run is widen else build.entry(run)
+        return Program(code, *[ctypes.addressof(x) for x in (values, layouts, sources)], count)
 
     def __call__(self, given: Sequence[int]) -> Outputs | None:
         """The outputs; None if a program failed, which says why when it is called by itself."""
         outputs = [None if x is None else torch.empty_like(x) for x in self.outputs]
-        room = torch.empty(self.size, dtype=torch.uint8)
-        start = room.data_ptr()
         made = [x.data_ptr() for x in outputs if x is not None]
-        places = [*given, *made, *[start + offset for offset in self.offsets], *self.unread]
-        return None if self.run(*self.arguments, self.addresses(*places)) else outputs
+        return None if self.run(self.address, self.pack(*given, *made)) else outputs
 
 
 _replays: dict[tuple[Any, ...], Replay] = {}
@@ -141,12 +159,18 @@ _replays: dict[tuple[Any, ...], Replay] = {}
 class Call:
     """A pass of a linear term on a CPU that may be made again: with what it follows from, and addresses of what it reads."""
 
-    def __init__(self, kind: tuple[Any, ...], term: Linear, x: Inputs, config: Config, read: Sequence[Tensor]) -> None:
+    def __init__(self, kind: tuple[Any, ...], term: Linear, x: Inputs, config: Config, others: Sequence[Tensor] = ()) -> None:
         self.keeps = term, x.problem
-        self.addresses = [t.data_ptr() for t in read]
+        found, dtypes = tensors(x)
+        self.read = read = [*found, *others]
+        self.addresses = addresses = [t.data_ptr() for t in read]
+        if reduce(or_, addresses) % VECTOR:
+            self.read = read = [t if t.data_ptr() % VECTOR == 0 else t.clone() for t in read]
+            self.addresses = addresses = [t.data_ptr() for t in read]
+        alike = None if len(set(addresses)) == len(addresses) else (*map(addresses.index, addresses),)
         self.key = (
-            *kind, config.chunk_size, x.initial is None, x.wants_state, x.scale, threads.count(), *map(id, self.keeps),
-            *map(self.addresses.index, self.addresses),  # which are one tensor
+            kind, config.chunk_size, x.initial is None, x.wants_state, x.scale, threads.count(), id(term), id(x.problem), alike,
+            dtypes,
         )  # fmt: skip
 
     def again(self) -> Outputs | None:
@@ -154,13 +178,21 @@ class Call:
         found = _replays.get(self.key)
         return None if found is None else found(self.addresses)
 
+    def given(self, cotangents: Cotangents) -> Cotangents:
+        """The same, of tensors as they are read."""
+        count = len(cotangents.saved)
+        *_, y, state = self.read if cotangents.state is not None else (*self.read, None)
+        assert y is not None  # only a state may be missing
+        at = len(self.read) - count - (1 if state is None else 2)
+        return Cotangents(y, state, self.read[at : at + count])
+
     def keep(self, notes: Notes, outputs: Outputs) -> Outputs:
         """The outputs; what was made and called is remembered, if it can be called again."""
-        if notes.calls and build.collected() is None and all(build.entry(run) for run, _ in notes.calls):
+        if notes.calls and build.collected() is None and all(run is widen or build.entry(run) for run, _ in notes.calls):
             if len(_replays) >= MOST:
                 _replays.clear()
             with suppress(KeyError):  # it reads what torch made of its tensors in between
-                _replays[self.key] = Replay(notes, self.addresses, outputs, self.keeps)
+                _replays[self.key] = Replay(notes, self.read, outputs, self.keeps)
         return outputs
 
 
@@ -170,17 +202,23 @@ def able(x: Inputs) -> bool:
     return x.documents is None and p.state_every is None and p.batch * p.seqlen > 0
 
 
-def tensors(x: Inputs) -> list[Tensor]:
-    """Those of a term as programs read them: q, k, v, the values, and the initial states."""
+def tensors(x: Inputs) -> tuple[list[Tensor], tuple[torch.dtype, ...]]:
+    """Those of a term as passes read them: q, k, v, the values, and the initial states. Then dtypes of the values."""
     p, acc = x.problem, x.problem.accumulate
-    found = [as_read(x.q, acc), as_read(x.k, acc), as_read(x.v, acc)]
+    found, shape = [as_read(x.q, acc), as_read(x.k, acc), as_read(x.v, acc)], (p.batch, p.seqlen, p.nheads)
+    dtypes: tuple[torch.dtype, ...] = ()
     for name, value in x.values.items():
-        if value.shape != (p.batch, p.seqlen, p.nheads):
-            value = repeat_heads(value, p.nheads, 2).expand(p.batch, p.seqlen, p.nheads)
-        found.append(as_read(value, torch.float64 if "log" in name else acc))
+        if value.shape != shape:
+            value = repeat_heads(value, p.nheads, 2).expand(shape)
+        if "log" not in name:
+            dtype = acc
+        elif (dtype := value.dtype) != torch.float32:  # which is made float64 by a program
+            dtype = torch.float64
+        dtypes = (*dtypes, dtype)
+        found.append(as_read(value, dtype))
     if x.initial is not None:
         found.append(as_read(x.initial, acc))
-    return found
+    return found, dtypes
 
 
 def reading(x: Inputs, read: Sequence[Tensor]) -> Inputs:
@@ -189,10 +227,20 @@ def reading(x: Inputs, read: Sequence[Tensor]) -> Inputs:
     return replace(x, q=read[0], k=read[1], v=read[2], values=values, initial=initial)
 
 
+def like(x: Tensor) -> Tensor:
+    """A tensor of no memory for `torch.empty_like`, which is the quickest way to a new one."""
+    found = torch.empty(x.shape, dtype=x.dtype)
+    found.untyped_storage().resize_(0)
+    return found
+
+
+def widen(given: Tensor, out: Tensor, _count: int) -> None:
+    """What `ssdops_widen` of threads.c does, in its place the first time."""
+    out.copy_(given)
+
+
 def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a dtype, contiguous, where vectors can be read; torch is asked for what is not so alone."""
+    """A tensor in a dtype, and contiguous; torch is asked for what is not so alone."""
     if x.dtype != dtype:
         x = x.to(dtype)
-    if not x.is_contiguous():
-        x = x.contiguous()
-    return x if x.data_ptr() % VECTOR == 0 else x.clone()
+    return x if x.is_contiguous() else x.contiguous()

@@ -154,12 +154,19 @@ class Scan(Pass):
 
     # --- programs -------------------------------------------------------------------------------------------------------
 
-    def sides(self, term: Linear) -> Sides:
-        """Of the term, or of its transpose: then what weighs rows, and what is added to their logs, is columns'."""
+    def sides(self, term: Linear, room: tuple[Tensor, Tensor] | None = None) -> Sides:
+        """Of the term, or of its transpose: then what weighs rows, and what is added to their logs, is columns'.
+
+        Args:
+            room: for lines and E.
+        """
         p, mine = self.problem, term is self.term
-        line = torch.float64 if self.data == self.acc else self.acc
-        lines = self.new(self.slots, p.nheads, LINES, self.chunk, dtype=line)
-        total = self.new(self.slots, p.nheads, dtype=torch.float64)
+        if room is None:
+            line = torch.float64 if self.data == self.acc else self.acc
+            lines = self.new(self.slots, p.nheads, LINES, self.chunk, dtype=line)
+            total = self.new(self.slots, p.nheads, dtype=torch.float64)
+        else:
+            lines, total = room
         if self.tokens:
             r = self.nothing
             c = r if self.log_cols is None else self.log_cols
@@ -172,9 +179,9 @@ class Scan(Pass):
             )  # fmt: skip
         return Sides(term, lines, total)
 
-    def scores(self, q: Tensor, k: Tensor, heads: Heads) -> Tensor:
-        """⟨q, k⟩ of the tokens of each chunk, `[slots, heads, chunk, chunk]`."""
-        out = self.new(self.slots, heads.number, self.chunk, self.chunk, dtype=self.data)
+    def scores(self, q: Tensor, k: Tensor, heads: Heads, room: Tensor | None = None) -> Tensor:
+        """⟨q, k⟩ of the tokens of each chunk, `[slots, heads, chunk, chunk]`, in the room for them if there is one."""
+        out = self.new(self.slots, heads.number, self.chunk, self.chunk, dtype=self.data) if room is None else room
         if self.tokens:
             inner = self.machine.inner(q.shape[2])
             self.program("scores", inner=inner, whole=inner == q.shape[2])(
@@ -182,10 +189,10 @@ class Scan(Pass):
             )
         return out
 
-    def shared_scores(self) -> Scores:
+    def shared_scores(self, room: Tensor | None = None) -> Scores:
         """⟨q, k⟩, once for heads that share both."""
         p, groups = self.problem, common_heads(self.problem)
-        return Scores(self.scores(self.q, self.k, Heads(0, groups, groups)), 0, p.nheads // groups)
+        return Scores(self.scores(self.q, self.k, Heads(0, groups, groups), room), 0, p.nheads // groups)
 
     def every(self, kept: Tensor, final: Tensor) -> Tensor:
         """The states after every `state_every` tokens: each enters the chunk after them, or is the last."""
@@ -211,7 +218,13 @@ def by_slot(x: Inputs, by_token: dict[str, Tensor]) -> dict[str, Tensor]:
     if "log_cols" in values:
         cols = x.per_head("cols")
         by_token["log_cols"] = by_token["cols"] if cols is None else by_token["cols"] * cols.reshape(by_token["cols"].shape)
-    return {slot: reduce_value(by_token[slot].view(p.batch, p.seqlen, p.nheads), value) for slot, value in values.items()}
+    found = {}
+    for slot, value in values.items():
+        grad = by_token[slot]
+        if grad.shape != value.shape:
+            grad = reduce_value(grad.view(p.batch, p.seqlen, p.nheads), value)
+        found[slot] = grad
+    return found
 
 
 @cache

@@ -53,8 +53,6 @@ int ssdops_free_workspace(int device_type, int device_id, void* memory) {
     return 0;
 }
 
-/* A pass called again (replay.py): the arguments of its programs as they were, at other addresses. */
-
 typedef struct { /* as TVM's FFI passes it */
     int32_t kind, padding;
     union {
@@ -70,31 +68,64 @@ typedef struct { /* as DLPack has it */
     uint64_t offset;
 } Tensor;
 
+/* Logs of float32 as programs read them, called like a program: with what is given, what is filled, and how many there are. */
+
+typedef struct {
+    const float* from;
+    double* to;
+    int64_t count;
+} Widening;
+
+static int widen(int index, Group* group, void* data) {
+    const Widening* all = (const Widening*)data;
+    int64_t end = all->count * (index + 1) / group->tasks;
+    for (int64_t i = all->count * index / group->tasks; i < end; i++) all->to[i] = all->from[i];
+    return 0;
+}
+
+int ssdops_widen(void* self, const Argument* arguments, int32_t count, Argument* result) {
+    const Tensor *from = (const Tensor*)arguments[0].value.pointer, *to = (const Tensor*)arguments[1].value.pointer;
+    Widening all = {(const float*)from->data, (double*)to->data, arguments[2].value.number};
+    Group alone = {0, 1};
+    (void)self, (void)count, (void)result;
+    return all.count < 32768 ? widen(0, &alone, &all) : ssdops_parallel_launch(widen, &all, 0); /* as torch has it */
+}
+
+/* A pass called again (replay.py): the arguments of its programs as they were, at other addresses. */
+
+enum { ARGUMENTS = 64, NO_TENSOR = -1, OF_ROOM = -2, FIXED = -3 };
+
 typedef struct {
     int (*run)(void* self, const Argument* arguments, int32_t count, Argument* result);
     const Argument* arguments;
-    const Tensor* tensors;   /* those of arguments that are tensors, else unused */
-    const int32_t* sources;  /* which address each has; −1 for what is no tensor */
+    const Tensor* tensors;  /* those of arguments that are tensors, which begin so many bytes behind their source */
+    const int32_t* sources; /* which of the addresses that is; or the room; or, for what never changes, 0 */
     int64_t count;
 } Program;
 
-enum { ARGUMENTS = 64 };
+typedef struct {
+    const Program* programs;
+    int64_t count, room; /* bytes of what programs hand on to one another */
+} Pass;
 
-int ssdops_replay(const Program* programs, int32_t count, void* const* addresses) {
-    for (const Program* program = programs; program < programs + count; program++) {
+int ssdops_replay(const Pass* pass, char* const* addresses) {
+    void* room = 0;
+    int failed = pass->room && posix_memalign(&room, 64, (size_t)pass->room);
+    for (const Program* program = pass->programs; !failed && program < pass->programs + pass->count; program++) {
         Argument arguments[ARGUMENTS], result = {0, 0, {0}};
         Tensor tensors[ARGUMENTS]; /* copies: other threads may be here too */
         for (int64_t i = 0; i < program->count; i++) {
+            int32_t source = program->sources[i];
             arguments[i] = program->arguments[i];
-            if (program->sources[i] < 0) continue;
+            if (source == NO_TENSOR) continue;
             tensors[i] = program->tensors[i];
-            tensors[i].data = addresses[program->sources[i]];
+            if (source != FIXED) tensors[i].data = (source == OF_ROOM ? (char*)room : addresses[source]) + (intptr_t)tensors[i].data;
             arguments[i].value.pointer = &tensors[i];
         }
-        int failed = program->run(0, arguments, (int32_t)program->count, &result);
-        if (failed) return failed;
+        failed = program->run(0, arguments, (int32_t)program->count, &result);
     }
-    return 0;
+    free(room);
+    return failed;
 }
 
 #ifdef __cplusplus

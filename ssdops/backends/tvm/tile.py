@@ -7,8 +7,6 @@ from typing import Any
 
 LANES = 16
 """Partial sums of a dot product side by side; tiles are padded to multiples of it."""
-PADDING = 16
-"""Numbers beyond the end of a long row on a CPU: columns of rows that are powers of two apart would share a few cache lines."""
 KEPT, EVERY, STATES, STARTS, EXCHANGE = "kept", "every", "states", "starts", "exchange"
 """What a program does beside y, or beside gradients.
 
