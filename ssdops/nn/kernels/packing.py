@@ -38,7 +38,7 @@ def places(
     if first < seqlen:
         if BOUNDARIES:
             document = count_less(given + 1, per_row, bits, at + 1)
-            start = tl.load(given + document, mask=document > 0, other=0)
+            start = tl.load(given + document)
         else:
             document = tl.load(given + at, mask=at < seqlen, other=0)
             start = count_less(given, seqlen, bits, document)
@@ -47,8 +47,8 @@ def places(
         own = tl.minimum(tl.maximum(document + row * per_row, 0), tl.maximum(n_rows - 1, 0))
         tl.store(rows + row * seqlen + at, own, mask=at < seqlen)
     if first < per_row:
-        if BOUNDARIES:  # the first document has what lies before its boundary
-            start = tl.load(given + at, mask=(at > 0) & (at < per_row), other=0)
+        if BOUNDARIES:
+            start = tl.load(given + at, mask=at < per_row, other=0)
             stop = tl.load(given + at + 1, mask=at < per_row, other=0)
         else:
             start, stop = count_less(given, seqlen, bits, at), count_less(given, seqlen, bits, at + 1)
