@@ -11,6 +11,8 @@
 
 of which a program has those that its `Tile` names. Where rows and columns begin and end, bounds on lags, and how many batch
 rows, heads and tiles one program sums over, are numbers that it is called with. No T × T tensor is made but that of `entries`.
+
+Behind the program is what that of GPUs, too, has of its operands and of a tile's factors.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tvm.script.ir_builder import IRBuilder
 from ..quadratic.formula import counts
 from .blocks import fill, store, sums, update
 from .formula import expression
-from .parts import exp, near, number, shared, sizes, summed, under, within
+from .parts import exp, near, number, shared, summed, under, within
 from .products import product
 from .tile import ENTRIES, LAGS, LANES, LOGS, ROWS, SCALES, Tile
 
@@ -65,6 +67,7 @@ def pairs(tile: Tile) -> Any:
                 table_, out_, there_, bounds_,
             )
         )  # fmt: skip
+        values = T.meta_var(given.z if CONTRACT else given.w)
         for of_row, of_head, of_tile in T.grid(of_rows, of_heads, of_tiles):
             with T.sblock("program"):
                 ob, oh, ot = T.axis.remap("SSS", [of_row, of_head, of_tile])
@@ -92,42 +95,31 @@ def pairs(tile: Tile) -> Any:
                         at_rows = T.sblock_alloc_buffer((OF_ROW, C), "float64")
                         i0 = T.meta_var(place[0])
                         i1 = T.meta_var(place[1])
-                        first = T.meta_var(lambda: T.max(T.max(of_batch(given.table, b, t, 2), given.bounds[6]),
-                                                         of_batch(given.table, b, t, 0) - given.bounds[1]))  # fmt: skip
-                        stop = T.meta_var(lambda: T.min(T.min(of_batch(given.table, b, t, 3), given.bounds[7]),
-                                                        of_batch(given.table, b, t, 1) - given.bounds[0]))  # fmt: skip
+                        first, stop = T.meta_var(given.columns(b, t))
+                        row = T.meta_var(lambda i: near(i0 + i, i1))
                         for i in range(1):
                             with T.sblock("place"):
                                 vi = T.axis.spatial(1, i)
                                 place[vi] = of_batch(given.table, b, t, 0)
                                 place[vi + 1] = of_batch(given.table, b, t, 1)
-                                place[vi + 2] = first()
-                                place[vi + 3] = stop()
+                                place[vi + 2] = first
+                                place[vi + 3] = stop
                         fill("load_q", C, D)(
-                            xt,
-                            lambda i, m: within(
-                                whole, under(m, given.d),
-                                given.x[b * seqlen + near(i0 + i, i1), own(given.x, h, nheads), m], acc,
-                            ),
-                        )  # fmt: skip
+                            xt, lambda i, m: given.read(given.x, b * seqlen + row(i), own(given.x, h, nheads), m)
+                        )
                         if not CONTRACT:
                             fill("load_dy", C, E)(
-                                zt,
-                                lambda i, o: within(
-                                    whole, under(o, given.e),
-                                    given.z[b * seqlen + near(i0 + i, i1), own(given.z, h, nheads), o], acc,
-                                ),
-                            )  # fmt: skip
+                                zt, lambda i, o: given.read(given.z, b * seqlen + row(i), own(given.z, h, nheads), o)
+                            )
                         if LOGS in tile.factors:
-                            fill("load_u", 2, C)(ut, lambda which, i: of_batch(given.u_rows, b, h, which, near(i0 + i, i1)))
+                            fill("load_u", 2, C)(ut, lambda which, i: of_batch(given.u_rows, b, h, which, row(i)))
                         if SCALES in tile.factors:
-                            fill("load_rows", C)(rt, lambda i: of_batch(given.rows, b, h, near(i0 + i, i1)))
+                            fill("load_rows", C)(rt, lambda i: of_batch(given.rows, b, h, row(i)))
                         if GENERAL:
                             fill("load_leaf_rows", OF_ROW, C)(
-                                at_rows,
-                                lambda leaf, i: nearest(given.leaf_rows, b, h, leaf, near(i0 + i, i1)),
-                            )  # fmt: skip
-                        for step in range((T.max(stop() - first(), 0) + C - 1) // C):
+                                at_rows, lambda leaf, i: nearest(given.leaf_rows, b, h, T.Cast("int64", leaf), row(i))
+                            )
+                        for step in range((T.max(stop - first, 0) + C - 1) // C):
                             with T.sblock("chunk"):
                                 vs = T.axis.spatial(1 << 40, step)
                                 yt = T.sblock_alloc_buffer((C, D), acc)
@@ -150,60 +142,41 @@ def pairs(tile: Tile) -> Any:
                                 factors = T.meta_var(Factors(ut, ct, rt, st, line, at_rows, at_cols, at_lags))
                                 j0 = T.meta_var(at[0])
                                 end = T.meta_var(place[3])
+                                col = T.meta_var(lambda j: near(j0 + j, end))
+                                lag_at = T.meta_var(lambda lag: near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1))
                                 for i in range(1):
                                     with T.sblock("here"):
                                         vi = T.axis.spatial(1, i)
                                         at[vi] = place[2] + vs * C
-                                        bounded(edge, given.bounds, i0, i1, at[0], end)
+                                        bounded(edge, vi, given.bounds, i0, i1, at[0], end)
                                 fill("load_k", C, D)(
-                                    yt,
-                                    lambda j, m: within(
-                                        whole, under(m, given.d),
-                                        given.y[b * seqlen + near(j0 + j, end), own(given.y, h, nheads), m], acc,
-                                    ),
-                                )  # fmt: skip
+                                    yt, lambda j, m: given.read(given.y, b * seqlen + col(j), own(given.y, h, nheads), m)
+                                )
                                 fill("turn_k", D, C)(y_turned, lambda m, j: yt[j, m])
-                                if CONTRACT:
-                                    fill("load_v", C, E)(
-                                        wt,
-                                        lambda j, o: within(
-                                            whole, under(o, given.e),
-                                            given.z[b * seqlen + near(j0 + j, end), own(given.z, h, nheads), o], acc,
-                                        ),
-                                    )  # fmt: skip
-                                else:
-                                    fill("load_v", C, E)(
-                                        wt,
-                                        lambda j, o: within(
-                                            whole, under(o, given.e),
-                                            given.w[b * seqlen + near(j0 + j, end), own(given.w, h, nheads), o], acc,
-                                        ),
-                                    )  # fmt: skip
+                                fill("load_v", C, E)(
+                                    wt, lambda j, o: given.read(values, b * seqlen + col(j), own(values, h, nheads), o)
+                                )
+                                if not CONTRACT:
                                     fill("turn_v", E, C)(w_turned, lambda o, j: wt[j, o])
                                 if LOGS in tile.factors:
-                                    fill("load_w", 2, C)(
-                                        ct, lambda which, j: of_batch(given.u_cols, b, h, which, near(j0 + j, end))
-                                    )
+                                    fill("load_w", 2, C)(ct, lambda which, j: of_batch(given.u_cols, b, h, which, col(j)))
                                 if SCALES in tile.factors:
-                                    fill("load_cols", C)(st, lambda j: of_batch(given.cols, b, h, near(j0 + j, end)))
+                                    fill("load_cols", C)(st, lambda j: of_batch(given.cols, b, h, col(j)))
                                 if LAGS in tile.factors:  # at j − i of the tile, from 1 − C on
-                                    fill("load_lags", 2 * C)(
-                                        line, lambda lag: given.lags[h, near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1)]
-                                    )
+                                    fill("load_lags", 2 * C)(line, lambda lag: given.lags[h, lag_at(lag)])
                                 if GENERAL:
                                     fill("load_leaf_cols", OF_COL, C)(
-                                        at_cols,
-                                        lambda leaf, j: nearest(given.leaf_cols, b, h, leaf, near(j0 + j, end)),
-                                    )  # fmt: skip
+                                        at_cols, lambda leaf, j: nearest(given.leaf_cols, b, h, T.Cast("int64", leaf), col(j))
+                                    )
                                     fill("load_leaf_lags", OF_LAG, 2 * C)(
                                         at_lags,
-                                        lambda leaf, lag: nearest(given.leaf_lags, h, leaf, near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1)),
-                                    )  # fmt: skip
+                                        lambda leaf, lag: nearest(given.leaf_lags, h, T.Cast("int64", leaf), lag_at(lag)),
+                                    )
                                 if ENTRIES in tile.factors:
                                     fill("load_entries", C, C)(
                                         et,
-                                        lambda i, j: of_batch(given.entries, b, own(given.entries, h, nheads), near(i0 + i, i1), near(j0 + j, end)),
-                                    )  # fmt: skip
+                                        lambda i, j: of_batch(given.entries, b, own(given.entries, h, nheads), row(i), col(j)),
+                                    )
                                 product("scores", C, C, D, acc)(scores, lambda i, m: xt[i, m], lambda m, j: y_turned[m, j])
                                 if not CONTRACT:
                                     product("gives", C, C, E, acc)(others, lambda i, o: zt[i, o], lambda o, j: w_turned[o, j])
@@ -214,7 +187,10 @@ def pairs(tile: Tile) -> Any:
                                         weighed(
                                             tile,
                                             scores[i, j] if CONTRACT else scores[i, j] * others[i, j],
-                                            i, j, factors, lambda: et[i, j],
+                                            i,
+                                            j,
+                                            factors,
+                                            lambda: et[i, j],
                                         ),
                                         number(0, acc),
                                     ),
@@ -273,18 +249,23 @@ def pairs(tile: Tile) -> Any:
                             with T.sblock("dots"):
                                 vw, vi = T.axis.remap("SS", [which, i])
                                 T.where(start + i < over)
-                                given.out[ob, oh, vw, start + vi] = T.Cast(acc, scale) * summed(LANES, lambda r: lanes[vw, vi, r])
+                                given.out[ob, oh, vw, start + vi] = T.Cast(acc, scale) * summed(
+                                    LANES, lambda r: lanes[vw, vi, r]
+                                )
 
     return main
 
 
 class Operands:
-    """What a program of pairs is called with, in the order of `pairs`; x, y, z and w of a dtype, and sizes that are symbolic."""
+    """What a program of pairs is called with, in the order of `pairs`; x, y, z and w of a dtype; sizes are symbols."""
 
     def __init__(self, tile: Tile, dtype: str, *handles: Any) -> None:
-        (x, y, z, w, u_rows, u_cols, rows, cols, lags, entries, leaf_rows, leaf_cols, leaf_lags, table, out, there, bounds) = handles
-        self.d, self.e = (tile.inner, tile.outer) if tile.whole else sizes(2)
-        tokens, side, *_ = outputs = sizes(4)
+        (x, y, z, w, u_rows, u_cols, rows, cols, lags, entries, leaf_rows, leaf_cols, leaf_lags, table, out, there, bounds) = (
+            handles
+        )
+        self.d: Any = tile.inner if tile.whole else size("d")
+        self.e: Any = tile.outer if tile.whole else size("e")
+        self.whole, tokens, side = tile.whole, size("tokens"), size("side")
         self.x, self.y = matched("x", x, (tokens, None, self.d), dtype), matched("y", y, (tokens, None, self.d), dtype)
         self.z, self.w = matched("z", z, (tokens, None, self.e), dtype), matched("w", w, (None, None, self.e), dtype)
         self.u_rows = matched("u_rows", u_rows, (None, None, 2, None), "float64")
@@ -297,20 +278,37 @@ class Operands:
         self.leaf_cols = matched("leaf_cols", leaf_cols, (None, None, None, None), "float64")
         self.leaf_lags = matched("leaf_lags", leaf_lags, (None, None, None), "float64")
         self.table = matched("table", table, (None, None, 4), "int64")
-        sums = (tokens, None, self.e) if tile.mode == "" else sizes(4)
+        sums = (tokens, None, self.e) if tile.mode == "" else tuple(size(f"out_{axis}") for axis in range(4))
         self.out = matched("out", out, sums, tile.acc)
         self.there = matched("there", there, sums if tile.mode in (LAGS, ENTRIES) else (None,), tile.acc)
         self.bounds = matched("bounds", bounds, (8,), "int64")
 
+    def read(self, x: Any, token: Any, head: Any, at: Any) -> Any:
+        """x[token, head, at], and 0 where the tile is larger than heads are."""
+        return within(self.whole, under(at, x.shape[2]), x[token, head, at], x.dtype)
+
+    def columns(self, b: Any, t: Any) -> tuple[Any, Any]:
+        """The columns [first, stop) that the rows of tile t may meet."""
+        row, end, first, stop = (of_batch(self.table, b, t, which) for which in range(4))
+        first = T.max(T.max(first, self.bounds[6]), row - self.bounds[1])
+        return first, T.min(T.min(stop, self.bounds[7]), end - self.bounds[0])
+
 
 def matched(name: str, handle: Any, shape: tuple[Any, ...], dtype: str) -> Any:
     """A parameter as a buffer; where its shape has None, any size."""
-    return IRBuilder.name(name, T.match_buffer(handle, [T.int64() if size is None else size for size in shape], dtype))
+    whole = [size(f"{name}_{axis}") if given is None else given for axis, given in enumerate(shape)]
+    return IRBuilder.name(name, T.match_buffer(handle, whole, dtype))
+
+
+def size(name: str) -> Any:
+    """A symbolic size."""
+    return IRBuilder.name(name, T.int64())
 
 
 def of_batch(x: Any, b: Any, *index: Any) -> Any:
     """x[b, …], or x[0, …] where all rows of the batch share it."""
-    return x[(T.min(b, x.shape[0] - 1), *index)]
+    at = (T.min(b, x.shape[0] - 1), *index)
+    return x[at]
 
 
 def own(x: Any, head: Any, nheads: Any) -> Any:
@@ -320,7 +318,7 @@ def own(x: Any, head: Any, nheads: Any) -> Any:
 
 def nearest(x: Any, *index: Any) -> Any:
     """x at an index, each part of it no further than there are numbers: of what is shared, or not there, there is one."""
-    return x[tuple(T.min(T.Cast("int64", at), size - 1) for at, size in zip(index, x.shape, strict=True))]
+    return x[tuple(T.min(at, most - 1) for at, most in zip(index, x.shape, strict=True))]
 
 
 class Factors(NamedTuple):
@@ -337,7 +335,8 @@ class Factors(NamedTuple):
 
     def leaf(self, kind: str, index: int, i: Any, j: Any, lag: Any) -> Any:
         """A leaf of the formula at a pair."""
-        return {"row": self.leaf_rows[index, i], "col": self.leaf_cols[index, j], "lag": self.leaf_lags[index, lag]}[kind]
+        x, at = {"row": (self.leaf_rows, i), "col": (self.leaf_cols, j), "lag": (self.leaf_lags, lag)}[kind]
+        return x[index, at]
 
 
 def narrow(x: Any) -> Any:
@@ -346,16 +345,16 @@ def narrow(x: Any) -> Any:
 
 
 @T.macro
-def bounded(edge, bounds, i0, i1, j0, end):
-    """What `has` asks of: the bounds on lags, rows and columns, in coordinates of the tile at (i0, j0)."""
+def bounded(edge, first, bounds, i0, i1, j0, end):
+    """What `has` asks of, from `first` on: bounds on lags, rows and columns in coordinates of the tile at (i0, j0)."""
     local = T.meta_var(lambda lag: narrow(lag + j0 - i0))
-    edge[0] = local(bounds[0])
-    edge[1] = local(bounds[1])
-    edge[2] = local(bounds[2])
-    edge[3] = local(bounds[3])
-    edge[4] = narrow(bounds[4] - i0)
-    edge[5] = narrow(T.min(bounds[5], i1) - i0)
-    edge[6] = narrow(end - j0)
+    edge[first] = local(bounds[0])
+    edge[first + 1] = local(bounds[1])
+    edge[first + 2] = local(bounds[2])
+    edge[first + 3] = local(bounds[3])
+    edge[first + 4] = narrow(bounds[4] - i0)
+    edge[first + 5] = narrow(T.min(bounds[5], i1) - i0)
+    edge[first + 6] = narrow(end - j0)
 
 
 def has(edge: Any, i: Any, j: Any) -> Any:

@@ -11,8 +11,8 @@ from tvm.script import tirx as T
 
 from ..quadratic.formula import counts
 from .blocks import arrive, fetch, fill, store
-from .pairs import Factors, Operands, bounded, has, nearest, own, weighed
-from .parts import barrier, near, number, summed, under, within
+from .pairs import Factors, Operands, bounded, has, nearest, of_batch, own, weighed
+from .parts import barrier, near, number, summed
 from .tile import ENTRIES, LAGS, LOGS, PAIR_LANES, ROWS, SCALES, Tile
 
 ADD = """
@@ -59,6 +59,7 @@ def pairs_gpu(tile: Tile) -> Any:
                 table_, out_, there_, bounds_,
             )
         )  # fmt: skip
+        values = T.meta_var(given.z if CONTRACT else given.w)
         for of_tile, of_head, of_row in T.grid(of_tiles, of_heads, of_rows):  # of which only the first may be very many
             with T.sblock("program"):
                 ot, oh, ob = T.axis.remap("SSS", [of_tile, of_head, of_row])
@@ -107,48 +108,37 @@ def pairs_gpu(tile: Tile) -> Any:
                         i0 = T.meta_var(place[0])
                         i1 = T.meta_var(place[1])
                         end = T.meta_var(place[3])
-                        of_table = T.meta_var(lambda which: of_batch(given.table, b, t, which))
-                        first = T.meta_var(lambda: T.max(T.max(of_table(2), given.bounds[6]), of_table(0) - given.bounds[1]))
-                        stop = T.meta_var(lambda: T.min(T.min(of_table(3), given.bounds[7]), of_table(1) - given.bounds[0]))
-                        count = T.meta_var(lambda: (T.max(stop() - first(), 0) + C - 1) // C)
+                        first, stop = T.meta_var(given.columns(b, t))
+                        count = T.meta_var((T.max(stop - first, 0) + C - 1) // C)
                         for i in range(1):
                             with T.sblock("place"):
                                 vi = T.axis.spatial(1, i)
-                                place[vi] = of_table(0)
-                                place[vi + 1] = of_table(1)
-                                place[vi + 2] = first()
-                                place[vi + 3] = stop()
+                                place[vi] = of_batch(given.table, b, t, 0)
+                                place[vi + 1] = of_batch(given.table, b, t, 1)
+                                place[vi + 2] = first
+                                place[vi + 3] = stop
                                 owner[vi] = own(given.x, h, nheads)
                                 owner[vi + 1] = own(given.y, h, nheads)
                                 owner[vi + 2] = own(given.z, h, nheads)
-                                owner[vi + 3] = own(given.z if CONTRACT else given.w, h, nheads)
+                                owner[vi + 3] = own(values, h, nheads)
                                 owner[vi + 4] = own(given.entries, h, nheads) if ENTRIES in tile.factors else h
                         row = T.meta_var(lambda i: near(i0 + i, i1))
-                        fill("load_q", C, D)(
-                            qt, lambda i, m: within(whole, under(m, given.d), given.x[b * seqlen + row(i), owner[0], m], data)
-                        )
+                        fill("load_q", C, D)(qt, lambda i, m: given.read(given.x, b * seqlen + row(i), owner[0], m))
                         if not CONTRACT:
-                            fill("load_dy", C, E)(
-                                dyt, lambda i, o: within(whole, under(o, given.e), given.z[b * seqlen + row(i), owner[2], o], data)
-                            )
+                            fill("load_dy", C, E)(dyt, lambda i, o: given.read(given.z, b * seqlen + row(i), owner[2], o))
                         if LOGS in tile.factors:
                             fill("load_u", 2, C)(ut, lambda which, i: of_batch(given.u_rows, b, h, which, row(i)))
                         if SCALES in tile.factors:
                             fill("load_rows", C)(rt, lambda i: of_batch(given.rows, b, h, row(i)))
                         if GENERAL:
                             fill("leaf_rows", OF_ROW, C)(
-                                at_rows,
-                                lambda leaf, i: nearest(given.leaf_rows, b, h, leaf, row(i)),
-                            )  # fmt: skip
+                                at_rows, lambda leaf, i: nearest(given.leaf_rows, b, h, T.Cast("int64", leaf), row(i))
+                            )
                         get_k = T.meta_var(fetch("get_k", tile, C, D, data, whole))
                         get_v = T.meta_var(fetch("get_v", tile, C, E, data, whole))
                         token = T.meta_var(lambda j: b * seqlen + near(there_at[0] + j, end))
-                        of_y = T.meta_var(lambda j, m: within(whole, under(m, given.d), given.y[token(j), owner[1], m], data))
-                        of_w = T.meta_var(
-                            lambda j, o: within(
-                                whole, under(o, given.e), given.z[token(j), owner[3], o] if CONTRACT else given.w[token(j), owner[3], o], data
-                            )
-                        )
+                        of_y = T.meta_var(lambda j, m: given.read(given.y, token(j), owner[1], m))
+                        of_w = T.meta_var(lambda j, o: given.read(values, token(j), owner[3], o))
                         if AHEAD:
                             for i in range(1):
                                 with T.sblock("there_first"):
@@ -158,10 +148,10 @@ def pairs_gpu(tile: Tile) -> Any:
                             get_v(vt, 0, of_w)
                             arrive(tile)
                             barrier(tile)
-                        for step in range(count()):
+                        for step in range(count):
                             with T.sblock("coming"):
                                 now = T.axis.spatial(1 << 40, step)
-                                then = T.meta_var(T.min(now + 1, count() - 1) if AHEAD else now)
+                                then = T.meta_var(T.min(now + 1, count - 1) if AHEAD else now)
                                 to = T.meta_var(T.Cast("int32", (now + 1) % 2) if AHEAD else 0)
                                 for i in range(1):
                                     with T.sblock("there"):
@@ -192,7 +182,7 @@ def pairs_gpu(tile: Tile) -> Any:
                                 for i in range(1):
                                     with T.sblock("edge"):
                                         vi = T.axis.spatial(1, i)
-                                        bounded(edge, given.bounds, i0, i1, j0, end)
+                                        bounded(edge, vi, given.bounds, i0, i1, j0, end)
                                 col = T.meta_var(lambda j: near(j0 + j, end))
                                 lag_at = T.meta_var(lambda lag: near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1))
                                 if LOGS in tile.factors:
@@ -203,13 +193,12 @@ def pairs_gpu(tile: Tile) -> Any:
                                     fill("load_lags", 2 * C)(line, lambda lag: given.lags[h, lag_at(lag)])
                                 if GENERAL:
                                     fill("leaf_cols", OF_COL, C)(
-                                        at_cols,
-                                        lambda leaf, j: nearest(given.leaf_cols, b, h, leaf, col(j)),
-                                    )  # fmt: skip
+                                        at_cols, lambda leaf, j: nearest(given.leaf_cols, b, h, T.Cast("int64", leaf), col(j))
+                                    )
                                     fill("leaf_lags", OF_LAG, 2 * C)(
                                         at_lags,
-                                        lambda leaf, lag: nearest(given.leaf_lags, h, leaf, lag_at(lag)),
-                                    )  # fmt: skip
+                                        lambda leaf, lag: nearest(given.leaf_lags, h, T.Cast("int64", leaf), lag_at(lag)),
+                                    )
                                 if not AHEAD:
                                     barrier(tile)
                                 for i, j, m in T.grid(C, C, D):
@@ -242,7 +231,10 @@ def pairs_gpu(tile: Tile) -> Any:
                                             weighed(
                                                 tile,
                                                 T.Cast(acc, scale) * (full[i, j] if CONTRACT else full[i, j] * other[i, j]),
-                                                i, j, factors, lambda: of_batch(given.entries, b, owner[4], row(i), col(j)),
+                                                i,
+                                                j,
+                                                factors,
+                                                lambda: of_batch(given.entries, b, owner[4], row(i), col(j)),
                                             ),
                                             number(0, acc),
                                         ),
@@ -293,7 +285,9 @@ def pairs_gpu(tile: Tile) -> Any:
                                             T.where(lane == 0 and where(lag) >= 0 and where(lag) < 2 * seqlen - 1)
                                             sum_of = T.meta_var(lambda lag: summed(SUMMED, lambda lane: col_lanes[lane, lag]))
                                             if tile.target == "cpu":
-                                                given.out[ob, oh, ot, where(vg)] = given.there[ob, oh, ot, where(vg)] + sum_of(vg)
+                                                given.out[ob, oh, ot, where(vg)] = given.there[ob, oh, ot, where(vg)] + sum_of(
+                                                    vg
+                                                )
                                             else:
                                                 T.reads()
                                                 T.writes(given.out[ob, oh, ot, where(vg)])
