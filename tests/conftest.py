@@ -30,3 +30,21 @@ def nothing_compiled_before() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ssdops.backends.tvm.kept._is_kept", lambda name, tile: False)
         yield
+
+
+@pytest.fixture
+def nothing_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty cache, nothing tuned, and no warning given yet."""
+    from ssdops import config
+    from ssdops.autotune import store, tuner
+    from ssdops.backends import registry
+
+    monkeypatch.setattr(config, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(config, "triton_interpreted", lambda: False)
+    for module in (store, tuner):
+        monkeypatch.setattr(module, "_told", set())
+    monkeypatch.setattr(tuner, "_done", set())
+    store.forget()
+    yield
+    store.forget()
+    registry.get.cache_clear()

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as given_each
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ssdops import masks, nn
+from ssdops.nn.packing import packing
 from ssdops.testing import assert_close, tolerance
 from ssdops.testing.tolerance import assert_same
 
@@ -42,6 +45,56 @@ def by_formula(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | 
 def allowed(dtype: torch.dtype, width: int, size: Tensor) -> float:
     """silu's slope is less than 1.1, and it rounds once more."""
     return 1.1 * tolerance(dtype, torch.promote_types(dtype, torch.float32), width + 2, size.max().item())
+
+
+class PackingLaws:
+    """Where documents lie, by the kernel and by torch; subclass it, and name a device."""
+
+    device: str = "cpu"
+
+    @given_each(st.data())
+    def test_the_kernel_finds_what_torch_finds(self, data: st.DataObject) -> None:
+        """Of boundaries and of ids of either dtype, also of ids that rows share and that leave open how many there are."""
+        batch, seqlen, n_segments = (data.draw(st.integers(0, most)) for most in (3, 600, 400))
+        dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+        ids = [sorted(data.draw(some(st.integers(0, max(n_segments - 1, 0)), seqlen))) for _ in range(batch)]
+        ids = torch.tensor(ids, dtype=dtype, device=self.device).view(batch, seqlen)
+        x = torch.empty(batch, seqlen, 2, device=self.device)
+        for count in (None, max(n_segments, 1)):
+            self.same(masks.documents(segment_ids=ids, n_segments=count), x)
+            self.same(masks.documents(segment_ids=ids.repeat_interleave(2, 1)[:, ::2], n_segments=count), x)
+            if batch:
+                self.same(masks.documents(segment_ids=ids[:1], n_segments=count), x)
+        bounds = [0, *sorted(data.draw(some(st.integers(0, seqlen), n_segments))), seqlen]
+        cu = torch.tensor(bounds if n_segments else [0] * (not seqlen) or [0, seqlen], dtype=dtype, device=self.device)
+        self.same(masks.documents(cu), x[:1] if batch else torch.empty(1, seqlen, 2, device=self.device))
+
+    def same(self, documents: masks.Mask, x: Tensor) -> None:
+        ours, plain = (packing(documents, x, by_kernel) for by_kernel in (True, False))
+        assert ours.n_rows == plain.n_rows
+        for name, found, value in zip(("position", "row", "starts", "stops"), ours.tensors, plain.tensors, strict=True):
+            assert found.dtype == value.dtype and torch.equal(found, value), name
+
+    def test_what_is_out_of_order_is_in_range(self) -> None:
+        """As nothing looks at values on a GPU, and other kernels read memory by these."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ssdops.nn.packing.check_values", lambda *given: None)
+            for wrong in ([9, 3, -4, 99, 2], [0, 0, 2, 3, 5], [3, 4, 4, 4, 40], [-2, -1, 7, 8, 9]):
+                tensor = torch.tensor(wrong, device=self.device)
+                for documents, n_rows in (
+                    (masks.documents(tensor), 4), (masks.documents(segment_ids=tensor[None], n_segments=3), 3)
+                ):  # fmt: skip
+                    found = packing(documents, torch.empty(1, 5, 2, device=self.device), by_kernel=True)
+                    position, row, starts, stops = (t.tolist() for t in found.tensors)
+                    assert all(0 <= place <= t for t, place in enumerate(position[0])), wrong
+                    assert all(0 <= number < n_rows for number in row[0]), wrong
+                    assert all(0 <= bound <= 5 for bound in (*starts, *stops)), wrong
+
+
+def some(values: st.SearchStrategy[int], count: int) -> st.SearchStrategy[list[int]]:
+    """So many of them; few drawn, as many are slow, and each as often as it comes."""
+    few = st.lists(values, min_size=1, max_size=9)
+    return st.tuples(few, st.randoms(use_true_random=False)).map(lambda drawn: drawn[1].choices(drawn[0], k=count))
 
 
 class ConvolutionLaws:

@@ -12,7 +12,7 @@ from compiled import compiled
 from torch import Tensor
 
 from ssdops.backends.triton.calls import Kernel
-from ssdops.nn import conv_triton, norm_triton
+from ssdops.nn import conv_triton, norm_triton, packing_triton
 from ssdops.nn.conv_triton import Convolution
 from ssdops.nn.norm_triton import Norm
 
@@ -38,6 +38,14 @@ def convolved(dtype: torch.dtype, width: int, packed: bool, entering: bool) -> N
         c.backward_window(torch.empty(x.shape, dtype=dtype, device="meta"))
     if not packed:
         Convolution(x[:, :1], weight, bias, window, [], True).step()
+
+
+def placed() -> None:
+    """Where documents lie in 8 rows of 2048 tokens, by ids, and in one row, by boundaries; and where 1 is all that is given."""
+    for size, batch, seqlen, per_row in (((8, 2048), 8, 2048, 16), ((17,), 1, 2048, 16), ((1, 1), 1, 1, 1), ((2,), 1, 1, 1)):
+        given = torch.empty(size, dtype=torch.int32, device="meta")
+        found = [(batch, seqlen)] * 2 + [(batch * per_row,)] * 2
+        packing_triton.places(given, *(torch.empty(size, dtype=torch.int64, device="meta") for size in found))
 
 
 def normed(channels: int) -> None:
@@ -76,6 +84,11 @@ def main() -> None:
         for arch in architectures:
             for fact in facts(arch, of):
                 print(json.dumps(fact))
+    LAUNCHES.clear()
+    placed()
+    for arch in (80, 90):
+        for fact in facts(arch, {}):
+            print(json.dumps(fact))
     for channels in (1536, 5120):
         LAUNCHES.clear()
         normed(channels)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conv_laws import ConvolutionLaws, drawn
+from conv_laws import ConvolutionLaws, PackingLaws, drawn
 from norm_laws import NormLaws
 from torch import Tensor
 
@@ -32,6 +32,10 @@ class TestTorch(ConvolutionLaws):
 
 class TestTriton(ConvolutionLaws):
     backend = "triton"
+    device = "cuda"
+
+
+class TestPacking(PackingLaws):
     device = "cuda"
 
 

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from conv_laws import CU, IDS, ConvolutionLaws, drawn
+from conv_laws import CU, IDS, ConvolutionLaws, PackingLaws, drawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssdops import config, masks
 from ssdops.errors import DtypeError, MaskError, ShapeError, UnsupportedError, ValueRangeError
 from ssdops.nn import causal_conv1d, conv, launching
 from ssdops.testing import assert_close, tolerance
 from ssdops.testing.tolerance import assert_same
+
+
+class Launched(TorchDispatchMode):
+    """What would run on a GPU, in order: kernels instead of running, and torch's operators but for views and memory.
+
+    Values are not looked at, as none are on a GPU.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        patch.setattr(
+            "ssdops.backends.triton.calls.Kernel.__call__", lambda kernel, *_, **__: self.names.append(kernel._fn.__name__)
+        )
+        patch.setattr("ssdops.nn.packing.check_values", lambda *given: None)
+        for module in ("conv_ops", "packing_ops"):  # which would hand over to torch, as this mode is on
+            patch.setattr(f"ssdops.nn.{module}.is_plain", lambda tensors: True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, out = str(func.overloadpacket), func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor | tuple) and not (func.is_view or "empty" in name or name == "aten.detach"):
+            self.names.append(name)
+        return out
 
 
 class TestTorch(ConvolutionLaws):
@@ -36,11 +62,29 @@ class TestTriton(ConvolutionLaws):
         assert_close(y, wanted[0], tolerance(torch.float32, torch.float32, 4, 8.0), "y")
         assert_same(after, wanted[1], "the window")
 
+    @pytest.mark.parametrize("name", ["none", "boundaries", "ids"])
+    @pytest.mark.parametrize("entering", [False, True])
+    def test_what_is_launched(self, monkeypatch: pytest.MonkeyPatch, entering: bool, name: str) -> None:
+        """Forward one kernel, and one that finds documents; backward what sums, and a kernel for windows."""
+        documents = {"none": None, "boundaries": self.packings[0], "ids": self.packings[1]}[name]
+        sizes = ((1, 13, 6), (6, 4), (6,), (1 if documents is None else 5, 6, 3))
+        x, weight, bias, window = given = [drawn(*size, dtype=torch.float32).requires_grad_() for size in sizes]
+        options = {"window": window if entering else None, "documents": documents, "activation": "silu"}
+        with monkeypatch.context() as patch, Launched(patch) as forward:
+            y = causal_conv1d(x, weight, bias, **options, backend="triton")
+        with monkeypatch.context() as patch, Launched(patch) as backward:
+            torch.autograd.grad(y, given if entering else given[:3], x)
+        assert forward.names == (["conv"] if documents is None else ["places", "conv"])
+        windows = [*([] if documents else ["aten.zeros", "aten.full_like"]), "window_gradients"]
+        assert backward.names == ["conv_gradients", "aten.sum", *["aten._to_copy"] * 2, *windows * entering]
+
     @pytest.mark.parametrize("packed", [False, True])
     def test_opcheck(self, packed: bool) -> None:
         x, weight, bias = (drawn(*size, dtype=torch.float32) for size in ((1, 13, 6), (6, 4), (6,)))
         window = drawn(5 if packed else 1, 6, 3, dtype=torch.float32)
         documents = conv.packing(masks.documents(CU), x).tensors if packed else []
+        for bounds, per_row in ((CU, 5), (IDS.int(), 5), (IDS, 0)):
+            torch.library.opcheck(torch.ops.ssdops.places.default, (bounds, 1, 13, per_row))
         given = [t.requires_grad_() for t in (x, weight, bias, window)]
         torch.library.opcheck(torch.ops.ssdops.conv.default, (*given, documents, True))
         plain = [t.detach() for t in given]
@@ -63,6 +107,12 @@ class TestTriton(ConvolutionLaws):
             assert_same(y, found[0][0], "y")
             assert_same(dx, found[0][1], "dx")
             assert_close(dweight, found[0][2], tolerance(torch.float32, torch.float32, 74, 74 * 4.0), "dweight")
+
+
+@pytest.mark.skipif(not launching.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_conv.py tests the compiled kernel here")
+class TestPacking(PackingLaws):
+    """In Triton's interpreter."""
 
 
 def test_backends_that_do_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,14 +88,14 @@ def causal_conv1d(
     tensor([23., 34.])
     """
     _check(x, weight, bias, activation)
-    packed = None if documents is None else packing(documents, x)
+    fits = weight.shape[1] <= WIDEST
+    by_kernel = on_triton(x, backend, Support.yes() if fits else Support.no(f"width={weight.shape[1]} exceeds {WIDEST}"))
+    packed = None if documents is None else packing(documents, x, by_kernel)
     if window is not None or return_window:
         _check_window(window, x, weight, packed)
         window = None if window is None else window.to(x.dtype)
     silu, count = activation is not None, weight.shape[1] - 1
-    fits = weight.shape[1] <= WIDEST
-    limits = Support.yes() if fits else Support.no(f"width={weight.shape[1]} exceeds {WIDEST}")
-    if not on_triton(x, backend, limits):
+    if not by_kernel:
         y = convolve(x, weight, bias, window, packed, silu)
     elif window is not None and return_window and _is_step(x, weight, bias, window, packed):
         return conv_ops.step(x, weight, bias, window, silu)

@@ -61,7 +61,8 @@ class Convolution:
         wide = torch.promote_types(x.dtype, weight.dtype) == torch.float64
         self.dtype = torch.float64 if wide else torch.float32
         self.switches = {"SILU": silu, "BIAS": bias is not None}
-        self.packing = {"WINDOW": window is not None, "PACKED": bool(packed)}
+        entering = window is not None and window.shape[0] > 0  # tokens of no document, which nothing has refused, read none
+        self.packing = {"WINDOW": entering, "PACKED": bool(packed)}
         self.acc = {"ACC": tl.float64 if wide else tl.float32, "num_warps": self.tile.warps}
 
     @property

@@ -11,8 +11,9 @@ from .. import config
 from ..errors import DeviceError, DtypeError, MaskError, ShapeError
 from ..ir import nodes as n
 from ..ir.problem import check_values, count_states
-from ..ir.resolve import segment_ids
+from ..ir.resolve import resolve, segment_ids
 from ..masks import Mask
+from . import packing_ops
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,15 @@ class Packing:
     Attributes:
         position: of each token in its document, `(batch, seqlen)`.
         row: the row of each token's document, `(batch, seqlen)`; meaningless where n_rows is None.
-        n_rows: how many documents there may be in all; None if their mask does not say.
         starts, stops: the tokens `[start, stop)` of each document in its batch row, `(n_rows,)`, or empty.
+        n_rows: how many documents there may be in all; None if their mask does not say.
     """
 
     position: Tensor
     row: Tensor
-    n_rows: int | None
     starts: Tensor
     stops: Tensor
+    n_rows: int | None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -43,11 +44,11 @@ class Packing:
         if not tensors:
             return None
         position, row, starts, stops = tensors
-        return Packing(position, row, len(starts), starts, stops)
+        return Packing(position, row, starts, stops, len(starts))
 
 
-def packing(documents: Mask, x: Tensor) -> Packing:
-    """The documents of x `(batch, seqlen, …)`. On a GPU nothing is read on the host.
+def packing(documents: Mask, x: Tensor, by_kernel: bool = False) -> Packing:
+    """The documents of x `(batch, seqlen, …)`, worked out by torch or by one kernel. On a GPU nothing is read on the host.
 
     Raises:
         MaskError, DtypeError, ShapeError, DeviceError, ValueRangeError: what documents() or its operands should be.
@@ -56,17 +57,27 @@ def packing(documents: Mask, x: Tensor) -> Packing:
     node = documents_node(documents, x)
     if not torch.compiler.is_compiling() and (x.device.type == "cpu" or config.check_values()):
         check_values(node, documents.operands, seqlen)
+    n_rows = count_states(node, documents.operands, batch)
+    per_row = 0 if n_rows is None else n_rows // max(batch, 1)
+    if by_kernel:
+        return Packing(*_by_kernel(node, documents, batch, seqlen, per_row), n_rows)
     ids = segment_ids(node, documents.operands, seqlen).expand(batch, -1).contiguous()
     tokens = torch.arange(seqlen, device=x.device).expand(batch, -1)
     same = torch.nn.functional.pad(ids[:, 1:] == ids[:, :-1], (1, 0), value=False)[:, :seqlen]
     first = torch.where(same, 0, tokens).cummax(1).values if seqlen else tokens
-    n_rows = count_states(node, documents.operands, batch)
-    per_row = 0 if n_rows is None else n_rows // max(batch, 1)
     numbers = torch.arange(per_row, device=x.device, dtype=ids.dtype).expand(batch, -1).contiguous()
     starts, stops = (torch.searchsorted(ids, numbers, right=right).flatten() for right in (False, True))
     rows = ids + torch.arange(batch, device=x.device)[:, None] * per_row
     rows = rows.clamp(0, max((n_rows or 0) - 1, 0))  # nothing has looked at values on a GPU, and rows are an index
-    return Packing(tokens - first, rows, n_rows, starts, stops)
+    return Packing(tokens - first, rows, starts, stops, n_rows)
+
+
+def _by_kernel(node: n.Documents, documents: Mask, batch: int, seqlen: int, per_row: int) -> packing_ops.Places:
+    if node.cu_seqlens is not None:
+        boundaries = resolve(node.cu_seqlens, documents.operands, n.BOUNDARIES, seqlen)
+        return packing_ops.places(boundaries, batch, seqlen, per_row)
+    assert node.segment_ids is not None  # verify() promises one of the two
+    return packing_ops.places(resolve(node.segment_ids, documents.operands, n.IDS, seqlen), batch, seqlen, per_row)
 
 
 def documents_node(documents: Mask, x: Tensor) -> n.Documents:

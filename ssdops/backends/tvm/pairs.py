@@ -11,18 +11,23 @@
 
 of which a program has those that its `Tile` names. Where rows and columns begin and end, bounds on lags, and how many batch
 rows, heads and tiles one program sums over, are numbers that it is called with. No T × T tensor is made but that of `entries`.
+
+Behind the program is what that of GPUs, too, has of its operands and of a tile's factors.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 
 from ..quadratic.formula import counts
 from .blocks import fill, store, sums, update
 from .formula import expression
-from .parts import exp, near, number, shared, sizes, summed, under, within
+from .parts import exp, near, number, shared, summed, under, within
 from .products import product
 from .tile import ENTRIES, LAGS, LANES, LOGS, ROWS, SCALES, Tile
 
@@ -56,29 +61,13 @@ def pairs(tile: Tile) -> Any:
         in_heads: T.int64, in_tiles: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": LOCAL})
-        tokens, x_heads, y_heads, z_heads, w_heads, w_tokens, unread, d_filled, e_filled = sizes(9)
-        u_batch, u_heads, u_size, c_batch, c_heads, c_size, v_batch, v_heads, v_size, s_batch, s_heads, s_size = sizes(12)
-        l_heads, l_size, e_batch, e_heads, e_size, t_batch, tiles, out_0, out_1, out_2, out_3 = sizes(11)
-        a_batch, a_heads, a_count, a_size, g_batch, g_heads, g_count, g_size, k_heads, k_count, k_size = sizes(11)
-        d = T.meta_var(D if whole else d_filled)
-        e = T.meta_var(E if whole else e_filled)
-        x = T.match_buffer(x_, (tokens, x_heads, d), acc)
-        y = T.match_buffer(y_, (tokens, y_heads, d), acc)
-        z = T.match_buffer(z_, (tokens, z_heads, e), acc)
-        w = T.match_buffer(w_, (w_tokens, w_heads, e), acc)
-        u_rows = T.match_buffer(u_rows_, (u_batch, u_heads, 2, u_size), "float64")
-        u_cols = T.match_buffer(u_cols_, (c_batch, c_heads, 2, c_size), "float64")
-        rows = T.match_buffer(rows_, (v_batch, v_heads, v_size), acc)
-        cols = T.match_buffer(cols_, (s_batch, s_heads, s_size), acc)
-        lags = T.match_buffer(lags_, (l_heads, l_size), acc)
-        entries = T.match_buffer(entries_, (e_batch, e_heads, e_size, e_size), acc)
-        leaf_rows = T.match_buffer(leaf_rows_, (a_batch, a_heads, a_count, a_size), "float64")
-        leaf_cols = T.match_buffer(leaf_cols_, (g_batch, g_heads, g_count, g_size), "float64")
-        leaf_lags = T.match_buffer(leaf_lags_, (k_heads, k_count, k_size), "float64")
-        table = T.match_buffer(table_, (t_batch, tiles, 4), "int64")
-        out = T.match_buffer(out_, (tokens, out_1, e) if CONTRACT else (out_0, out_1, out_2, out_3), acc)
-        there = T.match_buffer(there_, (unread,) if LOCAL else (out_0, out_1, out_2, out_3), acc)
-        bounds = T.match_buffer(bounds_, (8,), "int64")
+        given = T.meta_var(
+            Operands(
+                tile, acc, x_, y_, z_, w_, u_rows_, u_cols_, rows_, cols_, lags_, entries_, leaf_rows_, leaf_cols_, leaf_lags_,
+                table_, out_, there_, bounds_,
+            )
+        )  # fmt: skip
+        values = T.meta_var(given.z if CONTRACT else given.w)
         for of_row, of_head, of_tile in T.grid(of_rows, of_heads, of_tiles):
             with T.sblock("program"):
                 ob, oh, ot = T.axis.remap("SSS", [of_row, of_head, of_tile])
@@ -106,45 +95,31 @@ def pairs(tile: Tile) -> Any:
                         at_rows = T.sblock_alloc_buffer((OF_ROW, C), "float64")
                         i0 = T.meta_var(place[0])
                         i1 = T.meta_var(place[1])
-                        first = T.meta_var(lambda: T.max(T.max(table[T.min(b, t_batch - 1), t, 2], bounds[6]),
-                                                         table[T.min(b, t_batch - 1), t, 0] - bounds[1]))  # fmt: skip
-                        stop = T.meta_var(lambda: T.min(T.min(table[T.min(b, t_batch - 1), t, 3], bounds[7]),
-                                                        table[T.min(b, t_batch - 1), t, 1] - bounds[0]))  # fmt: skip
+                        first, stop = T.meta_var(given.columns(b, t))
+                        row = T.meta_var(lambda i: near(i0 + i, i1))
                         for i in range(1):
                             with T.sblock("place"):
                                 vi = T.axis.spatial(1, i)
-                                place[vi] = table[T.min(b, t_batch - 1), t, 0]
-                                place[vi + 1] = table[T.min(b, t_batch - 1), t, 1]
-                                place[vi + 2] = first()
-                                place[vi + 3] = stop()
+                                place[vi] = of_batch(given.table, b, t, 0)
+                                place[vi + 1] = of_batch(given.table, b, t, 1)
+                                place[vi + 2] = first
+                                place[vi + 3] = stop
                         fill("load_q", C, D)(
-                            xt,
-                            lambda i, m: within(
-                                whole, under(m, d),
-                                x[b * seqlen + near(i0 + i, i1), shared(h, nheads, x_heads), m], acc,
-                            ),
-                        )  # fmt: skip
+                            xt, lambda i, m: given.read(given.x, b * seqlen + row(i), own(given.x, h, nheads), m)
+                        )
                         if not CONTRACT:
                             fill("load_dy", C, E)(
-                                zt,
-                                lambda i, o: within(
-                                    whole, under(o, e),
-                                    z[b * seqlen + near(i0 + i, i1), shared(h, nheads, z_heads), o], acc,
-                                ),
-                            )  # fmt: skip
+                                zt, lambda i, o: given.read(given.z, b * seqlen + row(i), own(given.z, h, nheads), o)
+                            )
                         if LOGS in tile.factors:
-                            fill("load_u", 2, C)(ut, lambda which, i: u_rows[T.min(b, u_batch - 1), h, which, near(i0 + i, i1)])
+                            fill("load_u", 2, C)(ut, lambda which, i: of_batch(given.u_rows, b, h, which, row(i)))
                         if SCALES in tile.factors:
-                            fill("load_rows", C)(rt, lambda i: rows[T.min(b, v_batch - 1), h, near(i0 + i, i1)])
+                            fill("load_rows", C)(rt, lambda i: of_batch(given.rows, b, h, row(i)))
                         if GENERAL:
                             fill("load_leaf_rows", OF_ROW, C)(
-                                at_rows,
-                                lambda leaf, i: leaf_rows[
-                                    T.min(b, a_batch - 1), T.min(h, a_heads - 1), T.min(T.Cast("int64", leaf), a_count - 1),
-                                    T.min(near(i0 + i, i1), a_size - 1),
-                                ],
-                            )  # fmt: skip
-                        for step in range((T.max(stop() - first(), 0) + C - 1) // C):
+                                at_rows, lambda leaf, i: nearest(given.leaf_rows, b, h, T.Cast("int64", leaf), row(i))
+                            )
+                        for step in range((T.max(stop - first, 0) + C - 1) // C):
                             with T.sblock("chunk"):
                                 vs = T.axis.spatial(1 << 40, step)
                                 yt = T.sblock_alloc_buffer((C, D), acc)
@@ -164,78 +139,44 @@ def pairs(tile: Tile) -> Any:
                                 row_lanes = T.sblock_alloc_buffer((C, LANES), acc)
                                 zero_lanes = T.sblock_alloc_buffer((C, LANES), acc)
                                 diagonals = T.sblock_alloc_buffer((1, 2 * C), acc)
+                                factors = T.meta_var(Factors(ut, ct, rt, st, line, at_rows, at_cols, at_lags))
                                 j0 = T.meta_var(at[0])
                                 end = T.meta_var(place[3])
+                                col = T.meta_var(lambda j: near(j0 + j, end))
+                                lag_at = T.meta_var(lambda lag: near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1))
                                 for i in range(1):
                                     with T.sblock("here"):
                                         vi = T.axis.spatial(1, i)
                                         at[vi] = place[2] + vs * C
-                                        local = T.meta_var(lambda lag: narrow(lag + at[0] - i0))
-                                        edge[vi] = local(bounds[0])
-                                        edge[vi + 1] = local(bounds[1])
-                                        edge[vi + 2] = local(bounds[2])
-                                        edge[vi + 3] = local(bounds[3])
-                                        edge[vi + 4] = narrow(bounds[4] - i0)
-                                        edge[vi + 5] = narrow(T.min(bounds[5], i1) - i0)
-                                        edge[vi + 6] = narrow(end - at[0])
+                                        bounded(edge, vi, given.bounds, i0, i1, at[0], end)
                                 fill("load_k", C, D)(
-                                    yt,
-                                    lambda j, m: within(
-                                        whole, under(m, d),
-                                        y[b * seqlen + near(j0 + j, end), shared(h, nheads, y_heads), m], acc,
-                                    ),
-                                )  # fmt: skip
+                                    yt, lambda j, m: given.read(given.y, b * seqlen + col(j), own(given.y, h, nheads), m)
+                                )
                                 fill("turn_k", D, C)(y_turned, lambda m, j: yt[j, m])
-                                if CONTRACT:
-                                    fill("load_v", C, E)(
-                                        wt,
-                                        lambda j, o: within(
-                                            whole, under(o, e),
-                                            z[b * seqlen + near(j0 + j, end), shared(h, nheads, z_heads), o], acc,
-                                        ),
-                                    )  # fmt: skip
-                                else:
-                                    fill("load_v", C, E)(
-                                        wt,
-                                        lambda j, o: within(
-                                            whole, under(o, e),
-                                            w[b * seqlen + near(j0 + j, end), shared(h, nheads, w_heads), o], acc,
-                                        ),
-                                    )  # fmt: skip
+                                fill("load_v", C, E)(
+                                    wt, lambda j, o: given.read(values, b * seqlen + col(j), own(values, h, nheads), o)
+                                )
+                                if not CONTRACT:
                                     fill("turn_v", E, C)(w_turned, lambda o, j: wt[j, o])
                                 if LOGS in tile.factors:
-                                    fill("load_w", 2, C)(
-                                        ct, lambda which, j: u_cols[T.min(b, c_batch - 1), h, which, near(j0 + j, end)]
-                                    )
+                                    fill("load_w", 2, C)(ct, lambda which, j: of_batch(given.u_cols, b, h, which, col(j)))
                                 if SCALES in tile.factors:
-                                    fill("load_cols", C)(st, lambda j: cols[T.min(b, s_batch - 1), h, near(j0 + j, end)])
+                                    fill("load_cols", C)(st, lambda j: of_batch(given.cols, b, h, col(j)))
                                 if LAGS in tile.factors:  # at j − i of the tile, from 1 − C on
-                                    fill("load_lags", 2 * C)(
-                                        line, lambda lag: lags[h, near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1)]
-                                    )
+                                    fill("load_lags", 2 * C)(line, lambda lag: given.lags[h, lag_at(lag)])
                                 if GENERAL:
                                     fill("load_leaf_cols", OF_COL, C)(
-                                        at_cols,
-                                        lambda leaf, j: leaf_cols[
-                                            T.min(b, g_batch - 1), T.min(h, g_heads - 1),
-                                            T.min(T.Cast("int64", leaf), g_count - 1), T.min(near(j0 + j, end), g_size - 1),
-                                        ],
-                                    )  # fmt: skip
+                                        at_cols, lambda leaf, j: nearest(given.leaf_cols, b, h, T.Cast("int64", leaf), col(j))
+                                    )
                                     fill("load_leaf_lags", OF_LAG, 2 * C)(
                                         at_lags,
-                                        lambda leaf, lag: leaf_lags[
-                                            T.min(h, k_heads - 1), T.min(T.Cast("int64", leaf), k_count - 1),
-                                            T.min(near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1), k_size - 1),
-                                        ],
-                                    )  # fmt: skip
+                                        lambda leaf, lag: nearest(given.leaf_lags, h, T.Cast("int64", leaf), lag_at(lag)),
+                                    )
                                 if ENTRIES in tile.factors:
                                     fill("load_entries", C, C)(
                                         et,
-                                        lambda i, j: entries[
-                                            T.min(b, e_batch - 1), shared(h, nheads, e_heads), near(i0 + i, i1),
-                                            near(j0 + j, end),
-                                        ],
-                                    )  # fmt: skip
+                                        lambda i, j: of_batch(given.entries, b, own(given.entries, h, nheads), row(i), col(j)),
+                                    )
                                 product("scores", C, C, D, acc)(scores, lambda i, m: xt[i, m], lambda m, j: y_turned[m, j])
                                 if not CONTRACT:
                                     product("gives", C, C, E, acc)(others, lambda i, o: zt[i, o], lambda o, j: w_turned[o, j])
@@ -246,19 +187,10 @@ def pairs(tile: Tile) -> Any:
                                         weighed(
                                             tile,
                                             scores[i, j] if CONTRACT else scores[i, j] * others[i, j],
-                                            {
-                                                LOGS: lambda: (ut[0, i] + ct[0, j], ut[1, i] + ct[1, j]),
-                                                SCALES: lambda: rt[i] * st[j],
-                                                LAGS: lambda: line[C - 1 + j - i],
-                                                ENTRIES: lambda: et[i, j],
-                                                "leaves": lambda kind, leaf: (
-                                                    at_rows[leaf, i]
-                                                    if kind == "row"
-                                                    else at_cols[leaf, j]
-                                                    if kind == "col"
-                                                    else at_lags[leaf, C - 1 + j - i]
-                                                ),
-                                            },
+                                            i,
+                                            j,
+                                            factors,
+                                            lambda: et[i, j],
                                         ),
                                         number(0, acc),
                                     ),
@@ -293,23 +225,23 @@ def pairs(tile: Tile) -> Any:
                                             vl = T.axis.spatial(2 * C - 1, lag)
                                             where = T.meta_var(lambda lag: j0 - i0 + lag - C + seqlen)
                                             T.where(where(lag) >= 0 and where(lag) < 2 * seqlen - 1)
-                                            out[ob, oh, 0, where(vl)] = (
-                                                there[ob, oh, 0, where(vl)] + T.Cast(acc, scale) * diagonals[0, vl]
+                                            given.out[ob, oh, 0, where(vl)] = (
+                                                given.there[ob, oh, 0, where(vl)] + T.Cast(acc, scale) * diagonals[0, vl]
                                             )
                                 else:
                                     for i, j in T.grid(C, C):
                                         with T.sblock("give_entries"):
                                             vi, vj = T.axis.remap("SS", [i, j])
                                             T.where(i0 + i < i1 and j0 + j < end)
-                                            out[ob, oh, i0 + vi, j0 + vj] = (
-                                                there[ob, oh, i0 + vi, j0 + vj] + T.Cast(acc, scale) * weights[vi, vj]
+                                            given.out[ob, oh, i0 + vi, j0 + vj] = (
+                                                given.there[ob, oh, i0 + vi, j0 + vj] + T.Cast(acc, scale) * weights[vi, vj]
                                             )
                 if LOCAL:
-                    start = T.meta_var(table[T.min(ob, t_batch - 1), ot, 0])
-                    over = T.meta_var(table[T.min(ob, t_batch - 1), ot, 1])
+                    start = T.meta_var(of_batch(given.table, ob, ot, 0))
+                    over = T.meta_var(of_batch(given.table, ob, ot, 1))
                     if CONTRACT:
                         store("store", C, E, whole)(
-                            out, oh, ob * seqlen + start, ob * seqlen + over, e,
+                            given.out, oh, ob * seqlen + start, ob * seqlen + over, given.e,
                             lambda i, o: T.Cast(acc, scale) * total[0, i, o],
                         )  # fmt: skip
                     else:
@@ -317,14 +249,112 @@ def pairs(tile: Tile) -> Any:
                             with T.sblock("dots"):
                                 vw, vi = T.axis.remap("SS", [which, i])
                                 T.where(start + i < over)
-                                out[ob, oh, vw, start + vi] = T.Cast(acc, scale) * summed(LANES, lambda r: lanes[vw, vi, r])
+                                given.out[ob, oh, vw, start + vi] = T.Cast(acc, scale) * summed(
+                                    LANES, lambda r: lanes[vw, vi, r]
+                                )
 
     return main
+
+
+class Operands:
+    """What a program of pairs is called with, in the order of `pairs`; x, y, z and w of a dtype; sizes are symbols."""
+
+    def __init__(self, tile: Tile, dtype: str, *handles: Any) -> None:
+        (x, y, z, w, u_rows, u_cols, rows, cols, lags, entries, leaf_rows, leaf_cols, leaf_lags, table, out, there, bounds) = (
+            handles
+        )
+        self.d: Any = tile.inner if tile.whole else size("d")
+        self.e: Any = tile.outer if tile.whole else size("e")
+        self.whole, tokens, side = tile.whole, size("tokens"), size("side")
+        self.x, self.y = matched("x", x, (tokens, None, self.d), dtype), matched("y", y, (tokens, None, self.d), dtype)
+        self.z, self.w = matched("z", z, (tokens, None, self.e), dtype), matched("w", w, (None, None, self.e), dtype)
+        self.u_rows = matched("u_rows", u_rows, (None, None, 2, None), "float64")
+        self.u_cols = matched("u_cols", u_cols, (None, None, 2, None), "float64")
+        self.rows = matched("rows", rows, (None, None, None), tile.acc)
+        self.cols = matched("cols", cols, (None, None, None), tile.acc)
+        self.lags = matched("lags", lags, (None, None), tile.acc)
+        self.entries = matched("entries", entries, (None, None, side, side), tile.acc)
+        self.leaf_rows = matched("leaf_rows", leaf_rows, (None, None, None, None), "float64")
+        self.leaf_cols = matched("leaf_cols", leaf_cols, (None, None, None, None), "float64")
+        self.leaf_lags = matched("leaf_lags", leaf_lags, (None, None, None), "float64")
+        self.table = matched("table", table, (None, None, 4), "int64")
+        sums = (tokens, None, self.e) if tile.mode == "" else tuple(size(f"out_{axis}") for axis in range(4))
+        self.out = matched("out", out, sums, tile.acc)
+        self.there = matched("there", there, sums if tile.mode in (LAGS, ENTRIES) else (None,), tile.acc)
+        self.bounds = matched("bounds", bounds, (8,), "int64")
+
+    def read(self, x: Any, token: Any, head: Any, at: Any) -> Any:
+        """x[token, head, at], and 0 where the tile is larger than heads are."""
+        return within(self.whole, under(at, x.shape[2]), x[token, head, at], x.dtype)
+
+    def columns(self, b: Any, t: Any) -> tuple[Any, Any]:
+        """The columns [first, stop) that the rows of tile t may meet."""
+        row, end, first, stop = (of_batch(self.table, b, t, which) for which in range(4))
+        first = T.max(T.max(first, self.bounds[6]), row - self.bounds[1])
+        return first, T.min(T.min(stop, self.bounds[7]), end - self.bounds[0])
+
+
+def matched(name: str, handle: Any, shape: tuple[Any, ...], dtype: str) -> Any:
+    """A parameter as a buffer; where its shape has None, any size."""
+    whole = [size(f"{name}_{axis}") if given is None else given for axis, given in enumerate(shape)]
+    return IRBuilder.name(name, T.match_buffer(handle, whole, dtype))
+
+
+def size(name: str) -> Any:
+    """A symbolic size."""
+    return IRBuilder.name(name, T.int64())
+
+
+def of_batch(x: Any, b: Any, *index: Any) -> Any:
+    """x[b, …], or x[0, …] where all rows of the batch share it."""
+    at = (T.min(b, x.shape[0] - 1), *index)
+    return x[at]
+
+
+def own(x: Any, head: Any, nheads: Any) -> Any:
+    """The head of x, its second axis, that a head out of nheads has."""
+    return shared(head, nheads, x.shape[1])
+
+
+def nearest(x: Any, *index: Any) -> Any:
+    """x at an index, each part of it no further than there are numbers: of what is shared, or not there, there is one."""
+    return x[tuple(T.min(at, most - 1) for at, most in zip(index, x.shape, strict=True))]
+
+
+class Factors(NamedTuple):
+    """A mask's factors at the rows and columns of a tile of pairs."""
+
+    u_rows: Any
+    u_cols: Any
+    rows: Any
+    cols: Any
+    lags: Any
+    leaf_rows: Any
+    leaf_cols: Any
+    leaf_lags: Any
+
+    def leaf(self, kind: str, index: int, i: Any, j: Any, lag: Any) -> Any:
+        """A leaf of the formula at a pair."""
+        x, at = {"row": (self.leaf_rows, i), "col": (self.leaf_cols, j), "lag": (self.leaf_lags, lag)}[kind]
+        return x[index, at]
 
 
 def narrow(x: Any) -> Any:
     """A coordinate in a tile, of 32 bits: what lies far outside stays outside."""
     return T.Cast("int32", T.max(T.min(x, INF), -INF))
+
+
+@T.macro
+def bounded(edge, first, bounds, i0, i1, j0, end):
+    """What `has` asks of, from `first` on: bounds on lags, rows and columns in coordinates of the tile at (i0, j0)."""
+    local = T.meta_var(lambda lag: narrow(lag + j0 - i0))
+    edge[first] = local(bounds[0])
+    edge[first + 1] = local(bounds[1])
+    edge[first + 2] = local(bounds[2])
+    edge[first + 3] = local(bounds[3])
+    edge[first + 4] = narrow(bounds[4] - i0)
+    edge[first + 5] = narrow(T.min(bounds[5], i1) - i0)
+    edge[first + 6] = narrow(end - j0)
 
 
 def has(edge: Any, i: Any, j: Any) -> Any:
@@ -334,14 +364,20 @@ def has(edge: Any, i: Any, j: Any) -> Any:
     return T.And(T.And(lags, T.And(i >= edge[4], i < edge[5])), j < edge[6])
 
 
-def weighed(tile: Tile, value: Any, factors: Any) -> Any:
-    """A value times the factors that there are."""
+def weighed(tile: Tile, value: Any, i: Any, j: Any, factors: Factors, entry: Callable[[], Any]) -> Any:
+    """A value at a pair of a tile, times the factors that there are; entries are read where they are."""
+    lag = tile.chunk - 1 + j - i  # what has lags, or leaves of them, begins at 1 − chunk
     if LOGS in tile.factors:
-        exponent, odd = factors[LOGS]()
+        exponent, odd = (factors.u_rows[part, i] + factors.u_cols[part, j] for part in (0, 1))
         factor = exp(exponent, tile.acc, tile.exact)
         value = value * T.Select(odd == T.float64(0), factor, number(float("nan"), tile.acc))
-    for name in (SCALES, LAGS, ENTRIES):
-        value = value * factors[name]() if name in tile.factors else value
+    if SCALES in tile.factors:
+        value = value * (factors.rows[i] * factors.cols[j])
+    if LAGS in tile.factors:
+        value = value * factors.lags[lag]
+    if ENTRIES in tile.factors:
+        value = value * entry()
     if tile.formula is not None:
-        value = value * T.Cast(tile.acc, expression(tile.formula, factors["leaves"]))
+        leaf = partial(factors.leaf, i=i, j=j, lag=lag)
+        value = value * T.Cast(tile.acc, expression(tile.formula, leaf))
     return value

@@ -11,8 +11,8 @@ from tvm.script import tirx as T
 
 from ..quadratic.formula import counts
 from .blocks import arrive, fetch, fill, store
-from .pairs import has, narrow, weighed
-from .parts import barrier, near, number, shared, sizes, summed, under, within
+from .pairs import Factors, Operands, bounded, has, nearest, of_batch, own, weighed
+from .parts import barrier, near, number, summed
 from .tile import ENTRIES, LAGS, LOGS, PAIR_LANES, ROWS, SCALES, Tile
 
 ADD = """
@@ -53,29 +53,13 @@ def pairs_gpu(tile: Tile) -> Any:
         in_heads: T.int64, in_tiles: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": LOCAL})
-        tokens, x_heads, y_heads, z_heads, w_heads, w_tokens, unread, d_filled, e_filled = sizes(9)
-        u_batch, u_heads, u_size, c_batch, c_heads, c_size, v_batch, v_heads, v_size, s_batch, s_heads, s_size = sizes(12)
-        l_heads, l_size, e_batch, e_heads, e_size, t_batch, tiles, out_0, out_1, out_2, out_3 = sizes(11)
-        a_batch, a_heads, a_count, a_size, g_batch, g_heads, g_count, g_size, k_heads, k_count, k_size = sizes(11)
-        d = T.meta_var(D if whole else d_filled)
-        e = T.meta_var(E if whole else e_filled)
-        x = T.match_buffer(x_, (tokens, x_heads, d), data)
-        y = T.match_buffer(y_, (tokens, y_heads, d), data)
-        z = T.match_buffer(z_, (tokens, z_heads, e), data)
-        w = T.match_buffer(w_, (w_tokens, w_heads, e), data)
-        u_rows = T.match_buffer(u_rows_, (u_batch, u_heads, 2, u_size), "float64")
-        u_cols = T.match_buffer(u_cols_, (c_batch, c_heads, 2, c_size), "float64")
-        rows = T.match_buffer(rows_, (v_batch, v_heads, v_size), acc)
-        cols = T.match_buffer(cols_, (s_batch, s_heads, s_size), acc)
-        lags = T.match_buffer(lags_, (l_heads, l_size), acc)
-        entries = T.match_buffer(entries_, (e_batch, e_heads, e_size, e_size), acc)
-        leaf_rows = T.match_buffer(leaf_rows_, (a_batch, a_heads, a_count, a_size), "float64")
-        leaf_cols = T.match_buffer(leaf_cols_, (g_batch, g_heads, g_count, g_size), "float64")
-        leaf_lags = T.match_buffer(leaf_lags_, (k_heads, k_count, k_size), "float64")
-        table = T.match_buffer(table_, (t_batch, tiles, 4), "int64")
-        out = T.match_buffer(out_, (tokens, out_1, e) if CONTRACT else (out_0, out_1, out_2, out_3), acc)
-        there = T.match_buffer(there_, (unread,) if LOCAL else (out_0, out_1, out_2, out_3), acc)
-        bounds = T.match_buffer(bounds_, (8,), "int64")
+        given = T.meta_var(
+            Operands(
+                tile, data, x_, y_, z_, w_, u_rows_, u_cols_, rows_, cols_, lags_, entries_, leaf_rows_, leaf_cols_, leaf_lags_,
+                table_, out_, there_, bounds_,
+            )
+        )  # fmt: skip
+        values = T.meta_var(given.z if CONTRACT else given.w)
         for of_tile, of_head, of_row in T.grid(of_tiles, of_heads, of_rows):  # of which only the first may be very many
             with T.sblock("program"):
                 ot, oh, ob = T.axis.remap("SSS", [of_tile, of_head, of_row])
@@ -124,51 +108,37 @@ def pairs_gpu(tile: Tile) -> Any:
                         i0 = T.meta_var(place[0])
                         i1 = T.meta_var(place[1])
                         end = T.meta_var(place[3])
-                        of_table = T.meta_var(lambda which: table[T.min(b, t_batch - 1), t, which])
-                        first = T.meta_var(lambda: T.max(T.max(of_table(2), bounds[6]), of_table(0) - bounds[1]))
-                        stop = T.meta_var(lambda: T.min(T.min(of_table(3), bounds[7]), of_table(1) - bounds[0]))
-                        count = T.meta_var(lambda: (T.max(stop() - first(), 0) + C - 1) // C)
+                        first, stop = T.meta_var(given.columns(b, t))
+                        count = T.meta_var((T.max(stop - first, 0) + C - 1) // C)
                         for i in range(1):
                             with T.sblock("place"):
                                 vi = T.axis.spatial(1, i)
-                                place[vi] = of_table(0)
-                                place[vi + 1] = of_table(1)
-                                place[vi + 2] = first()
-                                place[vi + 3] = stop()
-                                owner[vi] = shared(h, nheads, x_heads)
-                                owner[vi + 1] = shared(h, nheads, y_heads)
-                                owner[vi + 2] = shared(h, nheads, z_heads)
-                                owner[vi + 3] = shared(h, nheads, z_heads if CONTRACT else w_heads)
-                                owner[vi + 4] = shared(h, nheads, e_heads) if ENTRIES in tile.factors else h
+                                place[vi] = of_batch(given.table, b, t, 0)
+                                place[vi + 1] = of_batch(given.table, b, t, 1)
+                                place[vi + 2] = first
+                                place[vi + 3] = stop
+                                owner[vi] = own(given.x, h, nheads)
+                                owner[vi + 1] = own(given.y, h, nheads)
+                                owner[vi + 2] = own(given.z, h, nheads)
+                                owner[vi + 3] = own(values, h, nheads)
+                                owner[vi + 4] = own(given.entries, h, nheads) if ENTRIES in tile.factors else h
                         row = T.meta_var(lambda i: near(i0 + i, i1))
-                        fill("load_q", C, D)(
-                            qt, lambda i, m: within(whole, under(m, d), x[b * seqlen + row(i), owner[0], m], data)
-                        )
+                        fill("load_q", C, D)(qt, lambda i, m: given.read(given.x, b * seqlen + row(i), owner[0], m))
                         if not CONTRACT:
-                            fill("load_dy", C, E)(
-                                dyt, lambda i, o: within(whole, under(o, e), z[b * seqlen + row(i), owner[2], o], data)
-                            )
+                            fill("load_dy", C, E)(dyt, lambda i, o: given.read(given.z, b * seqlen + row(i), owner[2], o))
                         if LOGS in tile.factors:
-                            fill("load_u", 2, C)(ut, lambda which, i: u_rows[T.min(b, u_batch - 1), h, which, row(i)])
+                            fill("load_u", 2, C)(ut, lambda which, i: of_batch(given.u_rows, b, h, which, row(i)))
                         if SCALES in tile.factors:
-                            fill("load_rows", C)(rt, lambda i: rows[T.min(b, v_batch - 1), h, row(i)])
+                            fill("load_rows", C)(rt, lambda i: of_batch(given.rows, b, h, row(i)))
                         if GENERAL:
                             fill("leaf_rows", OF_ROW, C)(
-                                at_rows,
-                                lambda leaf, i: leaf_rows[
-                                    T.min(b, a_batch - 1), T.min(h, a_heads - 1), T.min(T.Cast("int64", leaf), a_count - 1),
-                                    T.min(row(i), a_size - 1),
-                                ],
-                            )  # fmt: skip
+                                at_rows, lambda leaf, i: nearest(given.leaf_rows, b, h, T.Cast("int64", leaf), row(i))
+                            )
                         get_k = T.meta_var(fetch("get_k", tile, C, D, data, whole))
                         get_v = T.meta_var(fetch("get_v", tile, C, E, data, whole))
                         token = T.meta_var(lambda j: b * seqlen + near(there_at[0] + j, end))
-                        of_y = T.meta_var(lambda j, m: within(whole, under(m, d), y[token(j), owner[1], m], data))
-                        of_w = T.meta_var(
-                            lambda j, o: within(
-                                whole, under(o, e), z[token(j), owner[3], o] if CONTRACT else w[token(j), owner[3], o], data
-                            )
-                        )
+                        of_y = T.meta_var(lambda j, m: given.read(given.y, token(j), owner[1], m))
+                        of_w = T.meta_var(lambda j, o: given.read(values, token(j), owner[3], o))
                         if AHEAD:
                             for i in range(1):
                                 with T.sblock("there_first"):
@@ -178,10 +148,10 @@ def pairs_gpu(tile: Tile) -> Any:
                             get_v(vt, 0, of_w)
                             arrive(tile)
                             barrier(tile)
-                        for step in range(count()):
+                        for step in range(count):
                             with T.sblock("coming"):
                                 now = T.axis.spatial(1 << 40, step)
-                                then = T.meta_var(T.min(now + 1, count() - 1) if AHEAD else now)
+                                then = T.meta_var(T.min(now + 1, count - 1) if AHEAD else now)
                                 to = T.meta_var(T.Cast("int32", (now + 1) % 2) if AHEAD else 0)
                                 for i in range(1):
                                     with T.sblock("there"):
@@ -203,6 +173,7 @@ def pairs_gpu(tile: Tile) -> Any:
                                 row_lanes = T.sblock_alloc_buffer((2, C, SUMMED), acc)
                                 col_lanes = T.sblock_alloc_buffer((SUMMED, 2 * C), acc)
                                 lot = T.meta_var(T.Cast("int32", vs % HELD))
+                                factors = T.meta_var(Factors(ut, ct, rt, st, line, at_rows, at_cols, at_lags))
                                 j0 = T.meta_var(here[0])
                                 for i in range(1):
                                     with T.sblock("here"):
@@ -211,37 +182,23 @@ def pairs_gpu(tile: Tile) -> Any:
                                 for i in range(1):
                                     with T.sblock("edge"):
                                         vi = T.axis.spatial(1, i)
-                                        local = T.meta_var(lambda lag: narrow(lag + j0 - i0))
-                                        edge[vi] = local(bounds[0])
-                                        edge[vi + 1] = local(bounds[1])
-                                        edge[vi + 2] = local(bounds[2])
-                                        edge[vi + 3] = local(bounds[3])
-                                        edge[vi + 4] = narrow(bounds[4] - i0)
-                                        edge[vi + 5] = narrow(T.min(bounds[5], i1) - i0)
-                                        edge[vi + 6] = narrow(end - j0)
+                                        bounded(edge, vi, given.bounds, i0, i1, j0, end)
                                 col = T.meta_var(lambda j: near(j0 + j, end))
                                 lag_at = T.meta_var(lambda lag: near(j0 - i0 + lag - C + seqlen, 2 * seqlen - 1))
                                 if LOGS in tile.factors:
-                                    fill("load_w", 2, C)(ct, lambda which, j: u_cols[T.min(b, c_batch - 1), h, which, col(j)])
+                                    fill("load_w", 2, C)(ct, lambda which, j: of_batch(given.u_cols, b, h, which, col(j)))
                                 if SCALES in tile.factors:
-                                    fill("load_cols", C)(st, lambda j: cols[T.min(b, s_batch - 1), h, col(j)])
+                                    fill("load_cols", C)(st, lambda j: of_batch(given.cols, b, h, col(j)))
                                 if LAGS in tile.factors:  # at j − i of the tile, from 1 − C on
-                                    fill("load_lags", 2 * C)(line, lambda lag: lags[h, lag_at(lag)])
+                                    fill("load_lags", 2 * C)(line, lambda lag: given.lags[h, lag_at(lag)])
                                 if GENERAL:
                                     fill("leaf_cols", OF_COL, C)(
-                                        at_cols,
-                                        lambda leaf, j: leaf_cols[
-                                            T.min(b, g_batch - 1), T.min(h, g_heads - 1),
-                                            T.min(T.Cast("int64", leaf), g_count - 1), T.min(col(j), g_size - 1),
-                                        ],
-                                    )  # fmt: skip
+                                        at_cols, lambda leaf, j: nearest(given.leaf_cols, b, h, T.Cast("int64", leaf), col(j))
+                                    )
                                     fill("leaf_lags", OF_LAG, 2 * C)(
                                         at_lags,
-                                        lambda leaf, lag: leaf_lags[
-                                            T.min(h, k_heads - 1), T.min(T.Cast("int64", leaf), k_count - 1),
-                                            T.min(lag_at(lag), k_size - 1),
-                                        ],
-                                    )  # fmt: skip
+                                        lambda leaf, lag: nearest(given.leaf_lags, h, T.Cast("int64", leaf), lag_at(lag)),
+                                    )
                                 if not AHEAD:
                                     barrier(tile)
                                 for i, j, m in T.grid(C, C, D):
@@ -274,19 +231,10 @@ def pairs_gpu(tile: Tile) -> Any:
                                             weighed(
                                                 tile,
                                                 T.Cast(acc, scale) * (full[i, j] if CONTRACT else full[i, j] * other[i, j]),
-                                                {
-                                                    LOGS: lambda: (ut[0, i] + ct[0, j], ut[1, i] + ct[1, j]),
-                                                    SCALES: lambda: rt[i] * st[j],
-                                                    LAGS: lambda: line[C - 1 + j - i],
-                                                    ENTRIES: lambda: entries[T.min(b, e_batch - 1), owner[4], row(i), col(j)],
-                                                    "leaves": lambda kind, leaf: (
-                                                        at_rows[leaf, i]
-                                                        if kind == "row"
-                                                        else at_cols[leaf, j]
-                                                        if kind == "col"
-                                                        else at_lags[leaf, C - 1 + j - i]
-                                                    ),
-                                                },
+                                                i,
+                                                j,
+                                                factors,
+                                                lambda: of_batch(given.entries, b, owner[4], row(i), col(j)),
                                             ),
                                             number(0, acc),
                                         ),
@@ -337,24 +285,26 @@ def pairs_gpu(tile: Tile) -> Any:
                                             T.where(lane == 0 and where(lag) >= 0 and where(lag) < 2 * seqlen - 1)
                                             sum_of = T.meta_var(lambda lag: summed(SUMMED, lambda lane: col_lanes[lane, lag]))
                                             if tile.target == "cpu":
-                                                out[ob, oh, ot, where(vg)] = there[ob, oh, ot, where(vg)] + sum_of(vg)
+                                                given.out[ob, oh, ot, where(vg)] = given.there[ob, oh, ot, where(vg)] + sum_of(
+                                                    vg
+                                                )
                                             else:
                                                 T.reads()
-                                                T.writes(out[ob, oh, ot, where(vg)])
-                                                add(T.address_of(out[ob, oh, ot, where(vg)]), sum_of(vg))
+                                                T.writes(given.out[ob, oh, ot, where(vg)])
+                                                add(T.address_of(given.out[ob, oh, ot, where(vg)]), sum_of(vg))
                                 else:
                                     for i, j in T.grid(C, C):
                                         with T.sblock("give_entries"):
                                             vi, vj = T.axis.remap("SS", [i, j])
                                             T.where(i0 + i < i1 and j0 + j < end)
                                             if tile.target == "cpu":
-                                                out[ob, oh, i0 + vi, j0 + vj] = (
-                                                    there[ob, oh, i0 + vi, j0 + vj] + weights[vi, vj]
+                                                given.out[ob, oh, i0 + vi, j0 + vj] = (
+                                                    given.there[ob, oh, i0 + vi, j0 + vj] + weights[vi, vj]
                                                 )
                                             else:
                                                 T.reads()
-                                                T.writes(out[ob, oh, i0 + vi, j0 + vj])
-                                                add(T.address_of(out[ob, oh, i0 + vi, j0 + vj]), weights[vi, vj])
+                                                T.writes(given.out[ob, oh, i0 + vi, j0 + vj])
+                                                add(T.address_of(given.out[ob, oh, i0 + vi, j0 + vj]), weights[vi, vj])
                             if CONTRACT:
                                 fill("turn", C, E)(state, lambda i, o: after[i, o])
                             if mode == ROWS:
@@ -362,20 +312,20 @@ def pairs_gpu(tile: Tile) -> Any:
                             arrive(tile)
                             barrier(tile)
                 if LOCAL:
-                    start = T.meta_var(table[T.min(ob, t_batch - 1), ot, 0])
-                    over = T.meta_var(table[T.min(ob, t_batch - 1), ot, 1])
+                    start = T.meta_var(of_batch(given.table, ob, ot, 0))
+                    over = T.meta_var(of_batch(given.table, ob, ot, 1))
                     barrier(tile)
                     if CONTRACT:
                         fill("give_state", C, E)(left, lambda i, o: state[i, o])
                         barrier(tile)
                         store("store", C, E, whole)(
-                            out, oh, ob * seqlen + start, ob * seqlen + over, e, lambda i, o: left[i, o]
+                            given.out, oh, ob * seqlen + start, ob * seqlen + over, given.e, lambda i, o: left[i, o]
                         )
                     else:
                         for which, i in T.grid(2, C):
                             with T.sblock("store_rows"):
                                 vw, vi = T.axis.remap("SS", [which, i])
                                 T.where(start + i < over)
-                                out[ob, oh, vw, start + vi] = summed(SUMMED, lambda lane: lanes[vw, vi, lane])
+                                given.out[ob, oh, vw, start + vi] = summed(SUMMED, lambda lane: lanes[vw, vi, lane])
 
     return main
