@@ -11,16 +11,18 @@ import hashlib
 import os
 import platform
 import stat
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ...config import cache_dir, tvm_target
@@ -109,7 +111,7 @@ def make(wanted: Iterable[tuple[str, Tile]]) -> None:
         UnsupportedError: TVM is not installed, and what was exported has not all of them.
     """
     try:
-        from . import compiler
+        compiler = _compiler()
     except ImportError as error:
         missing = ", ".join(f"{name} ({tile})" for name, tile in wanted)
         raise UnsupportedError(
@@ -127,14 +129,32 @@ def make(wanted: Iterable[tuple[str, Tile]]) -> None:
     MADE.update({key: future.result() for key, future in made.items()})
 
 
+def _compiler() -> Any:
+    """The module, with TVM, which takes a second and a half to import; half of it is another thread's.
+
+    TVM raises errors in its import, and catches them. The first of a process reads the symbols of all its libraries, torch's
+    too, for a trace that nobody sees: by then they are read, or nearly.
+    """
+    if platform.system() == "Linux" and "tvm" not in sys.modules and find_spec("tvm") is not None:
+        from tvm_ffi import libinfo
+
+        with suppress(OSError, RuntimeError, AttributeError):  # then TVM says what is wrong, or takes its time
+            _runtime("tvm_runtime")
+            _runtime("tvm_compiler", ctypes.RTLD_LOCAL)  # as TVM has them; none can be loaded while symbols are read
+            trace = ctypes.CDLL(libinfo.find_libtvm_ffi()).TVMFFIBacktrace  # called so, it leaves Python to others
+            Thread(target=trace, args=(None, 0, None, 0), daemon=True).start()
+    from . import compiler
+
+    return compiler
+
+
 def export(name: str, tile: Tile, directory: Path, cpu: str | None) -> Path:
     """Compile a program into a directory, for this processor, one that LLVM has a name for, or the tile's GPU.
 
     Raises:
         UnsupportedError: it would need TVM's runtime, or there is no nvcc.
     """
-    from . import compiler
-
+    compiler = _compiler()
     lowered, path = compiler.lowered(name, tile), directory / exported.file(name, tile)
     if tile.target != "cpu":
         toolkit.make_library(compiler.cuda_text(lowered, tile), tile.target, path)
@@ -218,12 +238,12 @@ def widener(run: Callable[..., None]) -> int | None:
 
 
 @cache
-def _runtime(library: str) -> ctypes.CDLL:
-    """TVM's runtime, which has the threads, or its part for CUDA, without TVM."""
+def _runtime(library: str, mode: int = ctypes.RTLD_GLOBAL) -> ctypes.CDLL:
+    """TVM's runtime, which has the threads, or its part for CUDA, or its compiler, without TVM."""
     spec = find_spec("tvm")
     assert spec is not None and spec.origin is not None  # supports() says so
     name = {"Darwin": f"lib{library}.dylib", "Windows": f"{library}.dll"}.get(platform.system(), f"lib{library}.so")
-    return ctypes.CDLL(str(Path(spec.origin).parent / "lib" / name), ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(Path(spec.origin).parent / "lib" / name), mode)
 
 
 def _key(tile: Tile) -> str:

@@ -233,18 +233,16 @@ class OnCpu(Scan):
 
 def output(found: Outputs) -> Output:
     """Of what `OnCpu.outputs` gives."""
-    y, state, *saved = found
-    assert y is not None  # it always is there
-    return Output(y, state, tuple(saved))  # type: ignore[arg-type]  # as is what is saved
+    return Output(found[0], found[1], tuple(found[2:]))  # type: ignore[arg-type]  # only a state may not be there
 
 
 def gathered(x: Inputs, found: Outputs) -> Gradients:
     """Gradients of a term's inputs, of what `OnCpu.gradients` gives."""
-    initial, dq, dk, dv, *by_token = found
-    assert dq is not None and dk is not None and dv is not None  # they always are there
-    q, k, v = [lanes if lanes.ndim == 4 else lanes.sum(3) for lanes in (dq, dk, dv)]
-    read: Any = dict(zip(BY_TOKEN, by_token, strict=True))  # None is what no value of the term is read for
-    return Gradients(q, k, v, initial, by_slot(x, read))
+    initial, q, k, v, log_a, rows, cols = found
+    assert q is not None and k is not None and v is not None  # they always are there
+    q, k, v = q if q.ndim == 4 else q.sum(3), k if k.ndim == 4 else k.sum(3), v if v.ndim == 4 else v.sum(3)
+    by_token: Any = {"log_a": log_a, "rows": rows, "cols": cols}  # None is of what the term does not read
+    return Gradients(q, k, v, initial, by_slot(x, by_token))
 
 
 def balanced(programs: int) -> bool:

@@ -159,6 +159,8 @@ _replays: dict[tuple[Any, ...], Replay] = {}
 class Call:
     """A pass of a linear term on a CPU that may be made again: with what it follows from, and addresses of what it reads."""
 
+    __slots__ = ("addresses", "keeps", "key", "read")
+
     def __init__(self, kind: tuple[Any, ...], term: Linear, x: Inputs, config: Config, others: Sequence[Tensor] = ()) -> None:
         self.keeps = term, x.problem
         found, dtypes = tensors(x)
@@ -212,7 +214,7 @@ def tensors(x: Inputs) -> tuple[list[Tensor], tuple[torch.dtype, ...]]:
             value = repeat_heads(value, p.nheads, 2).expand(shape)
         if "log" not in name:
             dtype = acc
-        elif (dtype := value.dtype) != torch.float32:  # which is made float64 by a program
+        elif (dtype := value.dtype) is not torch.float32:  # which is made float64 by a program
             dtype = torch.float64
         dtypes = (*dtypes, dtype)
         found.append(as_read(value, dtype))
@@ -241,6 +243,6 @@ def widen(given: Tensor, out: Tensor, _count: int) -> None:
 
 def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in a dtype, and contiguous; torch is asked for what is not so alone."""
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    return x if x.is_contiguous() else x.contiguous()
+    if x.dtype is dtype and x.is_contiguous():
+        return x
+    return x.to(dtype).contiguous()
