@@ -1,8 +1,8 @@
 """Compile the launches of scans for GPUs that are not here, and say what they take: a script, run by a test.
 
 `python tests/compile_scan.py > tests/triton_resources.txt` writes the table of them all; with architectures (`80 90`), their
-rows. Launches are recorded instead of run, so that tiles, switches and types are the library's own; the tensors are on the
-meta device and hold nothing.
+rows, of as many setups as are asked for (`80:3`). Launches are recorded instead of run, so that tiles, switches and types are
+the library's own; the tensors are on the meta device and hold nothing.
 """
 
 from __future__ import annotations
@@ -154,6 +154,8 @@ FENWICK = ("fenwick_tree", "fenwick_output", "fenwick_cotangents", "fenwick_inne
 CHANNEL = ("channel_states", "channel_output", "channel_gradients")
 SETUPS = (
     Setup("bf16", 64, 128, passes=("forward", "segments", "every", "backward")),
+    Setup("bf16", 64, 64, mask="channel"),
+    Setup("bf16", 64, 128, mask="fenwick"),
     Setup("bf16", 64, 256, passes=("forward",)),
     Setup("bf16", 64, 128, 16, passes=("forward",)),
     Setup("bf16", 64, 128, 64, passes=("forward",)),
@@ -182,12 +184,10 @@ SETUPS = (
     Setup("fp32", 64, 128, 64, passes=("forward",)),
     Setup("fp32", 64, 128, mask="diagonal_onto", passes=("forward",), only=("scan",)),
     Setup("fp32", 128, 128, **BLOCKWISE),
-    Setup("bf16", 64, 64, mask="channel"),
     Setup("bf16", 64, 64, mask="channels"),
     Setup("bf16", 64, 128, mask="channel", only=CHANNEL),
     Setup("bf16", 256, 256, mask="channel", only=CHANNEL),
     Setup("fp16", 64, 64, mask="channel", only=CHANNEL),
-    Setup("bf16", 64, 128, mask="fenwick"),
     Setup("bf16", 64, 128, mask="fenwicks", only=FENWICK),
     Setup("bf16", 256, 256, mask="fenwick", only=FENWICK),
     Setup("fp16", 64, 64, mask="fenwick", only=FENWICK),
@@ -252,10 +252,10 @@ HEADER = f"""\
 COLUMNS = ("sm", "dtype", "headdim", "dstate", "tokens", "mask", "launch", "shared", "tensor", "stack", "instructions")
 
 
-def rows(arch: int) -> Iterator[tuple[object, ...]]:
-    """Those of an architecture: launches that differ, each once."""
+def rows(arch: int, setups: int | None) -> Iterator[tuple[object, ...]]:
+    """Those of an architecture, of the first setups or all: launches that differ, each once."""
     seen = set()
-    for setup in SETUPS:
+    for setup in SETUPS[:setups]:
         for launch in launches(setup, arch):
             limited = launch.constants.get("maxnreg") is not None and launch.what.startswith("forward")
             limited = limited and setup.mask == "decay"
@@ -275,8 +275,9 @@ def main() -> None:
     """Print the table, or the rows of some architectures."""
     if len(sys.argv) == 1:
         print(HEADER + "  ".join(COLUMNS))
-    for arch in map(int, sys.argv[1:] or TENSOR_CORES):
-        for row in rows(arch):
+    for wanted in sys.argv[1:] or map(str, TENSOR_CORES):
+        arch, _, setups = wanted.partition(":")
+        for row in rows(int(arch), int(setups) if setups else None):
             print(*row, sep="  ")
 
 
