@@ -14,6 +14,8 @@ from ssdops import explain, masks, ssd
 from ssdops.backends import banded, registry
 from ssdops.backends.base import Config
 from ssdops.backends.chunked import structured
+from ssdops.backends.tvm.backend import Tvm
+from ssdops.ir.terms import Diagonal
 from ssdops.masks import Mask
 from ssdops.plan import terms_of
 from ssdops.testing import Conformance, laws
@@ -88,12 +90,31 @@ def test_triton_equals_oracle(batch: int, seqlen: int, width: int, name: str, dt
     laws.gradients_equal_oracle(Runner("triton", 16), case)
 
 
+@pytest.mark.tvm
+@pytest.mark.skipif(not Tvm().supports(Diagonal(), case_of(1, 4, 2, "causal", torch.float32).problem).ok, reason="no TVM here")
+@pytest.mark.parametrize("name", ["causal", "turned", "both sides"])
+def test_tvm_equals_oracle(name: str) -> None:
+    case = case_of(2, 75, 20, name, torch.float32)
+    laws.equals_oracle(Runner("tvm", 16), case)
+    laws.gradients_equal_oracle(Runner("tvm", 16), case)
+
+
 def test_strong_decays_keep_the_gradients_of_their_neighbours() -> None:
     """Every sum of logs is of tokens between two others: nothing is lost beside what has decayed."""
     case = case_of(1, 40, 8, "causal", torch.float64)
     strong = torch.tensor([0.0, -1e-9, -300.0, -1e4])[torch.arange(40) % 4].expand(1, 4, 40).mT.double()
     laws.equals_oracle(Runner("chunked", 4), replace(case, mask=masks.window(7) * masks.decay(strong)))
     laws.gradients_equal_oracle(Runner("chunked", 4), replace(case, mask=masks.window(7) * masks.decay(strong)))
+
+
+def test_states_between_are_those_of_the_scan_beside() -> None:
+    """`state_every` asks nothing of a band: blocks of 5 tokens, states after 7."""
+    case = case_of(1, 30, 5, "causal", torch.float64)
+    scan = masks.decay(-torch.rand(1, 30, 4, dtype=torch.float64))
+    *_, alone = ssd(case.q, case.k, case.v, scan, return_state=True, state_every=7, backend="chunked")
+    y, _, both = ssd(case.q, case.k, case.v, scan + case.mask, return_state=True, state_every=7, backend="chunked")
+    torch.testing.assert_close(both, alone)
+    torch.testing.assert_close(y, ssd(case.q, case.k, case.v, scan + case.mask, backend="naive"))
 
 
 # --- which bands they are ---------------------------------------------------------------------------------------------
@@ -135,7 +156,7 @@ def test_wide_bands_run_as_scans(name: str) -> None:
 
 
 @pytest.mark.usefixtures("as_shipped")
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "tvm"])
 def test_cost_does_not_grow_with_the_window(backend: str) -> None:
     """What the cost model counts, forward and backward: four times the window is no more work."""
     q, v = torch.ones(1, 4096, 1, 16), torch.ones(1, 4096, 2, 16)

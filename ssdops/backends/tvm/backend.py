@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,6 +12,7 @@ import torch
 from ...config import tvm_programs
 from ...ir.problem import Problem, common_heads
 from ...ir.terms import Diagonal, Linear, Quadratic, Term
+from .. import banded
 from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work
 from ..quadratic.form import Refused, read
 from ..scan import diagonal_backward, diagonal_forward, diagonal_work
@@ -39,6 +41,8 @@ class Tvm:
     def supports(self, term: Term, problem: Problem) -> Support:
         """Scans with scalar decay, diagonals, and masks by tiles."""
         p = problem
+        if (band := banded.band_of(term)) is not None:
+            return self.supports(banded.sides(band)[0].scan, replace(p, state_every=None))
         if isinstance(term, Linear) and term.channel is not None:
             return Support.no(
                 "'tvm' has scalar decays only, and this one is per channel; 'chunked', 'recurrent' and 'naive' run it"
@@ -63,10 +67,20 @@ class Tvm:
             return _between_chunks(p)
         return _reject_tiles(term, p) or installed()
 
+    def has_chunks(self, term: Term) -> bool:
+        """Whether a chunk size means something to a term that is no scan."""
+        return banded.band_of(term) is not None
+
+    def growth(self, term: Term) -> str | None:
+        """How the cost of a term that is no scan grows with seqlen, where it is not the usual way."""
+        return "T" if banded.band_of(term) is not None else None
+
     def configs(self, term: Term, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
         """Chunk sizes at whose ends states are wanted, or the one asked for."""
         if isinstance(term, Diagonal):
             return (Config(),)
+        if (band := banded.band_of(term)) is not None:
+            return self.configs(banded.sides(band)[0].scan, replace(problem, state_every=None), chunk_size)
         able = chunks(problem, isinstance(term, Quadratic))
         if chunk_size is not None and chunk_size not in able:
             known = ", ".join(map(str, sorted(able)))
@@ -82,6 +96,8 @@ class Tvm:
 
     def work(self, term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
         """Linear in seqlen; the scores of a chunk once per group, everything else once per head."""
+        if (band := banded.band_of(term)) is not None:
+            return banded.work(self, band, problem, config, direction)
         p, size = problem, config.chunk_size or chunks(problem, isinstance(term, Quadratic))[0]
         tokens = float(p.batch * p.seqlen)
         if isinstance(term, Diagonal):
@@ -104,6 +120,11 @@ class Tvm:
             return Support.no(
                 "compiles for seconds at its first call, so on GPUs it runs where it was measured to be the fastest"
             )
+        if (band := banded.band_of(term)) is not None:
+            ready = [
+                self.ready(scan, problem, config, direction) for side in banded.sides(band) for scan in (side.scan, side.across)
+            ]
+            return next((found for found in ready if not found.ok), Support.yes())
         if isinstance(term, Quadratic):  # its programs are of one mask, and of whatever its operands' shapes are
             return Support.no("compiles for seconds at its first call; 'ssdops tune' measures it, and takes it if it is faster")
         from .kept import are_kept  # what it needs of this folder, planning does not
