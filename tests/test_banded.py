@@ -107,16 +107,6 @@ def test_strong_decays_keep_the_gradients_of_their_neighbours() -> None:
     laws.gradients_equal_oracle(Runner("chunked", 4), replace(case, mask=masks.window(7) * masks.decay(strong)))
 
 
-def test_states_between_are_those_of_the_scan_beside() -> None:
-    """`state_every` asks nothing of a band: blocks of 5 tokens, states after 7."""
-    case = case_of(1, 30, 5, "causal", torch.float64)
-    scan = masks.decay(-torch.rand(1, 30, 4, dtype=torch.float64))
-    *_, alone = ssd(case.q, case.k, case.v, scan, return_state=True, state_every=7, backend="chunked")
-    y, _, both = ssd(case.q, case.k, case.v, scan + case.mask, return_state=True, state_every=7, backend="chunked")
-    torch.testing.assert_close(both, alone)
-    torch.testing.assert_close(y, ssd(case.q, case.k, case.v, scan + case.mask, backend="naive"))
-
-
 # --- which bands they are ---------------------------------------------------------------------------------------------
 
 AS_SCANS = {

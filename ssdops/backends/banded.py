@@ -105,7 +105,7 @@ def band_of(term: Term) -> Structure | None:
 
 @lru_cache(maxsize=4096)  # likewise
 def _problem(p: Problem, rows: int, size: int) -> Problem:
-    return replace(p, batch=rows, seqlen=size, n_states=rows, has_state=False, state_every=None)
+    return replace(p, batch=rows, seqlen=size, n_states=rows, has_state=False)
 
 
 def work(backend: Scans, found: Structure, p: Problem, config: Config, direction: str) -> Work:

@@ -40,7 +40,7 @@ class Triton:
         if isinstance(term, Diagonal):
             return Support.yes()
         if (band := banded.band_of(term)) is not None:
-            return self.supports(banded.sides(band)[0].scan, replace(p, state_every=None))
+            return self.supports(banded.sides(band)[0].scan, p)
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
             return tiles.supports(term, p) if found is None else fenwick.supports(found, p)
@@ -73,8 +73,7 @@ class Triton:
         """One pass, and splits of the sequence in powers of two that the device has room for."""
         if fenwick.structure(term) is not None:
             return fenwick.configs(problem, chunk_size)
-        if (band := banded.band_of(term)) is not None:
-            problem = replace(problem, state_every=None)
+        band = banded.band_of(term)
         if isinstance(term, Diagonal) or (isinstance(term, Quadratic) and band is None):
             return (Config(),)
         channel = isinstance(term, Linear) and term.channel is not None

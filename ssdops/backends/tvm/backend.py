@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -42,7 +41,7 @@ class Tvm:
         """Scans with scalar decay, diagonals, and masks by tiles."""
         p = problem
         if (band := banded.band_of(term)) is not None:
-            return self.supports(banded.sides(band)[0].scan, replace(p, state_every=None))
+            return self.supports(banded.sides(band)[0].scan, p)
         if isinstance(term, Linear) and term.channel is not None:
             return Support.no(
                 "'tvm' has scalar decays only, and this one is per channel; 'chunked', 'recurrent' and 'naive' run it"
@@ -80,7 +79,7 @@ class Tvm:
         if isinstance(term, Diagonal):
             return (Config(),)
         if (band := banded.band_of(term)) is not None:
-            return self.configs(banded.sides(band)[0].scan, replace(problem, state_every=None), chunk_size)
+            return self.configs(banded.sides(band)[0].scan, problem, chunk_size)
         able = chunks(problem, isinstance(term, Quadratic))
         if chunk_size is not None and chunk_size not in able:
             known = ", ".join(map(str, sorted(able)))
