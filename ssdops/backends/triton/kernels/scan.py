@@ -126,7 +126,7 @@ def scan(
             NORMALIZE, DOT, PRECISION, STAGES,
         )  # fmt: skip
     if RELAY or LEAVING:  # where the state goes is worked out anew: what is kept over the loop takes registers of the loop
-        unmoved = hi >> 30  # 0, as no compiler knows
+        unmoved = lo >> 30  # 0, as no compiler knows
         n, n2, p = n + unmoved, n2 + unmoved, p + unmoved
         state = ((row + unmoved) * nheads64 + h) * P * N + p[:, None] * N
         inside_p, inside_n, inside_n2 = (p < P)[:, None], (n < N)[None, :], (n2 < N)[None, :]
