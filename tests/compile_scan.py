@@ -58,6 +58,11 @@ def plain(s: Make) -> m.Mask:
     return m.decay(s.log())
 
 
+def undecayed(s: Make) -> m.Mask:
+    """What the second scan of a window has: factors, and no decay."""
+    return m.causal().T.strict().scale(s.factor(), s.factor())
+
+
 def documents(s: Make) -> m.Mask:
     """A decay in packed documents."""
     return plain(s) * s.cu
@@ -106,6 +111,7 @@ MASKS = {
     "scaled": scaled,
     "everything": everything,
     "one": everything,
+    "undecayed": undecayed,
     "relay": plain,
     "onto": plain,
     "onto_documents": documents,
@@ -159,6 +165,7 @@ SETUPS = (
     Setup("bf16", 64, 256, passes=("forward",)),
     Setup("bf16", 64, 128, 16, passes=("forward",)),
     Setup("bf16", 64, 128, 64, passes=("forward",)),
+    Setup("bf16", 64, 128, mask="undecayed", only=("scan", "gradients", "hopper_gradients")),
     Setup("bf16", 64, 128, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
     Setup("bf16", 64, 16, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
     Setup("bf16", 64, 128, mask="documents", passes=("forward", "segments"), only=("scan",)),
@@ -204,7 +211,7 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
 
     Kernel.__call__ = record
     per_channel = setup.mask.startswith("channel")
-    full = MASKS[setup.mask] not in (plain, diagonal, channel, log_linear, log_linear_scaled)
+    full = MASKS[setup.mask] not in (plain, undecayed, diagonal, channel, log_linear, log_linear_scaled)
     make = Shapes(setup.seqlen, setup.nheads, setup.dstate, setup.headdim, DTYPES[setup.dtype], "meta")
     case = make.case(MASKS[setup.mask](make))
     problem = replace(case.problem, target=Target("cuda", "", (arch // 10, arch % 10)))

@@ -82,7 +82,7 @@ class Scan:
         self.packing = (self.rows, max(p.seqlen, 1), self.tokens, p.nheads)
         self.decays = term.log_a is not None or term.log_cols is not None
         self.apart = term.row_inclusive != term.col_inclusive or term.log_cols is not None
-        self.factored = self.decays and p.dtype == torch.bfloat16
+        self.factored = p.dtype == torch.bfloat16
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
         self.dot = torch.float32 if p.dtype == torch.bfloat16 and triton_interpreted() else p.dtype
 

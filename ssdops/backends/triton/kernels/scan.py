@@ -102,7 +102,7 @@ def scan(
             s = tl.load(handed + state + n[None, :], mask=inside_p & inside_n, other=0.0, cache_modifier=".cg")
             if BN2:
                 s2 = tl.load(handed + state + n2[None, :], mask=inside_p & inside_n2, other=0.0, cache_modifier=".cg")
-    if FACTORED:
+    if FACTORED and DECAY:  # of decays, those that may be apart
         leftmost = lo if CAUSAL else chunks - hi
         if any_wide(center, (slot0 + leftmost) * nheads64 + h, nheads64, hi - lo):
             s, s2 = _chunks(
@@ -122,7 +122,7 @@ def scan(
         s, s2 = _chunks(
             q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
             block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
-            L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, DIAGONAL, ONTO, BLOCKS, False,
+            L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, DIAGONAL, ONTO, BLOCKS, FACTORED,
             NORMALIZE, DOT, PRECISION, STAGES,
         )  # fmt: skip
     if RELAY or LEAVING:  # where the state goes is worked out anew: what is kept over the loop takes registers of the loop
@@ -155,8 +155,8 @@ def _chunks(
 ):  # fmt: skip
     """The chunks [lo, hi) of a walk, and the state after them.
 
-    FACTORED: exp(ρ_i − κ_j) is the product of two factors about the chunk's middle, so that every head reads the shared
-    scores as they are; else it is computed for each pair.
+    FACTORED: exp(ρ_i − κ_j), if anything decays, is the product of two factors about the chunk's middle, so that every head
+    reads the shared scores as they are; else pairs are weighted one by one.
     """
     per_block: tl.constexpr = BLOCK // L
     i, n = tl.arange(0, L), tl.arange(0, BN)
@@ -240,7 +240,7 @@ def _chunks(
         s = tl.dot(added, kt, acc=s, input_precision=PRECISION)
         if BN2:
             s2 = tl.dot(added, kt2, acc=s2, input_precision=PRECISION)
-    if FACTORED:
+    if FACTORED and DECAY:
         s *= tl.exp2(pending)
         if BN2:
             s2 *= tl.exp2(pending)
