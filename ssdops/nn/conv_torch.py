@@ -56,7 +56,8 @@ def _slide_in_documents(x: Tensor, taps: Tensor, packed: Packing, before: Tensor
         y = torch.addcmul(y, torch.where(inside, earlier, 0.0), taps[:, -1 - lag])
     if before is None or width == 1 or not before.shape[0]:
         return y
-    # What windows add to the first width − 1 tokens of a document, whether it has as many or not.
+    # What windows add to the first width − 1 tokens of a document, whether it has as many or not; if it has none, 0 times NaN.
+    before = torch.where((packed.starts < packed.stops)[:, None, None], before, 0.0)
     heads = _slide(F.pad(before, (0, 0, 0, width - 1)), taps)
     added = heads[packed.row, packed.position.clamp(max=width - 2)]
     return y + torch.where((packed.position < width - 1)[..., None], added, 0.0)

@@ -55,12 +55,12 @@ def rows_of(
 
 @triton.jit
 def places_of(position, row, first, seqlen, COUNT: tl.constexpr, PACKED: tl.constexpr):
-    """The places of tokens first … first + COUNT − 1 in their documents."""
+    """The places of tokens first … first + COUNT − 1 in their documents; past the end of the row, where no window is read."""
     places = ()
     for i in tl.static_range(COUNT):
         t = first + i
         if PACKED:
-            t = tl.load(position + row * seqlen + t, mask=t < seqlen, other=0).to(tl.int32)
+            t = tl.load(position + row * seqlen + t, mask=t < seqlen, other=1 << 20).to(tl.int32)
         places = places + (t,)
     return places
 
