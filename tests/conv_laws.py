@@ -243,6 +243,23 @@ class ConvolutionLaws:
             assert_same(dirty[:, at], clean[:, at], "other documents")
         assert_same(dirty_after[[0, 1, 2, 4]], after[[0, 1, 2, 4]], "other windows")
 
+    def test_nothing_is_of_the_window_of_an_empty_document(self) -> None:
+        """Whatever is in it: the first, as tokens that there are not have no other."""
+        bad, documents = self.drawn(2, 5, 3), masks.documents(torch.tensor([0, 0, 7], device=self.device))
+        bad[0] = float("nan")
+        given = [t.requires_grad_() for t in (self.drawn(1, 7, 5), self.drawn(5, 4), self.drawn(5), bad)]
+        y = self.causal_conv1d(*given[:3], activation="silu", window=bad, documents=documents)
+        *grads, dwindow = torch.autograd.grad(y.sum(), given)
+        assert all(t.isfinite().all() for t in (y, *grads)) and not dwindow[0].any() and dwindow[1].isfinite().all()
+
+    def test_the_last_document_s_nan_stays_in_it(self) -> None:
+        """Though it is shorter than the window, and what would come after it is in reach of the one before."""
+        documents, x = masks.documents(torch.tensor([0, 8, 9], device=self.device)), self.drawn(1, 9, 5)
+        x[0, 8] = float("nan")
+        y = self.causal_conv1d(x.requires_grad_(), self.drawn(5, 4), activation="silu", documents=documents)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert y[0, :8].isfinite().all() and dx[0, :8].isfinite().all() and dx[0, 8].isnan().all()
+
     def test_rows_do_not_see_one_another(self) -> None:
         """A row's bits are the same in any batch, and whatever the other rows hold."""
         x, weight = self.drawn(3, 20, 5, dtype=torch.float32), self.drawn(5, 4, dtype=torch.float32)

@@ -36,6 +36,7 @@ def convolved(dtype: torch.dtype, width: int, packed: bool, entering: bool) -> N
     c.backward(torch.empty(x.shape, dtype=dtype, device="meta"))
     if packed and entering:
         c.backward_window(torch.empty(x.shape, dtype=dtype, device="meta"))
+        conv_triton.windows_after(x, window, per_row, per_row, width - 1)
     if not packed:
         Convolution(x[:, :1], weight, bias, window, [], True).step()
 

@@ -1,6 +1,7 @@
 """The TVM backend on a GPU: every law in every dtype, and what no CPU can show. CI has no GPU and skips these.
 
-What CI has instead: the same programs on LLVM (`test_conformance_tvm.py`), and that CUDA compiles them (`test_tvm_gpu.py`).
+What CI has instead: the same programs on LLVM (`test_conformance_tvm.py`), and that they are compiled for CUDA
+(`test_tvm_gpu.py`).
 """
 
 from __future__ import annotations

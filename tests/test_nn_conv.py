@@ -72,9 +72,12 @@ class TestTriton(ConvolutionLaws):
         options = {"window": window if entering else None, "documents": documents, "activation": "silu"}
         with monkeypatch.context() as patch, Launched(patch) as forward:
             y = causal_conv1d(x, weight, bias, **options, backend="triton")
+        with monkeypatch.context() as patch, Launched(patch) as prefill, torch.no_grad():
+            causal_conv1d(x, weight, bias, **options, backend="triton", return_window=True)
         with monkeypatch.context() as patch, Launched(patch) as backward:
             torch.autograd.grad(y, given if entering else given[:3], x)
         assert forward.names == (["conv"] if documents is None else ["places", "conv"])
+        assert documents is None or prefill.names == ["places", "conv", "windows_after"]
         windows = [*([] if documents else ["aten.zeros", "aten.full_like"]), "window_gradients"]
         assert backward.names == ["conv_gradients", "aten.sum", *["aten._to_copy"] * 2, *windows * entering]
 
@@ -83,9 +86,12 @@ class TestTriton(ConvolutionLaws):
         x, weight, bias = (drawn(*size, dtype=torch.float32) for size in ((1, 13, 6), (6, 4), (6,)))
         window = drawn(5 if packed else 1, 6, 3, dtype=torch.float32)
         documents = conv.packing(masks.documents(CU), x).tensors if packed else []
+        given = [t.requires_grad_() for t in (x, weight, bias, window)]
         for bounds, per_row in ((CU, 5), (IDS.int(), 5), (IDS, 0)):
             torch.library.opcheck(torch.ops.ssdops.places.default, (bounds, 1, 13, per_row))
-        given = [t.requires_grad_() for t in (x, weight, bias, window)]
+        if packed:
+            for entering in (given[3], None):
+                torch.library.opcheck(torch.ops.ssdops.conv_windows.default, (given[0], entering, documents, 3))
         torch.library.opcheck(torch.ops.ssdops.conv.default, (*given, documents, True))
         plain = [t.detach() for t in given]
         torch.library.opcheck(torch.ops.ssdops.conv_backward.default, (plain[0], *plain, documents, True, True))

@@ -102,7 +102,11 @@ def causal_conv1d(
     else:
         before = window if count else None
         y = conv_ops.conv(x, weight, bias, before, [] if packed is None else packed.tensors, silu)
-    return (y, window_after(x, count, window, packed)) if return_window else y
+    if not return_window:
+        return y
+    if by_kernel and packed is not None:
+        return y, conv_ops.windows(x, window, packed.tensors, count)
+    return y, window_after(x, count, window, packed)
 
 
 def _is_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, packed: Packing | None) -> bool:

@@ -1,4 +1,4 @@
-"""The torch.library operators `ssdops::conv`, `conv_backward` and `conv_step`: the convolution on Triton, for torch.
+"""The torch.library operators `ssdops::conv`, `conv_backward`, `conv_windows` and `conv_step`: the convolution on Triton.
 
 Their arguments are those of `causal_conv1d` once they are checked: `window` in the dtype of x, or None; `packed` empty, or
 `Packing.tensors`. Shapes while tracing and derivatives are here; `conv_triton.py`, imported when an
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conv_torch import convolve
+from .conv_torch import convolve, spread
 from .launching import is_learnt, is_plain
 from .packing import Packing
 
@@ -21,6 +21,7 @@ _ARGS = "Tensor x, Tensor weight, Tensor? bias, Tensor? window"
 _CALL = f"{_ARGS}, Tensor[] packed, bool silu"
 LIBRARY.define(f"conv({_CALL}) -> Tensor")
 LIBRARY.define(f"conv_backward(Tensor dy, {_CALL}, bool of_window) -> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define("conv_windows(Tensor x, Tensor? window, Tensor[] packed, SymInt count) -> Tensor")
 LIBRARY.define(f"conv_step({_ARGS.replace('Tensor? window', 'Tensor window')}, bool silu) -> (Tensor, Tensor)")
 
 
@@ -34,6 +35,14 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None, 
     else:
         y = _conv(*given, packed, silu)
     return y
+
+
+def windows(x: Tensor, window: Tensor | None, packed: list[Tensor], count: int) -> Tensor:
+    """`ssdops::conv_windows`: the windows that leave packed documents."""
+    plain = is_plain((x, window)) and not is_learnt((x, window))
+    run = _conv_windows if plain else torch.ops.ssdops.conv_windows
+    after: Tensor = run(x, window, packed, count)
+    return after
 
 
 def step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
@@ -58,6 +67,13 @@ def _conv_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     dweight = sums[:-1].mT.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
     dbias = x.new_empty(0) if bias is None else sums[-1].to(bias.dtype, copy=True)
     return dx, dweight, dbias, c.backward_window(dy) if of_window else x.new_empty(0)
+
+
+def _conv_windows(x: Tensor, window: Tensor | None, packed: list[Tensor], count: int) -> Tensor:
+    from .conv_triton import windows_after
+
+    _, _, starts, stops = packed
+    return windows_after(x, window, starts, stops, count)
 
 
 def _conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
@@ -100,6 +116,18 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (*grads, [None] * len(rest), None)
 
 
+def _keep_windows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, window, packed, ctx.count = inputs
+    ctx.shape, ctx.given = x.shape, window is not None
+    ctx.save_for_backward(*packed)
+
+
+def _differentiate_windows(ctx: Any, dafter: Tensor) -> tuple[Any, ...]:
+    position, row, starts, stops = ctx.saved_tensors
+    dx, dwindow = spread(dafter, ctx.shape, Packing(position, row, starts, stops, len(starts)))
+    return dx, dwindow if ctx.given else None, [None] * 4, None
+
+
 class _Eager(torch.autograd.Function):
     """The same without torch.library, whose wrapping takes longer than a short kernel."""
 
@@ -118,8 +146,13 @@ class _Eager(torch.autograd.Function):
 
 LIBRARY.impl("conv", _conv, "CompositeExplicitAutograd")
 LIBRARY.impl("conv_backward", _conv_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("conv_windows", _conv_windows, "CompositeExplicitAutograd")
 LIBRARY.impl("conv_step", _conv_step, "CompositeExplicitAutograd")
 torch.library.register_fake("ssdops::conv", lambda x, *args: _contiguous(x), lib=LIBRARY)
 torch.library.register_fake("ssdops::conv_backward", _conv_backward_fake, lib=LIBRARY)
+torch.library.register_fake(
+    "ssdops::conv_windows", lambda x, window, packed, count: x.new_empty(len(packed[2]), x.shape[2], count), lib=LIBRARY
+)
 torch.library.register_fake("ssdops::conv_step", lambda x, w, b, window, s: (_contiguous(x), _contiguous(window)), lib=LIBRARY)
 torch.library.register_autograd("ssdops::conv", _differentiate, setup_context=_keep, lib=LIBRARY)
+torch.library.register_autograd("ssdops::conv_windows", _differentiate_windows, setup_context=_keep_windows, lib=LIBRARY)

@@ -56,7 +56,8 @@ def _slide_in_documents(x: Tensor, taps: Tensor, packed: Packing, before: Tensor
         y = torch.addcmul(y, torch.where(inside, earlier, 0.0), taps[:, -1 - lag])
     if before is None or width == 1 or not before.shape[0]:
         return y
-    # What windows add to the first width − 1 tokens of a document, whether it has as many or not.
+    # What windows add to the first width − 1 tokens of a document, whether it has as many or not; if it has none, 0 times NaN.
+    before = torch.where((packed.starts < packed.stops)[:, None, None], before, 0.0)
     heads = _slide(F.pad(before, (0, 0, 0, width - 1)), taps)
     added = heads[packed.row, packed.position.clamp(max=width - 2)]
     return y + torch.where((packed.position < width - 1)[..., None], added, 0.0)
@@ -68,10 +69,28 @@ def _last(x: Tensor, count: int, packed: Packing, before: Tensor | None) -> Tens
     older = x.new_zeros(rows, count, x.shape[2]) if before is None else before
     if not rows or not count or not seqlen:
         return older
-    back = torch.arange(count, device=x.device)
-    document = torch.arange(rows, device=x.device)[:, None]
+    own, document, at, before_it = _whence(packed, x.shape[0], seqlen, count)
+    return torch.where((at >= packed.starts[:, None])[..., None], x[own, at.clamp(0, seqlen - 1)], older[document, before_it])
+
+
+def spread(dafter: Tensor, shape: torch.Size, packed: Packing) -> tuple[Tensor, Tensor]:
+    """The transpose of `window_after` of packed documents: the cotangents of x, whose shape is given, and of the window."""
+    dafter, count = dafter.transpose(1, 2), dafter.shape[2]  # [documents, count, channels]
+    dx, dwindow = dafter.new_zeros(shape), torch.zeros_like(dafter)
+    if not len(dafter) or not count or not shape[1]:
+        return dx, dafter.transpose(1, 2)
+    own, document, at, before_it = _whence(packed, shape[0], shape[1], count)
+    newer = (at >= packed.starts[:, None])[..., None]
+    dx = dx.index_put((own, at.clamp(0, shape[1] - 1)), torch.where(newer, dafter, 0.0), accumulate=True)
+    dwindow = dwindow.index_put((document, before_it), torch.where(newer, 0.0, dafter), accumulate=True)
+    return dx, dwindow.transpose(1, 2)
+
+
+def _whence(packed: Packing, batch: int, seqlen: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the windows that leave documents come from: batch row and document, `[documents, 1]`; token, and what stands for it
+    in the window that entered if it lies before the document's start, `[documents, count]`.
+    """
     starts, stops = packed.starts[:, None], packed.stops[:, None]
-    older = older[document, (stops - starts + back).clamp(0, count - 1)]
-    at = stops - count + back
-    newer = x[document // (rows // x.shape[0]), at.clamp(0, seqlen - 1)]
-    return torch.where((at >= starts)[..., None], newer, older)
+    back = torch.arange(count, device=starts.device)
+    document = torch.arange(len(starts), device=starts.device)[:, None]
+    return document // (len(starts) // batch), document, stops - count + back, (stops - starts + back).clamp(0, count - 1)

@@ -15,8 +15,9 @@ from ..backends.triton.calls import Kernel
 from .kernels import conv as kernels
 from .launching import dense_last, on, processors
 
-CONV, GRADIENTS, WINDOWS, STEP = (
-    Kernel(fn) for fn in (kernels.conv, kernels.conv_gradients, kernels.window_gradients, kernels.conv_step)
+CONV, GRADIENTS, WINDOWS, AFTER, STEP = (
+    Kernel(fn)
+    for fn in (kernels.conv, kernels.conv_gradients, kernels.window_gradients, kernels.windows_after, kernels.conv_step)
 )
 TOKENS = 16
 """Of a block: what is read twice is then little, and the loads of a program are enough to keep memory busy."""
@@ -140,3 +141,20 @@ class Convolution:
                     **self.sizes, ALIGN=self.align, **self.switches, **self.acc,
                 )  # fmt: skip
         return y, after
+
+
+def windows_after(x: Tensor, window: Tensor | None, starts: Tensor, stops: Tensor, count: int) -> Tensor:
+    """The windows that leave packed documents, `(n_rows, channels, count)`."""
+    after = x.new_empty(len(starts), x.shape[2], count)
+    if after.numel():
+        x, align, strides = dense_last(x)
+        block = min(triton.next_power_of_2(x.shape[2]), 256)
+        with on(x.device):
+            AFTER(
+                (len(starts) * triton.cdiv(x.shape[2], block), 1, 1),
+                (x, x if window is None else window.contiguous(), starts.contiguous(), stops.contiguous(), after),
+                (len(starts) // x.shape[0], *strides),
+                CHANNELS=x.shape[2], COUNT=count, BLOCK=block, ALIGN=align, WINDOW=window is not None,
+                num_warps=max(block // 128, 1),
+            )  # fmt: skip
+    return after

@@ -55,12 +55,12 @@ def rows_of(
 
 @triton.jit
 def places_of(position, row, first, seqlen, COUNT: tl.constexpr, PACKED: tl.constexpr):
-    """The places of tokens first … first + COUNT − 1 in their documents."""
+    """The places of tokens first … first + COUNT − 1 in their documents; past the end of the row, where no window is read."""
     places = ()
     for i in tl.static_range(COUNT):
         t = first + i
         if PACKED:
-            t = tl.load(position + row * seqlen + t, mask=t < seqlen, other=0).to(tl.int32)
+            t = tl.load(position + row * seqlen + t, mask=t < seqlen, other=1 << 20).to(tl.int32)
         places = places + (t,)
     return places
 
@@ -225,6 +225,28 @@ def window_gradients(
             out += taps[at - i] * slopes[i]
         to = dwindow + (document * CHANNELS + c) * halo + at
         tl.store(to, out.to(dwindow.dtype.element_ty), mask=c < CHANNELS)
+
+
+@triton.jit
+def windows_after(
+    x, window, starts, stops, after,
+    per_row, x_row, x_token,
+    CHANNELS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The last COUNT tokens of each document, after those of its window, or zero. Grid: documents · blocks of channels."""
+    blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    document = (tl.program_id(0) // blocks).to(tl.int64)
+    row, c = document // per_row, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    start, stop = tl.load(starts + document).to(tl.int32), tl.load(stops + document).to(tl.int32)
+    rows = rows_of(x, row, stop - COUNT, stop, c, x_row, x_token, CHANNELS, COUNT, ALIGN)
+    own = (document * CHANNELS + c) * COUNT
+    for at in tl.static_range(COUNT):
+        inside = stop - COUNT + at >= start
+        value = tl.where(inside, rows[at], 0.0)
+        if WINDOW:
+            older = window + own + tl.minimum(stop - start + at, COUNT - 1)
+            value = tl.where(inside, value, tl.load(older, mask=(c < CHANNELS) & (stop >= start), other=0.0))
+        tl.store(after + own + at, value.to(after.dtype.element_ty), mask=c < CHANNELS)
 
 
 @triton.jit
