@@ -94,6 +94,15 @@ def test_scans_stay_in_their_tensors(
     assert ("diagonal_gradients" in watched) == (make is summed)
 
 
+@pytest.mark.parametrize("make", [plain, later])
+def test_rows_without_tokens_stay_in_their_tensors(make: Callable[[Tensor], masks.Mask], watched: list[str]) -> None:
+    """A program finds no chunk there, and leaves the state as it is: from the right, it counts chunks below 0."""
+    q, v, log_a = torch.randn(2, 0, 1, 16), torch.randn(2, 0, 2, 16), torch.randn(2, 0, 2)
+    initial = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    _, state = ssd(q, q, v, make(log_a), initial_state=initial, return_state=True, backend="triton")
+    assert "scan" in watched and torch.equal(state, initial)
+
+
 def test_a_kernel_that_leaves_them_is_found(watched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     call = Kernel.__call__
 

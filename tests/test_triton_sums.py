@@ -166,7 +166,7 @@ def test_a_scan_takes_one_diagonal_along(launched: list[Launched]) -> None:
 
 
 def test_states_keep_the_order_of_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever runs first: here what 'chunked' runs, which adds to nothing, as the first scan is not Triton's."""
+    """Whatever runs first: here the second scan, as only the first one adds to what is there."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 30, 2, 16, generator=generator) for _ in range(3))
     a, b = (-torch.rand(1, 30, 2, generator=generator) for _ in range(2))
