@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ssdops import explain, masks, ssd
 from ssdops.backends import banded, registry
-from ssdops.backends.base import Config
+from ssdops.backends.base import Config, Inputs, Output
 from ssdops.backends.chunked import structured
 from ssdops.backends.tvm.backend import Tvm
-from ssdops.ir.terms import Diagonal
+from ssdops.ir.terms import Diagonal, Term
 from ssdops.masks import Mask
 from ssdops.plan import terms_of
 from ssdops.testing import Conformance, laws
@@ -143,6 +143,24 @@ def test_wide_bands_run_as_scans(name: str) -> None:
     assert step.growth == ("T" if name in AS_SCANS else "T · band")
     y, expected = (ssd(q, q, v, mask, backend=backend) for backend in ("chunked", "naive"))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scans_of_a_band_are_the_same_objects_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends know by them what they have launched or compiled before."""
+    ran: list[tuple[int, int]] = []
+    chunked = registry.get("chunked")
+    forward = chunked.forward
+
+    def noted(term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
+        ran.append((id(term), id(x.problem)))
+        return forward(term, x, config, save)
+
+    monkeypatch.setattr(chunked, "forward", noted)
+    case = case_of(1, 30, 5, "both sides", torch.float32)
+    for _ in range(2):
+        ssd(case.q, case.k, case.v, case.mask, backend="chunked", chunk_size=4)
+    (_, *first), (_, *second) = ran[:5], ran[5:]
+    assert len(set(first)) == 4 and first == second
 
 
 @pytest.mark.usefixtures("as_shipped")

@@ -60,20 +60,20 @@ class Side:
     """The part of a band on one side of the diagonal.
 
     Attributes:
-        scan: inside a block, its operands named by their slots.
+        scan: inside a block, its operands named by their slots; across: of the block before.
         width: W, how many tokens a row sees, itself among them (which a strict scan leaves out).
     """
 
     scan: Linear
+    across: Linear
     width: int
 
-    @property
-    def across(self) -> Linear:
-        """The scan of the block before."""
-        s = self.scan
-        rows = "rows" if s.log_a or s.rows else None
-        cols = "cols" if s.log_a or s.cols or s.log_cols else None
-        return Linear(not s.causal, strict=True, rows=rows, cols=cols, sign=s.sign)
+    @staticmethod
+    def of(scan: Linear, width: int) -> Side:
+        """Of a scan in its direction."""
+        rows = "rows" if scan.log_a or scan.rows else None
+        cols = "cols" if scan.log_a or scan.cols or scan.log_cols else None
+        return Side(scan, Linear(not scan.causal, strict=True, rows=rows, cols=cols, sign=scan.sign), width)
 
     def blocks(self, seqlen: int) -> tuple[int, int]:
         """B and n."""
@@ -91,9 +91,9 @@ def sides(found: Structure) -> tuple[Side, ...]:
         return ()
     slots = {name: name for name in SLOTS if getattr(scan, name) is not None}
     scan = replace(scan, strict=scan.strict or low == 1, **slots)  # type: ignore[arg-type]
-    parts = [Side(scan, high + 1)]
+    parts = [Side.of(scan, high + 1)]
     if low < 0:
-        parts.append(Side(replace(scan, causal=False, strict=True), 1 - low))
+        parts.append(Side.of(replace(scan, causal=False, strict=True), 1 - low))
     return tuple(parts) if min(side.width for side in parts) >= LEAST else ()
 
 
