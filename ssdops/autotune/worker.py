@@ -49,6 +49,7 @@ class Worker:
     _process: subprocess.Popen[str] | None = None
     _answers: queue.Queue[str | None] = field(default_factory=queue.Queue)
     _complaints: deque[str | None] = field(default_factory=lambda: deque(maxlen=2))
+    _listener: Thread | None = None
 
     def twin(self) -> Worker:
         """Another process for the same, not started yet."""
@@ -75,8 +76,10 @@ class Worker:
         )  # fmt: skip
         self._answers = queue.Queue()
         self._complaints.clear()
-        for pipe, put in ((self._process.stdout, self._answers.put), (self._process.stderr, self._complaints.append)):
-            Thread(target=_read, args=(pipe, put), daemon=True).start()
+        reader = Thread(target=_read, args=(self._process.stdout, self._answers.put), daemon=True)
+        self._listener = Thread(target=_read, args=(self._process.stderr, self._complaints.append), daemon=True)
+        for thread in (reader, self._listener):
+            thread.start()
         hello = {"backends": registry.targets(), "device": self.device, "threads": torch.get_num_threads()}
         answer = self._exchange(hello, timeout)
         if "error" in answer:
@@ -107,6 +110,8 @@ class Worker:
         if line is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
+            if self._listener is not None:
+                self._listener.join(1)  # the last line is what it ended with, unless its own children keep the pipe open
             said = next((f", {text.strip()}" for text in list(self._complaints) if text), "")
             raise Died(f"the process ended: {_end_of(self.kill())}{said}"[:500])
         answer: dict[str, Any] = json.loads(line)
