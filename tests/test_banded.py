@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from ssdops import explain, masks, ssd
 from ssdops.backends import banded, registry
 from ssdops.backends.base import Config, Inputs, Output
 from ssdops.backends.chunked import structured
-from ssdops.backends.tvm.backend import Tvm
-from ssdops.ir.terms import Diagonal, Term
+from ssdops.backends.tvm.backend import installed
+from ssdops.ir.terms import Term
 from ssdops.masks import Mask
 from ssdops.plan import terms_of
 from ssdops.testing import Conformance, laws
@@ -45,14 +46,32 @@ class TestBanded(Conformance):
         return turned(s, "band")
 
 
-def test_what_is_drawn_runs_as_scans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite above is of scans, not of blocks."""
+NEEDS = {
+    "chunked": (),
+    "triton": (
+        pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_banded.py has these"),
+        pytest.mark.skipif(find_spec("triton") is None, reason="no Triton, whose kernels these are; `chunked` as above"),
+    ),
+    "tvm": (
+        pytest.mark.tvm,
+        pytest.mark.skipif(not installed().ok, reason="no TVM, whose programs these are; `chunked` has all of this above"),
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=marks) for name, marks in NEEDS.items()])
+def test_bands_run_as_scans(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes, on every backend that says so: what is compared with the oracle here are scans, not pairs or blocks."""
     ran: list[str] = []
-    forward = banded.forward
-    monkeypatch.setattr(banded, "forward", lambda *args: ran.append("scans") or forward(*args))
-    x = torch.ones(1, 9, 2, 3)
-    ssd(x, x, x, masks.window(3, 1) + masks.window(3) * masks.decay(-x[..., 0]), backend="chunked")
-    assert ran == ["scans", "scans"]
+    for name in ("forward", "backward"):
+        run = getattr(banded, name)
+        monkeypatch.setattr(banded, name, lambda *args, name=name, run=run: ran.append(name) or run(*args))
+    x = torch.ones(1, 9, 1, 3, requires_grad=True)
+    mask = masks.window(3) * masks.decay(-torch.ones(1, 9, 1))
+    y = ssd(x, x, x, mask, backend=backend)
+    assert explain(x, x, x, mask, backend=backend).plan.steps[0].growth == "T"
+    y.sum().backward()
+    assert ran == ["forward", "backward"]
 
 
 def case_of(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) -> Case:
@@ -91,7 +110,7 @@ def test_triton_equals_oracle(batch: int, seqlen: int, width: int, name: str, dt
 
 
 @pytest.mark.tvm
-@pytest.mark.skipif(not Tvm().supports(Diagonal(), case_of(1, 4, 2, "causal", torch.float32).problem).ok, reason="no TVM here")
+@pytest.mark.skipif(not installed().ok, reason="no TVM, whose programs these are; `chunked` has all of this above")
 @pytest.mark.parametrize("name", ["causal", "turned", "both sides"])
 def test_tvm_equals_oracle(name: str) -> None:
     case = case_of(2, 75, 20, name, torch.float32)

@@ -43,7 +43,7 @@ class TestTorch(ConvolutionLaws):
     backend = "torch"
 
 
-@pytest.mark.skipif(not launching.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(not launching.HAS_TRITON, reason="no Triton, whose kernels these are; torch has the same laws here")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_conv.py tests the compiled kernels here")
 class TestTriton(ConvolutionLaws):
     """In Triton's interpreter."""
@@ -115,7 +115,7 @@ class TestTriton(ConvolutionLaws):
             assert_close(dweight, found[0][2], tolerance(torch.float32, torch.float32, 74, 74 * 4.0), "dweight")
 
 
-@pytest.mark.skipif(not launching.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(not launching.HAS_TRITON, reason="no Triton, whose kernel this is; torch's answer is what it is held to")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_conv.py tests the compiled kernel here")
 class TestPacking(PackingLaws):
     """In Triton's interpreter."""

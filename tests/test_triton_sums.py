@@ -76,7 +76,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
 
 def case_of(make: Callable[[Make], Mask], dtype: torch.dtype, **sizes: int) -> Case:
     """A case with an odd length, whose operands are of the dtype too."""
-    made = Make(**{"seqlen": 41, "nheads": 2, "dstate": 16, "headdim": 16, **sizes}, dtype=dtype)  # type: ignore[arg-type]
+    made = Make(**{"seqlen": 41, "nheads": 2, "dstate": 16, "headdim": 16, **sizes}, dtype=dtype)  # type: ignore[arg-type]  # of integers
     return replace(made.case(make(made)), operands=dtype)
 
 

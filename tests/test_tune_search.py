@@ -46,7 +46,7 @@ class Made:
 
 def searched(made: Made, budget: float = 1e6, predicted: Callable[[int], float] = lambda size: 1.0) -> dict[int | None, Trial]:
     candidates = [Candidate("chunked", Config(size), predicted(size)) for size in made.seconds]
-    trials = Search(made, WORK, budget, 0).run(candidates)  # type: ignore[arg-type]
+    trials = Search(made, WORK, budget, 0).run(candidates)  # type: ignore[arg-type]  # a made-up worker
     return {t.config.chunk_size: t for t in trials}
 
 

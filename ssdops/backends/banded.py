@@ -90,7 +90,7 @@ def sides(found: Structure) -> tuple[Side, ...]:
     if low > high or high < 0 or low > int(found.directed):
         return ()
     slots = {name: name for name in SLOTS if getattr(scan, name) is not None}
-    scan = replace(scan, strict=scan.strict or low == 1, **slots)  # type: ignore[arg-type]
+    scan = replace(scan, strict=scan.strict or low == 1, **slots)  # type: ignore[arg-type]  # of operands alone
     parts = [Side.of(scan, high + 1)]
     if low < 0:
         parts.append(Side.of(replace(scan, causal=False, strict=True), 1 - low))

@@ -137,12 +137,16 @@ class Tvm:
         """Scores, then a walk; or tiles of pairs."""
         if isinstance(term, Diagonal):
             return Output(diagonal_forward(term, x))
+        if (band := banded.band_of(term)) is not None:
+            return Output(banded.forward(self, band, x, config))
         return _passes()[0](term, x, config, save)
 
     def backward(self, term: Term, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """One walk on a CPU; on a GPU two, for dV and for states, and what groups of heads make of them by chunks."""
         if isinstance(term, Diagonal):
             return diagonal_backward(term, x, cotangents.y)
+        if (band := banded.band_of(term)) is not None:
+            return banded.backward(self, band, x, config, cotangents.y)
         return _passes()[1](term, x, config, cotangents)
 
 
