@@ -9,6 +9,7 @@ import torch
 
 from ssdops import explain, ssd
 from ssdops import masks as m
+from ssdops.backends.tvm.backend import installed
 from ssdops.masks import Mask
 from ssdops.testing import laws
 from ssdops.testing.case import Case
@@ -39,6 +40,16 @@ def test_equals_oracle(name: str, seqlen: int, dtype: torch.dtype) -> None:
     case = make.case(MASKS[name](make), scale=1 / 8)
     laws.equals_oracle(RUN, case)
     laws.gradients_equal_oracle(RUN, case)
+
+
+@pytest.mark.tvm
+@pytest.mark.skipif(not installed().ok, reason="no TVM on this machine; on CPUs test_banded.py has its scans of windows")
+@pytest.mark.parametrize("name", ["window", "scale"])
+def test_tvm_equals_oracle(name: str) -> None:
+    make = Make(seqlen=500, dtype=torch.bfloat16, dstate=64, headdim=32, device="cuda")
+    case = make.case(MASKS[name](make), scale=1 / 8)
+    laws.equals_oracle(Runner("tvm"), case)
+    laws.gradients_equal_oracle(Runner("tvm"), case)
 
 
 @pytest.mark.parametrize("name", ["decay * window", "window"])
