@@ -303,10 +303,12 @@ def _bound(prepared: Prepared, call: Call, order: Order) -> list[tuple[int, Step
     """Each step with its tensors, and the index of its state among the linear terms (−1 if it has none)."""
     named, out, seen = dict(zip(prepared.names, call.operands, strict=True)), [], 0
     p, wants_state = prepared.problem, prepared.contraction.return_state or prepared.problem.state_every is not None
-    # several terms are summed before they are rounded, which only the last can do as it writes, if it adds to the others
+    # several terms are summed before they are rounded, which only the last can do as it writes, if it adds to the others;
+    # but that the first of two is rounded too is less than tensor cores round, and half of what there is to read and to write
     last = order[-1][0] if order and (order[-1][1] or len(order) == 1) else -1
+    narrow = len(order) == 2 and order[-1][1] and p.dtype == torch.bfloat16
     for i, step in enumerate(prepared.steps):
-        dtype = p.dtype if i == last else p.accumulate
+        dtype = p.dtype if i == last or narrow else p.accumulate
         linear = isinstance(step.term, Linear)
         initial = call.states[seen] if linear and call.states else None
         factored = registry.is_factored(step.backend)

@@ -115,6 +115,7 @@ MASKS = {
     "relay": plain,
     "onto": plain,
     "onto_documents": documents,
+    "onto_everything": everything,
     "diagonal": diagonal,
     "diagonal_onto": diagonal,
     "fenwick": log_linear,
@@ -171,6 +172,7 @@ SETUPS = (
     Setup("bf16", 64, 128, mask="documents", passes=("forward", "segments"), only=("scan",)),
     Setup("bf16", 64, 128, mask="onto", only=("scan", "gradients", "hopper_gradients")),
     Setup("bf16", 64, 128, mask="onto_documents", passes=("forward", "segments"), only=("scan",)),
+    Setup("bf16", 64, 128, mask="onto_everything", **BLOCKWISE),
     Setup("bf16", 64, 128, mask="diagonal"),
     Setup("bf16", 64, 128, mask="diagonal_onto", passes=("forward",), only=("scan",)),
     Setup("bf16", 64, 128, mask="everything"),
@@ -184,6 +186,7 @@ SETUPS = (
     Setup("bf16", 256, 256, **BLOCKWISE),
     Setup("fp16", 64, 128, passes=("forward",)),
     Setup("fp16", 64, 128, mask="diagonal_onto", passes=("forward",), only=("scan",)),
+    Setup("fp16", 64, 128, mask="onto", **BLOCKWISE),
     Setup("fp16", 64, 16, **BLOCKWISE),
     Setup("fp16", 128, 128, **BLOCKWISE),
     Setup("fp16", 256, 256, **BLOCKWISE),
@@ -223,7 +226,8 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
     x = bind(term, problem, case.q, case.k, case.v, case.mask.operands, initial, 1.0, problem.dtype, full)
     onto = None
     if "onto" in setup.mask:
-        like_q, like_v = (torch.empty(t.shape, device="meta") for t in (case.q, case.v))
+        like_q = torch.empty(case.q.shape, device="meta")
+        like_v = torch.empty(case.v.shape, device="meta", dtype=torch.bfloat16 if setup.dtype == "bf16" else torch.float32)
         x, onto = replace(x, onto=like_v), Gradients(like_q, like_q, like_v)
     for name in setup.passes:
         if (found := fenwick.structure(term)) is not None:

@@ -89,8 +89,8 @@ class Inputs:
         scale: the factor of the whole contraction.
         out: the dtype that Y, and gradients of q, k and v, are needed in; a backend may give a wider one.
         wants_state: whether anyone will read the final states.
-        onto: what the terms before have made, `(batch, seqlen, nheads, headdim)` in the accumulation dtype, of which Y is to be
-            the sum with this one; None is 0. Only an `Adder` is given it, and it is not written to.
+        onto: what the terms before have made, `(batch, seqlen, nheads, headdim)` in `out` or in the accumulation dtype: Y is to
+            be the sum with this one; None is 0. Only an `Adder` is given it, and may make Y of it in place.
     """
 
     problem: Problem
@@ -177,8 +177,8 @@ class Cotangents:
         saved: what `forward` saved, if anything.
         arrive: fills `state`, which is contiguous and in the accumulation dtype then; to be called before it is read. None: it
             is there. Only a `Starter` is given one, and may call it more than once.
-        onto: the gradients by the terms before, in the accumulation dtype, of which those of q, k and v are to be the sums with
-            this one's, as for `Inputs.onto`.
+        onto: the gradients by the terms before, in the accumulation dtype or in `out`, of which those of q, k and v are to be
+            the sums with this one's, as for `Inputs.onto`.
     """
 
     y: Tensor

@@ -25,7 +25,7 @@ class Norm:
         self, y: Tensor, z: Tensor, weight: Tensor, x: Tensor | None, D: Tensor | None, eps: float, groups: int, before: bool
     ) -> None:
         self.shape, channels = y.shape, y.shape[-1]
-        self.eps, self.given = eps, (y, z, y if x is None else x)
+        self.given = (y, z, y if x is None else x)
         (self.y, y_align, y_row), (self.z, z_align, z_row), (self.x, x_align, x_row) = map(_rows, self.given)
         self.weight, self.d = weight.contiguous(), weight if D is None else D.contiguous()
         self.rows, self.channels, self.groups = self.y.shape[0], channels, groups
@@ -40,7 +40,7 @@ class Norm:
         self.constants: dict[str, Any] = {
             "GROUPS": groups, "SIZE": channels // groups, "SHARE": 1 if D is None else channels // len(D), "BLOCK": block,
             "Y_ALIGN": y_align, "Z_ALIGN": z_align, "X_ALIGN": x_align, "BEFORE": before, "SKIP": x is not None,
-            "ACC": tl.float64 if wide else tl.float32, "num_warps": min(max(block // 256, 1), 16),
+            "EPS": eps, "ACC": tl.float64 if wide else tl.float32, "num_warps": min(max(block // 256, 1), 16),
         }  # fmt: skip
 
     def forward(self) -> Tensor:
@@ -51,7 +51,7 @@ class Norm:
                 NORM(
                     self.grid,
                     (self.y, self.z, self.weight, self.x, self.d, out),
-                    (self.rows, self.per_program, *self.strides, self.eps),
+                    (self.rows, self.per_program, *self.strides),
                     **self.constants,
                 )
         return out
@@ -67,7 +67,7 @@ class Norm:
             GRADIENTS(
                 self.grid,
                 (dout, self.y, self.z, self.weight, self.x, self.d, dy, dz, dx, sums),
-                (self.rows, self.per_program, *row, *self.strides, self.eps),
+                (self.rows, self.per_program, *row, *self.strides),
                 D_ALIGN=align, **self.constants,
             )  # fmt: skip
         return dy, dz, dx, sums.sum(0)

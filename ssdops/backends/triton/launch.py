@@ -43,6 +43,8 @@ class Prepared(NamedTuple):
     beside: Tensor
     chunks: Sums
     center: Tensor
+    reads: Tensor
+    adds: Tensor
     blocks: Sums
 
 
@@ -75,7 +77,8 @@ class Scan:
         self.diagonal_scale = float(x.scale * (term.diagonal.sign if term.diagonal is not None else 0))
         self.q, self.k, self.v = (dense_last(t) for t in (x.q, x.k, x.v))
         self.cu = x.boundaries
-        self.places: Tensor | None = None  # of packed rows, once they are prepared
+        self.places: Tensor | None = None  # of packed rows, once they are prepared, as is the next
+        self.ends: Tensor | None = None
         self.rows = p.batch if self.cu is None else self.cu.numel() - 1
         self.tokens = p.batch * p.seqlen
         self.slots = self.slots_of(self.sizes.chunk)
@@ -83,6 +86,7 @@ class Scan:
         self.decays = term.log_a is not None or term.log_cols is not None
         self.apart = term.row_inclusive != term.col_inclusive or term.log_cols is not None
         self.factored = p.dtype == torch.bfloat16
+        self.factors = self.factored and (self.decays or not {"rows", "cols"}.isdisjoint(x.values))
         # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
         self.dot = torch.float32 if p.dtype == torch.bfloat16 and triton_interpreted() else p.dtype
 
@@ -132,33 +136,42 @@ class Scan:
             by_chunk, center = self._sums(slots, z.chunk), self.empty(slots, p.nheads)
         if self.decays and blocks:
             by_block = self._sums(coarse, z.block)
+        factors = chunks and self.factors
+        reads, adds = (self.empty(slots, p.nheads, z.chunk) if factors else self.q for _ in range(2))
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
+        u, w = (self.slot(name) if factors else None for name in ("rows", "cols"))
         heads, groups = min(16, padded(p.nheads)), self.groups if chunks else 0
-        parts = groups + (ceil_div(p.nheads, heads) if self.decays else 0)
+        parts = groups + (ceil_div(p.nheads, heads) if self.decays or factors else 0)
         if self.cu is not None:
             self.places = self.empty(self.segments.slots(self.rows, self.tokens), dtype=torch.int32)
+            self.ends = self.empty(self.segments.cells(self.tokens), dtype=torch.int32)
             parts = max(parts, 1)
         if slots and parts:
             self.run(
                 PREPARE, (slots if chunks else coarse, parts, 1),
                 (
-                    self.q, self.k, *(or_else(x, self.q) for x in (log_a, log_cols, d, self.cu)), scores, beside,
-                    *by_chunk, center, *by_block, or_else(turns, self.q), or_else(self.places, self.q),
+                    self.q, self.k, *(or_else(x, self.q) for x in (log_a, log_cols, d, u, w, self.cu)), scores, beside,
+                    *by_chunk, center, reads, adds, *by_block,
+                    *(or_else(x, self.q) for x in (turns, self.places, self.ends)),
                 ),
                 (
                     *self.packing, groups, coarse, *self._places(), self.groups // p.q_heads, self.groups // p.k_heads,
-                    self.diagonal_scale, *(n for x in (self.q, self.k, log_a, log_cols, d) for n in strides(x)),
+                    self.scale, self.diagonal_scale,
+                    *(n for x in (self.q, self.k, log_a, log_cols, d, u, w) for n in strides(x)),
                 ),
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
                 ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None, CHUNKS=chunks,
                 BLOCKS=blocks, SPAN=SPAN, RUNNERS=0 if turns is None else turns.shape[1] // self.groups, DIAGONAL=diagonal,
-                VALUES=d is not None, **{**self.common, "DECAY": log_a is not None}, num_warps=4,
+                VALUES=d is not None, ROWS=u is not None, COLS=w is not None, FACTORS=factors,
+                **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
-        return Prepared(scores, beside, by_chunk, center, by_block)
+        return Prepared(scores, beside, by_chunk, center, reads, adds, by_block)
 
-    def _places(self) -> tuple[int, int]:
-        """How many slots of segments there are of packed rows, and the tokens of one."""
-        return (0, 1) if self.places is None else (len(self.places), self.segments.tokens)
+    def _places(self) -> tuple[int, int, int]:
+        """How many slots of segments there are of packed rows, and cells that they end in, and the tokens of one."""
+        if self.places is None or self.ends is None:
+            return 0, 0, 1
+        return len(self.places), len(self.ends), self.segments.tokens
 
     def _sums(self, slots: int, size: int) -> Sums:
         """Room for sums of so many chunks or blocks; ρ is κ where no flag of the term tells them apart."""
@@ -193,14 +206,16 @@ class Scan:
     ) -> None:  # fmt: skip
         p, t, z, nothing, u, w = self.problem, self.term, self.sizes, self.q, self.slot("rows"), self.slot("cols")
         (k, q), tiles = alike(self.k, self.q, p.dtype), ceil_div(p.headdim, z.rows) * ceil_div(p.dstate, z.state)
-        other = ds or s
+        other, runners, sides = ds or s, p.nheads * tiles, 1 if ds is None else 2
+        ends = self.ends if first and not last else None
+        grid = self._grid(runners, sides, parts) if ends is None else (runners * len(ends), sides, 1)
         self.run(
-            STATES, self._grid(p.nheads * tiles, 1 if ds is None else 2, parts),
+            STATES, grid,
             (
                 s.x, k, other.x, q, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *blocks,
                 or_else(s.entering, nothing), or_else(other.entering, nothing), or_else(s.blocks, nothing),
                 or_else(other.blocks, nothing), or_else(other.leaving, nothing),
-                *(parts or (nothing, nothing)), or_else(self.places, nothing),
+                *(parts or (nothing, nothing)), or_else(self.places if ends is None else ends, nothing),
             ),
             (
                 *self.packing, p.nheads // p.v_heads, p.nheads // p.k_heads, p.nheads // p.q_heads, self.scale,
@@ -211,7 +226,7 @@ class Scan:
             COLS=w is not None, BOTH=ds is not None, ENTERING=s.entering is not None and not first,
             DLEAVING=ds is not None and ds.entering is not None and not first,
             DENTERING=ds is not None and ds.leaving is not None and not first,
-            PARTS=first, LAST=last, SEGMENTS=parts is not None and not first,
+            PARTS=first, LAST=last, ENDS=ends is not None, SEGMENTS=parts is not None and not first,
             STAGES=z.stages + 1, **self.common, num_warps=4,
         )  # fmt: skip
 
@@ -229,9 +244,11 @@ class Scan:
     # --- passes ---------------------------------------------------------------------------------------------------------
 
     def forward(self, parts: Parts | None = None) -> Output:
-        """Y, the final states, and those between; with parts, from what `begin` has made."""
+        """Y, of the sum so far where it can be, the final states, and those between; with parts, from what `begin` has made."""
         p, x = self.problem, self.x
-        y = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=x.out)
+        y = x.onto
+        if y is None or y.dtype != x.out or not y.is_contiguous():
+            y = self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=x.out)
         state = self.empty(self.rows, p.nheads, p.headdim, p.dstate, dtype=p.state_dtype) if x.wants_state else None
         blocks = None if p.state_every is None else self._blocks(p.state_every)
         if self.rows and (self.tokens or state is not None):
@@ -249,12 +266,13 @@ class Scan:
         parts = self.walk(prepared.blocks, Side(self.v)) if parts is None else parts
         self.wait()
         initial, onto = contiguous(self.x.initial), contiguous(self.x.onto)
+        narrow = onto is not None and onto.dtype == torch.bfloat16  # it takes room that leaves two programs a multiprocessor
         u, w = self.slot("rows"), self.slot("cols")
         self.run(
             SCAN, (runners * self.rows, 1, relay) if relay > 1 else self._grid(runners, 1, parts),
             (
                 self.q, self.k, self.v, y, *(or_else(x, nothing) for x in (u, w, self.cu)),
-                prepared.scores, prepared.beside, *prepared.chunks, prepared.center,
+                prepared.scores, prepared.beside, *prepared.chunks, prepared.center, prepared.reads, prepared.adds,
                 *(or_else(x, nothing) for x in (initial, state, blocks)), *(parts or (nothing, nothing)),
                 *(or_else(x, nothing) for x in (self.places, handed, turns, onto)),
             ),
@@ -263,10 +281,12 @@ class Scan:
                 each * (z.block // z.chunk), *(n for x in (self.q, self.k, self.v, y, u, w) for n in strides(x)),
             ),
             L=z.chunk, BLOCK=p.state_every or z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
-            CAUSAL=t.causal, ROWS=u is not None, COLS=w is not None, DIAGONAL=self.diagonal, ONTO=onto is not None,
+            CAUSAL=t.causal, ROWS=u is not None, COLS=w is not None, DIAGONAL=self.diagonal,
+            ONTO=0 if onto is None else 2 if narrow else 1,
             ENTERING=initial is not None, LEAVING=state is not None, BLOCKS=blocks is not None, SEGMENTS=parts is not None,
-            RELAY=relay > 1, ALIGN=z.block // z.chunk, FACTORED=self.factored, NORMALIZE=self.dot == torch.float16,
-            STAGES=z.stages, **self.common, num_warps=4, maxnreg=z.registers if blocks is None else None,
+            RELAY=relay > 1, ALIGN=z.block // z.chunk, FACTORED=self.factored, FACTORS=self.factors,
+            NORMALIZE=self.dot == torch.float16, STAGES=z.stages, **self.common, num_warps=4,
+            maxnreg=z.registers if blocks is None and not narrow else None,
         )  # fmt: skip
 
     def begin(self) -> Parts:

@@ -154,11 +154,12 @@ def forward(
         replay = _replays.get(key)
         if replay is not None:
             y, state = replay(addresses, x.q.device, arrive)
-            assert y is not None  # it always is
+            y = x.onto if y is None else y
+            assert y is not None  # it is new, or what it was added to
             return Output(y, state)
         scan = Notes(term, x, config, arrive)
         out = scan.forward(parts)
-        _keep(key, scan.replay(addresses, (out.y, out.state)))
+        _keep(key, scan.replay(addresses, (None if out.y is x.onto else out.y, out.state)))
         return out
 
 

@@ -27,6 +27,10 @@ class Segments(NamedTuple):
         """Places for the segments of so many rows, with so many tokens together (`kernels/rows.py`)."""
         return tokens // self.tokens + rows if self.packed else rows * self.number
 
+    def cells(self, tokens: int) -> int:
+        """Of so many tokens together, into how many cells of a segment's length they fall."""
+        return tokens // self.tokens + 1
+
 
 def segments(problem: Problem, config: Config, packed: bool) -> Segments:
     """Of a config; packed rows are cut as one row of all their tokens would be."""

@@ -24,11 +24,17 @@ def place(per_program, rows, GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
+def inverse_root(x):
+    """1 / √x, rounded as its dtype is: that of float64, as tl.rsqrt has it, is right to 28 bits on GPUs."""
+    return 1.0 / tl.sqrt(x)
+
+
+@triton.jit
 def gated_norm(
-    y, z, weight, x, d, out, rows, per_program, y_row, z_row, x_row, eps,
+    y, z, weight, x, d, out, rows, per_program, y_row, z_row, x_row,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
     Y_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
-    BEFORE: tl.constexpr, SKIP: tl.constexpr, ACC: tl.constexpr,
+    BEFORE: tl.constexpr, SKIP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out, `[rows, channels]`; SHARE channels have one value of D. Grid: groups · parts of the rows."""
     first, stop, c, inside = place(per_program, rows, GROUPS, SIZE, BLOCK)
@@ -43,7 +49,7 @@ def gated_norm(
         gate *= 1.0 / (1.0 + tl.exp(-gate))
         if not BEFORE:
             u *= gate
-        u *= tl.rsqrt(tl.sum(u * u, axis=0) / SIZE + eps) * w
+        u *= inverse_root(tl.sum(u * u, axis=0) / SIZE + EPS) * w
         if BEFORE:
             u *= gate
         tl.store(out + tl.cast(row, tl.int64) * (GROUPS * SIZE) + c, u.to(out.dtype.element_ty), mask=inside)
@@ -51,10 +57,10 @@ def gated_norm(
 
 @triton.jit
 def gated_norm_gradients(
-    dout, y, z, weight, x, d, dy, dz, dx, sums, rows, per_program, dout_row, y_row, z_row, x_row, eps,
+    dout, y, z, weight, x, d, dy, dz, dx, sums, rows, per_program, dout_row, y_row, z_row, x_row,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
     D_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, Z_ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
-    BEFORE: tl.constexpr, SKIP: tl.constexpr, ACC: tl.constexpr,
+    BEFORE: tl.constexpr, SKIP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dy, dz and dx; and what these rows add to the gradients of weight and D, `[parts, 2, channels]`. Grid: that above."""
     first, stop, c, inside = place(per_program, rows, GROUPS, SIZE, BLOCK)
@@ -72,7 +78,7 @@ def gated_norm_gradients(
         gate, slope = own * sigmoid, sigmoid * (1.0 + own * (1.0 - sigmoid))
         given = row_of(dout, row, dout_row, c, inside, D_ALIGN, ACC)
         normed = u if BEFORE else u * gate
-        scale = tl.rsqrt(tl.sum(normed * normed, axis=0) / SIZE + eps)
+        scale = inverse_root(tl.sum(normed * normed, axis=0) / SIZE + EPS)
         normed *= scale
         back = given * gate if BEFORE else given  # the cotangent of w · normed
         dweight += back * normed

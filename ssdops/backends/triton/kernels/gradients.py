@@ -44,7 +44,7 @@ def gradients(
     Args:
         states, dstates: S and dS as they enter each block.
         dq, dk: what comes through states, `[splits, tokens, groups, N]`; dg: `[splits, blocks, groups, BLOCK, BLOCK]`.
-        dv: `[tokens, nheads, P]`; onto: what it is added to, in float32, if ONTO.
+        dv: `[tokens, nheads, P]`; onto: what it is added to, if ONTO.
         sums: `[KINDS, 2, blocks, nheads, BLOCK]`, of rows and of columns: the first two kinds if SUMS, all if ALL_SUMS.
         through: ⟨dS, exp(E) S⟩, `[blocks, nheads]`, if SUMS.
         scale: the factor of scores, which dS has in it already.
@@ -180,7 +180,8 @@ def _values(
             place, inside = j.to(tl.int64)[:, None] * nheads * P + (h * P + p)[None, :], here[:, None] & (p < P)[None, :]
             y *= own_scale[:, None]
             if ONTO:
-                y += tl.load(onto + place, mask=inside, other=0.0)
+                if h < hi:  # always: what is loaded in a branch takes no shared memory for several heads at once
+                    y += tl.load(onto + place, mask=inside, other=0.0)
             tl.store(dv + place, y.to(dv.dtype.element_ty), mask=inside)
 
 

@@ -3,19 +3,21 @@
 import triton
 import triton.language as tl
 
-from .rows import first_slot, row_of_slot, slot_bounds
+from .rows import first_slot, row_of_end, row_of_slot, slot_bounds
 
 
 @triton.jit
 def prepare(
-    q, k, log_a, log_cols, d, cu, scores, beside, rho, kappa, total, center, block_rho, block_kappa, block_total, turns, places,
-    n_rows, seqlen, tokens, nheads, groups, blocks, n_places, segment, q_share, k_share, d_scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h, d_b, d_t, d_h,
+    q, k, log_a, log_cols, d, u, w, cu, scores, beside, rho, kappa, total, center, reads, adds,
+    block_rho, block_kappa, block_total, turns, places, ends,
+    n_rows, seqlen, tokens, nheads, groups, blocks, n_places, n_ends, segment, q_share, k_share, scale, d_scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h, d_b, d_t, d_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
     DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
     PACKED: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, RUNNERS: tl.constexpr, DIAGONAL: tl.constexpr, VALUES: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """Scores K Qᵀ of chunks under the mask's triangle, if CHUNKS; sums of log decays of blocks, in units of log 2.
 
@@ -29,15 +31,20 @@ def prepare(
             differences of rounded sums lose digits.
         total: `[chunks, nheads]`, the sum of a chunk. These, and scores and center, only if CHUNKS.
         center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is.
-        block_rho, block_kappa, block_total: the same of blocks, if BLOCKS.
+        reads, adds: `[chunks, nheads, L]`, if FACTORS: exp(ρ_i − center) u_i scale and exp(center − κ_j) w_j, what a token
+            reads of a state and adds to one that are relative to the chunk's center (0 if nothing decays).
+        block_rho, block_kappa, block_total: the same sums of blocks, if BLOCKS.
         turns: `[rows, groups, RUNNERS]`, put to 0 for a relay of as many programs of the scan for each row and group.
         places, n_places: whose the slots of segments of `segment` tokens are, of packed rows: `[n_places]`, no more than there
             are chunks or blocks.
+        ends, n_ends: whose segment ends in each cell of so many tokens (`row_of_end`): `[n_ends]`, no more than n_places.
     """
     slot, part = tl.program_id(0), tl.program_id(1)
     if PACKED:
         if (part == 0) & (slot < n_places):
             tl.store(places + slot, row_of_slot(cu, slot, n_rows, tokens, tl.arange(0, 256), segment))
+            if slot < n_ends:
+                tl.store(ends + slot, row_of_end(cu, slot, n_rows, tokens, tl.arange(0, 256), segment))
     if part < groups:
         row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), L, PACKED)
         if first < stop:
@@ -72,32 +79,36 @@ def prepare(
                     of_group = runner + tl.arange(0, 64)
                     place = (row * groups + part) * RUNNERS + of_group
                     tl.store(turns + place, tl.zeros([64], tl.int32), mask=of_group < RUNNERS)
-    elif DECAY or LOG_COLS:
+    elif DECAY or LOG_COLS or FACTORS:
         if slot < blocks:
             row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
             if first < stop:
                 chunk0 = first_slot(start, row, seqlen, L, PACKED) + (first - start) // L
                 b, t = first // seqlen, first % seqlen
                 _sum_logs(
-                    log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, rho, kappa, total, center,
-                    block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32),
-                    (part - groups) * HEADS, nheads, a_t, a_h, z_t, z_h,
+                    log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, u + b * u_b + t * u_t, w + b * w_b + t * w_t,
+                    rho, kappa, total, center, reads, adds, block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0,
+                    (stop - first).to(tl.int32), (part - groups) * HEADS, nheads, scale, a_t, a_h, z_t, z_h, u_t, u_h, w_t, w_h,
                     L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, CHUNKS, BLOCKS, SPAN,
+                    ROWS, COLS, FACTORS,
                 )  # fmt: skip
 
 
 @triton.jit
 def _sum_logs(
-    log_a, log_cols, rho, kappa, total, center, block_rho, block_kappa, block_total,
-    block, chunk0, length, h0, nheads, a_t, a_h, z_t, z_h,
+    log_a, log_cols, u, w, rho, kappa, total, center, reads, adds, block_rho, block_kappa, block_total,
+    block, chunk0, length, h0, nheads, scale, a_t, a_h, z_t, z_h, u_t, u_h, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
     COL_INCLUSIVE: tl.constexpr, DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
+    """Of the tokens of a block and HEADS heads: sums of log decays, from where scans begin, and what follows from them."""
     chunks: tl.constexpr = BLOCK // L
+    SUMS: tl.constexpr = DECAY or LOG_COLS
     i, h = tl.arange(0, BLOCK), h0 + tl.arange(0, HEADS)
     real = (i < length)[:, None] & (h < nheads)[None, :]
-    wide: tl.constexpr = block_rho.dtype.element_ty if BLOCKS else rho.dtype.element_ty
+    wide: tl.constexpr = (block_rho if BLOCKS else rho if SUMS else reads).dtype.element_ty
     d = tl.zeros([BLOCK, HEADS], wide)
     if DECAY:
         d = tl.load(log_a + i[:, None] * a_t + h[None, :] * a_h, mask=real, other=0.0).to(wide) * 1.4426950408889634
@@ -122,12 +133,24 @@ def _sum_logs(
         c = tl.reshape(c, [chunks, L, HEADS]) - past[:, None, :]
         place = ((chunk0 + i // L)[:, None] * nheads + h[None, :]) * L + (i % L)[:, None]
         inside = ((i // L) * L < length)[:, None] & (h < nheads)[None, :]
-        tl.store(rho + place, tl.reshape(r, [BLOCK, HEADS]), mask=inside)
-        if APART:
-            tl.store(kappa + place, tl.reshape(c, [BLOCK, HEADS]), mask=inside)
         high = tl.maximum(tl.max(r, 1), tl.max(c, 1)).to(tl.float32)
         low = tl.minimum(tl.min(r, 1), tl.min(c, 1)).to(tl.float32)
-        place = (chunk0 + m)[:, None] * nheads + h[None, :]
-        inside = (m * L < length)[:, None] & (h < nheads)[None, :]
-        tl.store(total + place, ends, mask=inside)
-        tl.store(center + place, tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30), mask=inside)
+        middle = tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30)
+        if SUMS:
+            tl.store(rho + place, tl.reshape(r, [BLOCK, HEADS]), mask=inside)
+            if APART:
+                tl.store(kappa + place, tl.reshape(c, [BLOCK, HEADS]), mask=inside)
+            of_chunk = (chunk0 + m)[:, None] * nheads + h[None, :]
+            there = (m * L < length)[:, None] & (h < nheads)[None, :]
+            tl.store(total + of_chunk, ends, mask=there)
+            tl.store(center + of_chunk, middle, mask=there)
+        if FACTORS:
+            read = tl.exp2(tl.minimum(r.to(tl.float32) - middle[:, None, :], SPAN))  # no more than that where they are read
+            add = tl.exp2(tl.minimum(middle[:, None, :] - c.to(tl.float32), SPAN))
+            read, add = tl.reshape(read, [BLOCK, HEADS]) * scale, tl.reshape(add, [BLOCK, HEADS])
+            if ROWS:
+                read *= tl.load(u + i[:, None] * u_t + h[None, :] * u_h, mask=real, other=0.0).to(tl.float32)
+            if COLS:
+                add *= tl.load(w + i[:, None] * w_t + h[None, :] * w_h, mask=real, other=0.0).to(tl.float32)
+            tl.store(reads + place, read, mask=inside)
+            tl.store(adds + place, add, mask=inside)

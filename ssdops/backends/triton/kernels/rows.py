@@ -84,6 +84,33 @@ def segment_of(places, cu, at, tokens, SIZE, PACKED: tl.constexpr, SPLIT: tl.con
 
 
 @triton.jit
+def row_of_end(cu, cell, n_rows, tokens, at_once, SIZE):
+    """The packed row that has a segment of SIZE tokens, but not its last, end in [cell · SIZE, (cell + 1) · SIZE); −1 if none.
+
+    No two segments do. So there are as many cells as there can be segments that others go on from, however long rows are.
+    """
+    found = tl.full([at_once.shape[0]], -1, tl.int32)
+    for first in range(0, n_rows, at_once.shape[0]):
+        row = first + at_once
+        here = row < n_rows
+        start = tl.minimum(tl.maximum(tl.load(cu + row, mask=here, other=0).to(tl.int64), 0), tokens)
+        stop = tl.minimum(tl.load(cu + row + 1, mask=here, other=0).to(tl.int64), tokens)
+        ended = (cell.to(tl.int64) + 1) * SIZE - start  # how far the row's tokens are counted, if it has so many
+        goes_on = here & (ended >= SIZE) & (start + ended // SIZE * SIZE < stop)
+        found = tl.maximum(found, tl.where(goes_on, row, -1))
+    return tl.max(found, 0)
+
+
+@triton.jit
+def ended_segment(ends, cu, cell, tokens, SIZE):
+    """As `segment_of` says, of the segment that ends in a cell; `prepare` has put the rows of cells into ends. Row −1: none."""
+    row = tl.load(ends + cell)
+    start = tl.minimum(tl.maximum(tl.load(cu + tl.maximum(row, 0)).to(tl.int64), 0), tokens)
+    segment = (((cell.to(tl.int64) + 1) * SIZE - start) // SIZE).to(tl.int32) - 1
+    return row, segment, start // SIZE + row
+
+
+@triton.jit
 def tokens_of(x, t, inside, m, SIZE: tl.constexpr, stride, DOT: tl.constexpr):
     """Tokens t of x as rows, `[t, m]`, 0 outside."""
     return tl.load(x + t[:, None] * stride + m[None, :], mask=inside[:, None] & (m < SIZE)[None, :], other=0.0).to(DOT)

@@ -21,22 +21,25 @@ from .rows import any_wide, bounds, first_slot, remembered, segment_of, tokens_o
 
 @triton.jit
 def scan(
-    q, k, v, y, u, w, cu, scores, beside, rho, kappa, total, center, entering, leaving, blocks, parts, part_totals, places,
-    handed, turns, onto, n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_segment,
+    q, k, v, y, u, w, cu, scores, beside, rho, kappa, total, center, reads, adds, entering, leaving, blocks, parts,
+    part_totals, places, handed, turns, onto,
+    n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BN2: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr, ONTO: tl.constexpr,
     PACKED: tl.constexpr, ENTERING: tl.constexpr, LEAVING: tl.constexpr, BLOCKS: tl.constexpr,
     SEGMENTS: tl.constexpr, RELAY: tl.constexpr, ALIGN: tl.constexpr,
-    FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    FACTORED: tl.constexpr, FACTORS: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows · heads · tiles of P, 1, segments), or of SEGMENTS of packed rows (slots · heads · tiles of P): `segment_of`.
 
     Args:
         scale: the factor of Y.
         beside: what a DIAGONAL multiplies v with (`prepare`).
-        onto: what Y is added to, laid out as Y is, if ONTO.
+        reads, adds: out and into of every token, if they are FACTORED and not all alike (`prepare`).
+        onto: what Y is added to, laid out as Y is, and Y itself or no part of it: of float32 if ONTO is 1, of DOT if it is 2.
         per_segment: chunks of a segment, a multiple of ALIGN, which segments begin at.
         parts, part_totals: the state that each segment makes from zero, `[slots of segments, nheads, P, N]`, and its E
             (`states`): read if SEGMENTS.
@@ -106,24 +109,24 @@ def scan(
         leftmost = lo if CAUSAL else chunks - hi
         if any_wide(center, (slot0 + leftmost) * nheads64 + h, nheads64, hi - lo):
             s, s2 = _chunks(
-                q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
-                block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+                q, k, v, y, u, w, scores, beside, rho, kappa, total, center, reads, adds, blocks, onto, s, s2, lo, hi, chunks,
+                length, slot0, block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
                 L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, DIAGONAL, ONTO, BLOCKS, False,
-                NORMALIZE, DOT, PRECISION, STAGES,
+                False, NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
         else:
             s, s2 = _chunks(
-                q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
-                block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+                q, k, v, y, u, w, scores, beside, rho, kappa, total, center, reads, adds, blocks, onto, s, s2, lo, hi, chunks,
+                length, slot0, block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
                 L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, DIAGONAL, ONTO, BLOCKS, True,
-                NORMALIZE, DOT, PRECISION, STAGES,
+                FACTORS, NORMALIZE, DOT, PRECISION, STAGES,
             )  # fmt: skip
     else:
         s, s2 = _chunks(
-            q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
-            block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+            q, k, v, y, u, w, scores, beside, rho, kappa, total, center, reads, adds, blocks, onto, s, s2, lo, hi, chunks,
+            length, slot0, block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
             L, BLOCK, P, BP, N, BN, BN2, CAUSAL, DECAY, APART, ROWS, COLS, DIAGONAL, ONTO, BLOCKS, FACTORED,
-            NORMALIZE, DOT, PRECISION, STAGES,
+            FACTORS, NORMALIZE, DOT, PRECISION, STAGES,
         )  # fmt: skip
     if RELAY or LEAVING:  # where the state goes is worked out anew: what is kept over the loop takes registers of the loop
         unmoved = lo >> 30  # 0, as no compiler knows
@@ -146,28 +149,32 @@ def scan(
 
 @triton.jit
 def _chunks(
-    q, k, v, y, u, w, scores, beside, rho, kappa, total, center, blocks, onto, s, s2, lo, hi, chunks, length, slot0,
-    block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
+    q, k, v, y, u, w, scores, beside, rho, kappa, total, center, reads, adds, blocks, onto, s, s2, lo, hi, chunks, length,
+    slot0, block0, h, nheads64, g, groups, p, scale, q_t, k_t, v_t, y_t, u_t, w_t,
     L: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BN2: tl.constexpr, CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DIAGONAL: tl.constexpr, ONTO: tl.constexpr, BLOCKS: tl.constexpr,
-    FACTORED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    FACTORED: tl.constexpr, FACTORS: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The chunks [lo, hi) of a walk, and the state after them.
 
     FACTORED: exp(ρ_i − κ_j), if anything decays, is the product of two factors about the chunk's middle, so that every head
-    reads the shared scores as they are; else pairs are weighted one by one.
+    reads the shared scores as they are; else pairs are weighted one by one. With FACTORS they are there, scales included.
     """
     per_block: tl.constexpr = BLOCK // L
     i, n = tl.arange(0, L), tl.arange(0, BN)
     n2 = BN + tl.arange(0, BN2 if BN2 else BN)
     inside_p, inside_n, inside_n2 = (p < P)[:, None], (n < N)[None, :], (n2 < N)[None, :]
-    pending = 0.0
+    one = tl.exp2((lo >> 30).to(tl.float32))  # as no compiler knows: without it Triton loads v through registers, and waits
+    pending, eye = 0.0, tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(DOT)
     for step in tl.range(lo, hi, num_stages=STAGES):
         c = step if CAUSAL else chunks - 1 - step
         c0 = c.to(tl.int64) * L
         inside = i < length - c * L
-        if ONTO:  # long before it is wanted; in branches, as what is loaded outside of one takes shared memory for two chunks
+        if ONTO == 2:
+            before = tokens_of(onto + c0 * y_t, i, inside, p, P, y_t, DOT)
+        elif ONTO:  # long before it is wanted; in branches, as what is loaded outside of one takes shared memory for two chunks
             of_sum = onto + c0 * y_t
             if step < hi:
                 before = tokens_of(of_sum, i, inside, p, P, y_t, tl.float32)
@@ -190,26 +197,28 @@ def _chunks(
         into, out = tl.full([L], 1.0, tl.float32), tl.full([L], 1.0, tl.float32) * scale
         r, ut, wt = into, out, into
         kap = r
-        if DECAY:
-            e = tl.load(total + base)
-            r = tl.load(rho + base * L + i)
-            kap = tl.load(kappa + base * L + i) if APART else r
-            read, add = r, e - kap
-            if FACTORED:
+        if FACTORED:
+            if FACTORS:
+                into, out = tl.load(adds + base * L + i) * one, tl.load(reads + base * L + i)
+            if DECAY:
                 middle = tl.load(center + base)
                 s *= tl.exp2(pending + middle)
                 if BN2:
                     s2 *= tl.exp2(pending + middle)
-                pending = e - middle
-                read, add = read - middle, add - pending
-            into *= tl.exp2(add).to(tl.float32)
-            out *= tl.exp2(read).to(tl.float32)
-        if COLS:
-            wt = tl.load(w + c0 * w_t + i * w_t, mask=inside, other=0.0).to(tl.float32)
-            into *= wt
-        if ROWS:
-            ut = tl.load(u + c0 * u_t + i * u_t, mask=inside, other=0.0).to(tl.float32)
-            out *= ut
+                pending = tl.load(total + base) - middle
+        else:
+            if DECAY:
+                e = tl.load(total + base)
+                r = tl.load(rho + base * L + i)
+                kap = tl.load(kappa + base * L + i) if APART else r
+                into *= tl.exp2(e - kap).to(tl.float32)
+                out *= tl.exp2(r).to(tl.float32)
+            if COLS:
+                wt = tl.load(w + c0 * w_t + i * w_t, mask=inside, other=0.0).to(tl.float32)
+                into *= wt
+            if ROWS:
+                ut = tl.load(u + c0 * u_t + i * u_t, mask=inside, other=0.0).to(tl.float32)
+                out *= ut
         added = (vt.to(tl.float32) * into[None, :]).to(DOT)
         qt = tl.load(q + c0 * q_t + i[:, None] * q_t + n[None, :], mask=inside[:, None] & inside_n, other=0.0).to(DOT)
         place = scores + ((slot0 + c) * groups + g) * L * L
@@ -229,7 +238,9 @@ def _chunks(
             yt = tl.dot(vt, weighted.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
         if DIAGONAL:
             yt += vt.to(tl.float32) * tl.load(beside + base * L + i)[None, :]
-        if ONTO:
+        if ONTO == 2:  # exact: a product with 1, which the tensor cores read from where it has been loaded to
+            yt = tl.dot(tl.trans(before), eye, acc=yt, input_precision=PRECISION)
+        elif ONTO:
             yt += tl.trans(before)
         place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
         tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])

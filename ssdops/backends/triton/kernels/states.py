@@ -12,7 +12,7 @@ last state of a segment is wanted, what it does not remember is not read.
 import triton
 import triton.language as tl
 
-from .rows import bounds, first_slot, remembered, segment_of
+from .rows import bounds, ended_segment, first_slot, remembered, segment_of
 
 
 @triton.jit
@@ -23,11 +23,11 @@ def states(
     BLOCK: tl.constexpr, PORTION: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, DECAY: tl.constexpr, APART: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     PACKED: tl.constexpr, BOTH: tl.constexpr, ENTERING: tl.constexpr, DLEAVING: tl.constexpr, DENTERING: tl.constexpr,
-    PARTS: tl.constexpr, LAST: tl.constexpr, SEGMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    PARTS: tl.constexpr, LAST: tl.constexpr, ENDS: tl.constexpr, SEGMENTS: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows · heads · tiles of P and N, 2 if BOTH or 1 for S alone, segments), or of packed rows in segments
-    (slots · heads · tiles, 2 or 1): `segment_of`.
+    (slots · heads · tiles, 2 or 1): `segment_of`; if ENDS, (cells · heads · tiles, 2 or 1): `ended_segment`.
 
     Args:
         rho, kappa, total: sums of log decays by blocks (`prepare`).
@@ -37,13 +37,18 @@ def states(
         per_segment: blocks of a segment.
         parts, part_totals: the state that each segment makes from zero, `[sides, slots of segments, nheads, P, N]`, and its
             E: written if PARTS, but of a row's last segment only if LAST, and read if SEGMENTS.
-        places: the row of each slot of segments, of packed rows in segments (`prepare`).
+        places: the row of each slot of segments, or of each cell that they end in, of packed rows in segments (`prepare`).
     """
     tiles_p: tl.constexpr = (P + BP - 1) // BP
     tiles: tl.constexpr = tiles_p * ((N + BN - 1) // BN)
     portions: tl.constexpr = BLOCK // PORTION
     at, h, tile = tl.program_id(0) // (nheads * tiles), tl.program_id(0) // tiles % nheads, tl.program_id(0) % tiles
-    row, segment, part0 = segment_of(places, cu, at, tokens, per_segment * BLOCK, PACKED, PARTS or SEGMENTS)
+    if ENDS:
+        row, segment, part0 = ended_segment(places, cu, at, tokens, per_segment * BLOCK)
+        if row < 0:
+            return
+    else:
+        row, segment, part0 = segment_of(places, cu, at, tokens, per_segment * BLOCK, PACKED, PARTS or SEGMENTS)
     start, stop = bounds(cu, row, seqlen, tokens, PACKED)
     batch, t0, length = start // seqlen, start % seqlen, (stop - start).to(tl.int32)
     whole = (length + BLOCK - 1) // BLOCK * portions  # the last of them may be empty
@@ -75,8 +80,11 @@ def states(
         elif DLEAVING:
             entering = dleaving
         kappa = tl.where(reads, rho, kappa)
-        places = tl.num_programs(0) // (nheads * tiles)
-        part0 += tl.where(reads, places.to(tl.int64) * tl.num_programs(2) * nheads64, 0)
+        if PACKED and (PARTS or SEGMENTS):
+            slots = tokens // (per_segment * BLOCK) + n_rows
+        else:
+            slots = tl.cast(n_rows, tl.int64) * tl.num_programs(2)
+        part0 += tl.where(reads, slots * nheads64, 0)
     s = tl.zeros([BP, BN], tl.float32)
     if ENTERING or DLEAVING:
         given = tl.where(reads, DLEAVING, ENTERING) if BOTH else ENTERING
