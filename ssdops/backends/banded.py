@@ -134,8 +134,9 @@ def backward(backend: Scans, found: Structure, x: Inputs, config: Config, dy: Te
     """Gradients of q, k, v and the operands."""
     values = Values(found, x, learnt=True)
     totals: dict[str, Tensor] = {}
-    for side in sides(found):
-        for name, grad in Blocks(side, values, learnt=True).backward(backend, config, dy).items():
+    parts = sides(found)
+    for side in parts:
+        for name, grad in Blocks(side, values, learnt=True).backward(backend, config, dy, alone=len(parts) == 1).items():
             totals[name] = totals[name] + grad if name in totals else grad
     return Gradients(totals["q"], totals["k"], totals["v"], operands=values.operand_gradients(totals))
 
@@ -208,36 +209,50 @@ class Blocks:
             rows, cols = self.pairs["rows"], self.pairs["cols"]
             yield self.side.across, self.inputs(self.factors, rows, cols, out), rows, cols
 
+    def _out(self, adds: bool, alone: bool) -> torch.dtype:
+        """What scans are to give: rounded, as sums of two terms are (`run.py`), where there is nothing else to be added."""
+        rounded = alone and (self.count == 1 or (adds and self.x.out == torch.bfloat16))
+        return self.x.out if rounded else self.problem.accumulate
+
+    def _put(self, total: Tensor, blocks: slice, sums: Tensor) -> None:
+        """Some blocks of a total, in place of what they were: nothing to do if that is where the sums were made."""
+        there = total[:, blocks]
+        if sums.data_ptr() != there.data_ptr():
+            there.copy_(self.apart(sums, blocks))
+
     def forward(self, backend: Scans, config: Config, alone: bool) -> Tensor:
-        """Y of this side; rounded, as a sum of two terms is (`run.py`), where there is no other."""
-        adds, x = self.adds(backend, "forward"), self.x
-        narrow = alone and (self.count == 1 or (adds and x.out == torch.bfloat16))
-        total: Tensor | None = None
-        for scan, of_blocks, rows, _ in self.scans(x.out if narrow else self.problem.accumulate):
+        """Y of this side, the only one or not."""
+        adds, total = self.adds(backend, "forward"), None
+        for scan, x, rows, _ in self.scans(self._out(adds, alone)):
             if total is None:
-                total = self.apart(backend.forward(scan, of_blocks, config).y, rows)
+                total = self.apart(backend.forward(scan, x, config).y, rows)
             elif adds:
-                onto = total[:, rows].flatten(0, 1)
-                y = backend.forward(scan, replace(of_blocks, onto=onto), config).y
-                if y.data_ptr() != total[:, rows].data_ptr():
-                    total[:, rows] = self.apart(y, rows)
+                self._put(total, rows, backend.forward(scan, replace(x, onto=total[:, rows].flatten(0, 1)), config).y)
             else:
-                total[:, rows] += self.apart(backend.forward(scan, of_blocks, config).y, rows)
+                total[:, rows] += self.apart(backend.forward(scan, x, config).y, rows)
         assert total is not None  # there is a scan inside blocks
         return self.joined(total)
 
-    def backward(self, backend: Scans, config: Config, dy: Tensor) -> dict[str, Tensor]:
+    def backward(self, backend: Scans, config: Config, dy: Tensor, alone: bool) -> dict[str, Tensor]:
         """Gradients of q, k, v and the slots, by name."""
-        cotangent, totals, through = self.cut(dy), dict[str, Tensor](), dict[str, Tensor]()
-        for scan, x, rows, cols in self.scans(self.problem.accumulate):
-            grads = backend.backward(scan, x, config, Cotangents(cotangent[:, rows].flatten(0, 1)))
-            found = {"q": grads.q, "k": grads.k, "v": grads.v, **grads.values}
-            found = {name: self.apart(grad, rows) for name, grad in found.items()}
+        adds, cotangent = self.adds(backend, "backward"), self.cut(dy)
+        totals, through = dict[str, Tensor](), dict[str, Tensor]()
+        for scan, x, rows, cols in self.scans(self._out(adds, alone)):
+            onto, blocks = None, {"q": rows, "k": cols, "v": cols}
+            if totals and adds:
+                q, k, v = (totals[name][:, there].flatten(0, 1) for name, there in blocks.items())
+                onto = Gradients(q, k, v)
+            grads = backend.backward(scan, x, config, Cotangents(cotangent[:, rows].flatten(0, 1), onto=onto))
+            of_inputs = {"q": grads.q, "k": grads.k, "v": grads.v}
+            found = {name: self.apart(grad, rows) for name, grad in grads.values.items()}
             if not totals:
-                totals = found
+                totals = {name: self.apart(grad, rows) for name, grad in of_inputs.items()} | found
                 continue
-            for name, there in (("q", rows), ("k", cols), ("v", cols)):
-                totals[name][:, there] += found[name]
+            for name, there in blocks.items():
+                if adds:
+                    self._put(totals[name], there, of_inputs[name])
+                else:
+                    totals[name][:, there] += self.apart(of_inputs[name], there)
             through = self._through_factors(found)
         totals = {name: self.joined(grad) for name, grad in totals.items()}
         for name, slot in self.slots.items():

@@ -177,8 +177,8 @@ class Cotangents:
         saved: what `forward` saved, if anything.
         arrive: fills `state`, which is contiguous and in the accumulation dtype then; to be called before it is read. None: it
             is there. Only a `Starter` is given one, and may call it more than once.
-        onto: the gradients by the terms before, in the accumulation dtype or in `out`, of which those of q, k and v are to be
-            the sums with this one's, as for `Inputs.onto`.
+        onto: the gradients by the terms before, in the accumulation dtype or in `out`: those of q, k and v are to be the sums
+            with this one's, as for `Inputs.onto`, and in place where they can be.
     """
 
     y: Tensor

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from math import log
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from .sizes import CHUNKS, MAX_DIM, RESIDENT, channel_chunks, chunks, rounds, si
 
 START = 6
 """Chunks that a program of the scan could take in the time that it takes to begin."""
+LONGEST = 2.0
+"""How many times as long the longest document is reckoned as it would be if they ended by chance, anywhere alike."""
 MAX_UNCOUNTED = 2048
 """Tokens up to which every token may be a document of its own, as far as anyone knows without reading them."""
 
@@ -136,13 +139,31 @@ class Triton:
         if term.channel is not None:
             return _channel_work(p, config)
         size = sizes(p, config.chunk_size).chunk
-        in_turn = rounds(self._programs(p) * config.segments, p.target.multiprocessors)
-        chunks = -(-p.seqlen // (size * config.segments))
-        passes = 1.0 if config.segments == 1 else 1.4  # the first reads what is remembered: the usual decays forget most
         launches = (1.0 if config.segments == 1 else 1.5) + interpreted  # two or three, each half of what one of torch takes
         beside = 0.0 if term.diagonal is None else tokens * p.nheads
-        steps = in_turn * (chunks + START) * passes * max(p.dstate / 128, 0.5)
+        walk = self._documents_walk if term.documents is not None and (p.n_states or 0) > p.batch else self._walk
+        steps = walk(p, size, config.segments) * max(p.dstate / 128, 0.5)
         return Work(0.0, 2 * beside * p.headdim, touched + 8 * beside, launches, steps)
+
+    def _walk(self, p: Problem, size: int, segments: int) -> float:
+        """How many chunks of that size a device that is full takes as long for, one after the other."""
+        passes = 1.0 if segments == 1 else 1.4  # the first reads what is remembered: the usual decays forget most
+        in_turn = rounds(self._programs(p) * segments, p.target.multiprocessors)
+        return in_turn * (-(-p.seqlen // (size * segments)) + START) * passes
+
+    def _documents_walk(self, p: Problem, size: int, segments: int) -> float:
+        """The same of packed documents: all of them in turn, or the longest alone, if that is longer.
+
+        How long they are only the device knows; how many there are and how many tokens, the host.
+        """
+        assert p.n_states is not None  # the caller has looked
+        tokens, runners = p.batch * p.seqlen, p.nheads * -(-p.headdim // 64)
+        longest = min(LONGEST * (1 + log(p.n_states)) * tokens / p.n_states, p.seqlen) / size
+        segment = p.seqlen / (size * segments)
+        passes = 1.0 if segments == 1 else 1.4 if longest > segment else 1.1
+        begun = p.n_states + segments - 1
+        in_turn = runners * (tokens / size + START * begun) / (RESIDENT * p.target.multiprocessors)
+        return max(in_turn, rounds(1, p.target.multiprocessors) * (min(longest, segment) + START)) * passes
 
     def forward(self, term: Term, x: Inputs, config: Config, save: bool = False) -> Output:
         """Two launches, or three in segments."""

@@ -153,16 +153,19 @@ class Backward(Scan):
         assert x is not None
         return x
 
-    def room_for_dv(self) -> Tensor:
-        """dV by heads; in float32 if heads share V, as theirs are summed."""
+    def room_for_dv(self, onto: Gradients | None = None) -> Tensor:
+        """dV by heads, that of the sum so far where it can be; in float32 if heads share V, as theirs are summed."""
         p = self.problem
         dtype = torch.float32 if p.v_heads < p.nheads else self.x.out
+        if onto is not None and onto.v.dtype == dtype and onto.v.is_contiguous():
+            return onto.v
         return self.empty(p.batch, p.seqlen, p.nheads, p.headdim, dtype=dtype)
 
     def backward(self, cotangents: Cotangents, dv: Tensor | None = None) -> Results:
         """Gradients of everything, from tensors that load in whole; dV goes where it is told to."""
         p, x, slots = self.problem, self.x, self.slots_of(self.sizes.block)
-        dy, dv, onto = dense_last(cotangents.y), self.room_for_dv() if dv is None else dv, cotangents.onto
+        dy, onto = dense_last(cotangents.y), cotangents.onto
+        dv = self.room_for_dv(onto) if dv is None else dv
         states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=self.kept) for _ in range(2))
         dinitial = None if x.initial is None else self.empty(*x.initial.shape)
         logs = self.prepare(chunks=False, blocks=True).blocks

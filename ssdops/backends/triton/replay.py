@@ -170,13 +170,15 @@ def backward(term: Linear, x: Inputs, config: Config, cotangents: Cotangents) ->
         key, addresses = _key(term, x, config, (cotangents.y, cotangents.state, None if onto is None else onto.v))
         replay = _replays.get(key)
         if replay is not None:
-            return Results(*replay(addresses, x.q.device, cotangents.arrive)).gradients(x, onto)
+            results = Results(*replay(addresses, x.q.device, cotangents.arrive))
+            return (results if onto is None or results.v is not None else results._replace(v=onto.v)).gradients(x, onto)
         whole, given = in_whole(x, cotangents)
         scan = BackwardNotes(term, whole, config, given.arrive)
         if whole is not x or scan.rows_at_once < x.problem.batch:  # tensors are copied before the launches, or between them
             return in_turns(term, x, config, cotangents)
         out = scan.backward(given)
-        _keep(key, scan.replay(addresses, out))
+        in_place = onto is not None and out.v is onto.v
+        _keep(key, scan.replay(addresses, out._replace(v=None) if in_place else out))
         return out.gradients(x, onto)
 
 
