@@ -56,6 +56,17 @@ def test_lengths_around_tiles(seqlen: int) -> None:
     laws.gradients_equal_oracle(RUN, case)
 
 
+def test_rows_share_logs_but_not_documents() -> None:
+    """The gradient of a log sums what tokens to its right give, of the document that it is in: another one in every row."""
+    make = Make(seqlen=9, dtype=torch.float32, nheads=2)
+    ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 2, 2]])
+    one = make.case(m.decay(make.log()) * m.window(5, 2) * m.documents(segment_ids=ids, n_segments=3))
+    q, k, v = (torch.cat([x, x.flip(1)]) for x in (one.q, one.k, one.v))
+    case = Case(q, k, v, one.mask, one.scale)
+    laws.equals_oracle(RUN, case)
+    laws.gradients_equal_oracle(RUN, case)
+
+
 @pytest.mark.parametrize("dims", [(40, 3), (3, 140), (100, 70)])
 def test_dims_in_steps(dims: tuple[int, int]) -> None:
     """dstate and headdim beyond what is taken at a time in 32 bits."""

@@ -72,8 +72,11 @@ def values(form: Form, operands: Mapping[str, Tensor], problem: Problem) -> Valu
 
     for log_a, view in form.decays:
         d = per_token(log_a, torch.float64)
+        ends = _ends(form, view, operands, seqlen)
+        if ends is not None and len(d) < len(ends):  # logs that rows share, which do not share their documents
+            d = d.expand(len(ends), -1, -1)
         finite = d.isfinite()
-        sums: Tensor = _Sums.apply(torch.where(finite, d, 0.0), _ends(form, view, operands, seqlen))  # type: ignore[no-untyped-call]
+        sums: Tensor = _Sums.apply(torch.where(finite, d, 0.0), ends)  # type: ignore[no-untyped-call]
         odd = (~finite).cumsum(2).double()
         for name, x in (("decay", sums), ("odd", odd)):
             row, col = view.row.of(x, seqlen), -view.col.of(x, seqlen)
