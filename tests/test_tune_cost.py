@@ -11,14 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ssdops import cli_calibrate, config
+from ssdops import cli_calibrate, config, masks
 from ssdops.autotune import cost, store
 from ssdops.autotune.cost import DEFAULT_RATES, Rates, keep_rates, predict, rates_of, rates_path
 from ssdops.autotune.workload import Workload
-from ssdops.backends.base import Config, Work
+from ssdops.backends import registry
+from ssdops.backends.base import Config, Support, Work
 from ssdops.cli import app
-from ssdops.ir.problem import Target
-from ssdops.plan import candidates
+from ssdops.ir.problem import Target, problem_of
+from ssdops.plan import candidates, terms_of
 
 CPU = Target("cpu")
 RATES = Rates(matmul=1e12, elementwise=1e11, bandwidth=1e10, launch=1e-6)
@@ -103,3 +104,20 @@ def test_long_sequences_are_predicted_to_run_by_chunks() -> None:
 
     for term in ("decay(log_a)", "channel_decay(channel)"):
         assert order(replace(work, term=term)) == ["chunked", "recurrent", "naive"]
+
+
+@pytest.mark.parametrize(("documents", "cut"), [(64, False), (2, True)])
+def test_documents_are_cut_into_segments_where_there_are_few(documents: int, cut: bool) -> None:
+    """Many short ones keep a GPU busy side by side; two of any length do not."""
+    tokens = 32768
+    q, v, log_a = (torch.empty(1, tokens, *rest, device="meta") for rest in ((1, 128), (80, 64), (80,)))
+    ends = torch.empty(documents + 1, device="meta", dtype=torch.int32)
+    mask = masks.decay(log_a) * masks.documents(ends)
+    q, v = q.bfloat16(), v.bfloat16()
+    problem = problem_of(mask.tree, q, q, v, mask.operands)
+    problem = replace(problem, target=Target("cuda", "", (9, 0), multiprocessors=132))
+    (term,), backend = terms_of(mask.tree), registry.get("triton")
+    configs = backend.configs(term, problem)
+    assert not isinstance(configs, Support)
+    best = min(configs, key=lambda config: predict(backend.work(term, problem, config), problem.target))
+    assert (best.segments > 1) is cut
