@@ -43,13 +43,15 @@ def lags(s: Source) -> Mask:
 
 
 def turned(s: Source, make: str) -> Mask:
-    """One of them strict, turned, scaled or not; the transpose of a Fenwick mask has its levels by column, and is no tree."""
+    """One of them strict, turned, scaled or not; gates of columns are no scale of a transposed Fenwick mask's rows."""
     mask = {"band": band, "fenwick": fenwick, "lags": lags}[make](s)
     mask = mask.strict() if s.chance(4) else mask
     mask = mask.reverse() if s.chance(4) else mask
-    mask = mask.T if make != "fenwick" and s.chance(4) else mask
+    transposed = s.chance(4)
+    mask = mask.T if transposed else mask
     if s.chance(3):
-        mask = mask.scale(rows=s.token(), cols=s.token()) if make == "lags" else scaled(s, mask)
+        bare = make == "lags" or (make == "fenwick" and transposed)
+        mask = mask.scale(rows=s.token(), cols=s.token()) if bare else scaled(s, mask)
     return -mask if s.chance(6) else mask
 
 
@@ -119,10 +121,11 @@ READ = {
     "in documents": (masks.window(3, 1).strict() * masks.documents(segment_ids=IDS), (-1, 3)),
     "fenwick": (masks.fenwick(LOG, LEVELS).reverse() * masks.decay(LOG).reverse(), (None, None)),
     "lags": (masks.toeplitz(COEFFS) * masks.causal(), (0, None)),
+    "levels by column": (-masks.fenwick(LOG, LEVELS).strict().T * masks.documents(segment_ids=IDS), (None, None)),
 }
 NOT_READ = {
     "cut rows": masks.window(3, 1).shift(1),
-    "levels by column": masks.fenwick(LOG, LEVELS).T,
+    "levels of a row, gates of a column": masks.fenwick(LOG, LEVELS).T.scale(log_cols=LOG),
     "levels in a band": masks.fenwick(LOG, LEVELS) * masks.window(2),
     "lags that decay": masks.toeplitz(COEFFS) * masks.decay(LOG),
     "lags in documents": masks.toeplitz(COEFFS) * masks.documents(segment_ids=IDS),

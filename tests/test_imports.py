@@ -49,7 +49,7 @@ ROOMS = (
     ("errors", "config"),
 )
 """From the top down; a room is a module or a package of that name inside ssdops."""
-SHARED_BACKEND_MODULES = {"banded", "base", "quadratic", "registry", "rows", "scan", "structured"}
+SHARED_BACKEND_MODULES = {"banded", "base", "quadratic", "registry", "rows", "scan", "structured", "transposed"}
 """What backends are made of, rather than backends."""
 
 

@@ -29,7 +29,10 @@ def fenwick(s: Source) -> Mask:
     mask = mask * SCANS[s.pick(list(SCANS))](s) if s.chance(3) else mask
     mask = mask.strict() if s.chance(4) else mask
     mask = mask.reverse() if s.chance(4) else mask
-    mask = scaled(s, mask) if s.chance(3) else mask
+    if s.chance(4):
+        mask = mask.T.scale(rows=s.token(), cols=s.token()) if s.chance(3) else mask.T
+    elif s.chance(3):
+        mask = scaled(s, mask)
     return -mask if s.chance(6) else mask
 
 
@@ -133,7 +136,7 @@ def test_what_is_refused() -> None:
     whole = masks.fenwick(log_a, levels)
     for mask, message in (
         (whole * masks.documents(torch.tensor([0, 4, 20])), "documents; 'chunked'"),
-        (whole.T, "fenwick"),
+        (whole.T.scale(log_cols=log_a), "fenwick"),
         (masks.fenwick(log_a.double(), levels), "float64"),
     ):
         with pytest.raises(UnsupportedError, match=message):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...ir.passes.structure import Structure, structure_of
 from ...ir.problem import Problem
 from ...ir.terms import Quadratic, Term
-from .. import banded
+from .. import banded, transposed
 from ..base import BOTH, Config, Gradients, Inputs, Support, Work
 from ..structured import Values
 from . import fenwick, parts, toeplitz
@@ -63,6 +63,8 @@ def work(backend: banded.Scans, term: Quadratic, p: Problem, config: Config, dir
         return banded.work(backend, structure, p, config, direction)
     if kind == "fenwick":
         forward = fenwick.fenwick_work(p, size)
+        if structure.transposed:
+            return transposed.work(forward, direction)
     else:
         forward = toeplitz.toeplitz_work(structure, p, size) if kind == "lags" else band_work(structure, p, size)
     return forward.times(BOTH) if direction == "backward" else forward
@@ -73,6 +75,12 @@ def forward(backend: banded.Scans, term: Quadratic, x: Inputs, config: Config) -
     structure = _structure(term)
     if kind_of(term) == "scans":
         return banded.forward(backend, structure, x, config)
+    if structure.transposed:
+        return transposed.forward(x, lambda x, dy: _backward(structure, x, config, dy, learnt=False))
+    return _forward(structure, x, config)
+
+
+def _forward(structure: Structure, x: Inputs, config: Config) -> Tensor:
     values = Values(structure, x)
     return parts.forward(_parts(structure, values, config), values)
 
@@ -82,7 +90,15 @@ def backward(backend: banded.Scans, term: Quadratic, x: Inputs, config: Config, 
     structure = _structure(term)
     if kind_of(term) == "scans":
         return banded.backward(backend, structure, x, config, dy)
-    values = Values(structure, x, learnt=True)
+    if structure.transposed:
+        return transposed.backward(
+            x, dy, lambda x: _forward(structure, x, config), lambda x, dy: _backward(structure, x, config, dy)
+        )  # fmt: skip
+    return _backward(structure, x, config, dy)
+
+
+def _backward(structure: Structure, x: Inputs, config: Config, dy: Tensor, learnt: bool = True) -> Gradients:
+    values = Values(structure, x, learnt)
     return parts.backward(_parts(structure, values, config), values, dy)
 
 

@@ -118,6 +118,8 @@ class Triton:
         """A scan is a chain of chunks: as many rounds of them as the device cannot hold at once."""
         if (band := banded.band_of(term)) is not None:
             return banded.work(self, band, problem, config, direction)
+        if (levels := fenwick.structure(term)) is not None:
+            return fenwick.work(levels, problem, config, direction)
         forward = self._forward_work(term, problem, config)
         if direction != "backward":
             return forward
@@ -130,7 +132,7 @@ class Triton:
     def _forward_work(self, term: Term, problem: Problem, config: Config) -> Work:
         p = problem
         if isinstance(term, Quadratic):
-            return tiles.work(term, p) if fenwick.structure(term) is None else fenwick.work(p, config)
+            return tiles.work(term, p)
         tokens = float(p.batch * p.seqlen)
         touched = tokens * (2 * p.nheads * p.headdim + (p.q_heads + p.k_heads) * p.dstate) * p.dtype.itemsize
         interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds

@@ -7,7 +7,8 @@ import torch
 from ...ir.passes.structure import Structure, structure_of
 from ...ir.problem import Problem, fenwick_levels
 from ...ir.terms import Quadratic, Term
-from ..base import Config, Cotangents, Gradients, Inputs, Output, Support, Work
+from .. import transposed
+from ..base import BOTH, Config, Cotangents, Gradients, Inputs, Output, Support, Work
 from .sizes import MAX_DIM, fenwick_chunks
 
 
@@ -41,7 +42,15 @@ def configs(problem: Problem, chunk_size: int | None) -> tuple[Config, ...] | Su
     return (Config(chunk_size or sizes[0]),)
 
 
-def work(problem: Problem, config: Config) -> Work:
+def work(found: Structure, problem: Problem, config: Config, direction: str) -> Work:
+    """What a pass costs."""
+    forward = _work(problem, config)
+    if found.transposed:
+        return transposed.work(forward, direction)
+    return forward.times(BOTH) if direction == "backward" else forward
+
+
+def _work(problem: Problem, config: Config) -> Work:
     """States written and, of half of the levels above a chunk, read by each chunk, most of that from the L2 cache."""
     p, size = problem, config.chunk_size or fenwick_chunks(problem)[0]
     tokens, above = float(p.batch * p.seqlen * p.nheads), max(fenwick_levels(p.seqlen) - fenwick_levels(size), 0)
@@ -58,6 +67,8 @@ def forward(found: Structure, x: Inputs, config: Config) -> Output:
         return Output(x.empty_output())
     from . import fenwick_scan  # imports triton, which need not be there
 
+    if found.transposed:
+        return Output(transposed.forward(x, lambda x, dy: fenwick_scan.backward(found, x, config, dy, learnt=False)))
     return fenwick_scan.forward(found, x, config)
 
 
@@ -69,4 +80,9 @@ def backward(found: Structure, x: Inputs, config: Config, cotangents: Cotangents
         return Gradients(q, k, v, operands=floats)
     from . import fenwick_scan
 
+    if found.transposed:
+        return transposed.backward(
+            x, cotangents.y, lambda x: fenwick_scan.forward(found, x, config).y,
+            lambda x, dy: fenwick_scan.backward(found, x, config, dy),
+        )  # fmt: skip
     return fenwick_scan.backward(found, x, config, cotangents.y)

@@ -272,9 +272,9 @@ def forward(structure: Structure, x: Inputs, config: Config) -> Output:
         return Output(Fenwick(structure, Values(structure, x), config).forward())
 
 
-def backward(structure: Structure, x: Inputs, config: Config, dy: Tensor) -> Gradients:
-    """Gradients of q, k, v and the operands."""
-    values = Values(structure, x, learnt=True)
+def backward(structure: Structure, x: Inputs, config: Config, dy: Tensor, learnt: bool = True) -> Gradients:
+    """Gradients of q, k, v and, if those are `learnt`, the operands."""
+    values = Values(structure, x, learnt)
     with Launching(x.problem, x.q.device):
         grads = Fenwick(structure, values, config).backward(dy)
     return Gradients(grads.q, grads.k, grads.v, operands=values.operand_gradients(grads.values))

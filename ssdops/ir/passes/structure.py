@@ -4,6 +4,8 @@
     fenwick   L[i, j] = scan[i, j] · levels[i, level(i, j)]       log-linear attention, times other scans or not
     lags      L[i, j] = scales · c[i − j] · 1[low ≤ i − j ≤ high]  Toeplitz, with windows or a direction
 
+A mask whose transpose is a Fenwick one is that, transposed: levels weigh its columns.
+
 A term that none of these describes is run by its entries.
 """
 
@@ -29,6 +31,7 @@ class Structure:
         low, high: bounds on the lag i − j in the scan's local time; None is none.
         levels: of a Fenwick mask, or None; its token 0 is the first of local time.
         coeffs: per lag, `(nheads, 2·seqlen − 1)`, or None.
+        transposed: whether all of this is of the mask's transpose.
     """
 
     scan: Linear
@@ -37,6 +40,7 @@ class Structure:
     high: int | None
     levels: Operand | None = None
     coeffs: Operand | None = None
+    transposed: bool = False
 
     @property
     def banded(self) -> bool:
@@ -47,6 +51,14 @@ class Structure:
 @lru_cache(maxsize=4096)
 def structure_of(mask: n.Node) -> Structure | None:
     """The structure of a mask that is a quadratic term's, or None where entries are all that is known."""
+    found = _read(mask)
+    if found is None and (turned := _turned(mask)) is not None:
+        found = _read(turned)
+        return None if found is None or found.levels is None else replace(found, transposed=True)
+    return found
+
+
+def _read(mask: n.Node) -> Structure | None:
     taker = _Taker()
     try:
         rest = taker.take(mask)
@@ -56,6 +68,24 @@ def structure_of(mask: n.Node) -> Structure | None:
     if not isinstance(scan, Linear) or scan.channel is not None:
         return None
     return taker.around(scan, directed=rest is not None and _has_direction(rest))
+
+
+def _turned(mask: n.Node) -> n.Node | None:
+    """The transpose of a mask in which transposes stand next to their leaves; None if it is not to be had that simply."""
+    match mask:
+        case n.Transpose(x):
+            return x
+        case n.Neg(x) | n.Strict(x) | n.Reverse(x):
+            inner = _turned(x)
+            return None if inner is None else n.rebuild(mask, (inner,))
+        case n.Scale(x, rows, cols, None):
+            inner = _turned(x)
+            return None if inner is None else n.Scale(inner, cols, rows, None)
+        case n.Product(factors):
+            turned = [x if isinstance(x, n.Documents | n.Full) else _turned(x) for x in factors]
+            return None if None in turned else n.product_of(*(x for x in turned if x is not None))
+        case _:
+            return None
 
 
 class _Unstructured(Exception):
