@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from environment import environment
 from torch import nn
 from torch.nn import functional as F
 
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the harder task, for a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", default="recall.json", help="where results are written, and drawn from")
+    parser.add_argument("--commit", help="the commit to name there")
     parser.add_argument("--plot", metavar="PNG", help="draw what --json has, and train nothing")
     for name, value in SMALL.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"{value}, with --full {FULL[name]}")
@@ -145,12 +147,14 @@ def main() -> None:
         return plot(json.loads(Path(task.json).read_text()), task.plot)
     for name, value in (FULL if task.full else SMALL).items():
         setattr(task, name, getattr(task, name) or value)
-    results = {"task": {name: getattr(task, name) for name in SMALL}, "accuracy": {}}
+    about = {"environment": environment(task.device, task.commit), "seconds": {}}
+    results = about | {"task": {name: getattr(task, name) for name in SMALL}, "accuracy": {}}
     for name, dstate in MODELS.items():
         start = time.perf_counter()
         curves = results["accuracy"][name] = [train(task, dstate, seed) for seed in range(task.seeds)]
         last = ", ".join(f"{curve[-1][1]:.3f}" for curve in curves)
-        print(f"{name:11} accuracy {last}   ({time.perf_counter() - start:.0f} s)", flush=True)
+        seconds = results["seconds"][name] = time.perf_counter() - start
+        print(f"{name:11} accuracy {last}   ({seconds:.0f} s)", flush=True)
         Path(task.json).write_text(json.dumps(results) + "\n")
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from environment import environment
 from torch import nn
 from torch.nn import functional as F
 
@@ -84,8 +85,8 @@ class Model(nn.Module):
         return bytes(written)
 
 
-def fit(model: Model, text: torch.Tensor, sizes: argparse.Namespace) -> None:
-    """Train on random stretches of the text."""
+def fit(model: Model, text: torch.Tensor, sizes: argparse.Namespace) -> float:
+    """Train on random stretches of the text; the seconds that it took."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = 0.05 * sizes.steps
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, 1.0) * (1 - step / sizes.steps))
@@ -104,6 +105,9 @@ def fit(model: Model, text: torch.Tensor, sizes: argparse.Namespace) -> None:
         if step % max(1, sizes.steps // 10) == 0:
             bits = loss.item() / math.log(2)
             print(f"step {step:5}   {bits:.2f} bits per byte in training   {time.perf_counter() - start:.0f} s", flush=True)
+    if sizes.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -129,6 +133,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="a model for a GPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--commit", help="the commit to name there")
     parser.add_argument("--text", type=Path, default=sysconfig.get_path("stdlib"), help="the folder of Python files to learn")
     for name, value in SMALL.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"{value}, with --full {FULL[name]}")
@@ -141,7 +146,7 @@ def main() -> None:
     model = Model(sizes).to(sizes.device)
     count = sum(p.numel() for p in model.parameters())
     print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {count:,} parameters", flush=True)
-    fit(model, text.to(sizes.device), sizes)
+    seconds = fit(model, text.to(sizes.device), sizes)
     bits = {
         "bigram": bigram_bits(text, unseen),
         "gzip": 8 * len(gzip.compress(held_out, 9)) / len(held_out),
@@ -154,7 +159,8 @@ def main() -> None:
     print(model.write(b"def main(", 400).decode("utf-8", "replace"))
     if sizes.json:
         settings = {name: getattr(sizes, name) for name in SMALL}
-        Path(sizes.json).write_text(json.dumps({"sizes": settings, "bits_per_byte": bits}) + "\n")
+        about = {"environment": environment(sizes.device, sizes.commit), "seconds": {"training": seconds}}
+        Path(sizes.json).write_text(json.dumps(about | {"sizes": settings, "bits_per_byte": bits}) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssdops.compat.transformers import enabled
+from ssdops.nn import Mamba2
 
 transformers = pytest.importorskip("transformers")
 
@@ -154,3 +155,23 @@ def test_training(model):
     scale = max(gradient.abs().max() for gradient in theirs.values())
     for name, gradient in theirs.items():  # a bias that softmax does not see has no gradient but rounding
         assert (ours[name] - gradient).abs().max() <= 1e-4 * max(gradient.abs().max(), 1e-2 * scale), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_a_mixer_loads_into_the_block(ngroups, bias):
+    """Its weights under their names, and the outputs that it gives; its norm is by groups from 5.23 on."""
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    torch.manual_seed(0)
+    config = transformers.Mamba2Config(**COMMON | CONFIGS["Mamba2"] | {"n_groups": ngroups, "use_bias": bias})
+    mixer = Mamba2Mixer(config, layer_idx=0).eval()
+    grouped = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+    block = Mamba2(32, d_state=16, headdim=16, ngroups=ngroups, norm_groups=None if grouped else 1, bias=bias)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        block.load_state_dict(mixer.state_dict(), strict=True)
+        u = torch.randn(BATCH, SEQLEN, 32)
+        ours, theirs = block(u), mixer(u)
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

@@ -130,17 +130,29 @@ def test_steps_after_a_prefill_are_the_whole(name: str, prefill: int, dtype: tor
 
 @torch.no_grad()
 def test_a_thousand_steps() -> None:
-    """The last of them, in every dtype, of weights and tokens that every dtype has."""
-    block = make_block(torch.bfloat16, expand=1)
-    u, roundings = tokens(1, 1000, block), Roundings()
+    """After a prefill, in every dtype, of weights and tokens that every dtype has: each y, and the cache after the last.
+
+    What is allowed of y is what eleven of the tokens allow, among them 907, whose roundings weigh much, and the last.
+    """
+    block, prefill = make_block(torch.bfloat16, expand=1), 5
+    u, roundings = tokens(1, prefill + 1000, block), Roundings()
+    assert all(torch.equal(x.half().bfloat16(), x) for x in (u, *block.parameters()))
     with torch.enable_grad():
-        y = reference(block, u, None, roundings)[0][:, -1]
-        effects = roundings.effects(y)
-    for dtype in DTYPES:
-        block, cache = block.to(dtype), block.to(dtype).initial_cache(1)
-        for u_t in u.to(dtype).unbind(1):
-            last, cache = block.step(u_t, cache)
-        assert_close(last, y, allowed(effects, dtype, longest_sum(block, 1000)), f"the last y in {dtype}")
+        parts = reference(block, u, None, roundings)
+        y, window, state = parts
+        effects = [roundings.effects(x) for x in (y[:, 34::97], window, state)]
+    for dtype in (*DTYPES, torch.float16):
+        block, tokens_ = block.to(dtype), u.to(dtype)
+        limits = [allowed(effect, dtype, longest_sum(block, u.shape[1])) for effect in effects]
+        begun, cache = block(tokens_[:, :prefill], return_cache=True)
+        stepped = []
+        for u_t in tokens_[:, prefill:].unbind(1):
+            y_t, cache = block.step(u_t, cache)
+            stepped.append(y_t)
+        steps = torch.cat([begun, torch.stack(stepped, 1)], 1), cache
+        close(steps, list(parts), limits, f"by steps in {dtype}:")
+        whole_y, left = block(tokens_, return_cache=True)
+        close(steps, [whole_y, *both(left)], limits, f"against the whole in {dtype}:")
 
 
 def test_steps_have_gradients() -> None:

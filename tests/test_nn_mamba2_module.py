@@ -147,3 +147,29 @@ def test_inputs_that_do_not_fit() -> None:
             call()
     with pytest.raises(UnsupportedError, match="triton"):
         make_block(torch.float64, backend="triton")(u.double())
+
+
+def test_prefill_after_decoding_with_the_wrong_cache() -> None:
+    """Decoding leaves a cache; the next part of a prompt says what is wrong with one of another batch or block."""
+    block = make_block(torch.float32)
+    u = tokens(2, 4, block)
+
+    def decoded(other: Mamba2, rows: int) -> Mamba2Cache:
+        x = tokens(rows, 4, other)
+        _, cache = other(x[:, :3], return_cache=True)
+        return other.step(x[:, 3], cache)[1]
+
+    block(u, decoded(block, 2))
+    for options, rows, message in [
+        ({}, 3, "cache.window has 3 rows, expected 2, the batch of u; give each sequence its own row"),
+        ({}, 1, "cache.window has 1 rows, expected 2, the batch of u"),
+        ({"d_state": 5}, 2, r"cache.window must be \(rows, 22, 3\) in this block, got \(2, 26, 3\); it is of a block of other"),
+        ({"d_conv": 3}, 2, r"cache.window must be \(rows, 22, 3\) in this block, got \(2, 22, 2\)"),
+        ({"headdim": 8}, 2, r"cache.state must be \(rows, 4, 4, 3\) in this block, got \(2, 2, 8, 3\)"),
+        ({"expand": 1}, 2, r"cache.window must be \(rows, 22, 3\) in this block, got \(2, 14, 3\)"),
+    ]:
+        with pytest.raises(ShapeError, match=message):
+            block(u, decoded(make_block(torch.float32, **options), rows))
+    packed, cu = tokens(1, 4, block), torch.tensor([0, 1, 2, 4])
+    with pytest.raises(ShapeError, match="has 2 rows, expected 3, one per document"):
+        block(packed, decoded(block, 2), cu_seqlens=cu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import runpy
 import shlex
@@ -74,13 +75,15 @@ def test_links_lead_somewhere() -> None:
         assert target.startswith("https://") or ROOT.joinpath(target).exists(), target
 
 
-EXAMPLES = [path for path in sorted(ROOT.glob("examples/*.py")) if "torchrun" not in path.read_text(encoding="utf-8")]
+FOLDER = [path for path in sorted(ROOT.glob("examples/*.py")) if path.stem != "environment"]  # which examples import
+EXAMPLES = [path for path in FOLDER if "torchrun" not in path.read_text(encoding="utf-8")]
 """Those of one process; `test_distributed.py` runs the others."""
 BRIEF = {
-    "associative_recall": "--vocab 16 --pairs 2 --length 12 --d-model 32 --batch 2 --steps 2 --json recall.json",
+    "associative_recall": "--vocab 16 --pairs 2 --length 12 --d-model 32 --batch 2 --steps 2 --json recall.json "
+    "--commit 1234567",
     "forecast": "--csv weather.csv --steps 2 --json errors.json",
     "language_model": f"--text {ROOT / 'ssdops' / 'nn'} --d-model 32 --layers 1 --dstate 8 --length 16 --batch 2 --steps 2 "
-    "--held-out 500 --json language.json",
+    "--held-out 500 --json language.json --commit 1234567",
 }
 """Of the examples that train: so little that they only run."""
 
@@ -101,5 +104,12 @@ def test_examples_run(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("weather.csv").write_text(weather())
     monkeypatch.setattr("sys.argv", [str(path), *BRIEF.get(path.stem, "").split()])
+    monkeypatch.syspath_prepend(str(path.parent))  # as Python does for a script
     runpy.run_path(str(path), run_name="__main__")
-    assert len(list(tmp_path.glob("*.json"))) == (path.stem in BRIEF)
+    written = list(tmp_path.glob("*.json"))
+    assert len(written) == (path.stem in BRIEF)
+    if "--commit" in BRIEF.get(path.stem, ""):
+        figures = json.loads(written[0].read_text())
+        about = figures["environment"]
+        assert (about["device"], about["torch"], about["commit"]) == ("cpu", torch.__version__, "1234567")
+        assert figures["seconds"] and all(0 < taken < 600 for taken in figures["seconds"].values())

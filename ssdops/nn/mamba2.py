@@ -51,7 +51,8 @@ class Mamba2(Projections):
         D_has_hdim: D is one number per channel `(d_inner,)`, not per head `(nheads,)`.
         rmsnorm: have the norm; without it y is only gated.
         norm_before_gate: gate what is normalised, rather than normalise what is gated.
-        norm_groups: groups of channels normalised apart; None is ngroups, as in mamba_ssm. transformers' `Mamba2Mixer` has 1.
+        norm_groups: groups of channels normalised apart; None is ngroups, as in mamba_ssm and in transformers' `Mamba2Mixer`
+            from release 5.23 on. Mixers of earlier releases have 1.
         norm_eps: the norm's epsilon.
         dt_min, dt_max, dt_init_floor: softplus(dt_bias) is log-uniform in [dt_min, dt_max], and at least the floor.
         dt_limit: dt is clamped to it.
