@@ -312,9 +312,8 @@ def fenwick(log_a: Tensor, levels: Tensor) -> Mask:
 def trapezoidal(
     log_a: Tensor, beta: Tensor | None = None, gamma: Tensor | None = None, *, beta_over_a: Tensor | None = None
 ) -> Mask:
-    """h_t = a_t h_{t−1} + β_t k_{t−1} v_{t−1}ᵀ + γ_t k_t v_tᵀ: Mamba-3's trapezoidal rule.
-
-        L[i, j] = (γ_j · 1[i = j] + (γ_j + β_{j+1}/a_{j+1}) · 1[i > j]) · exp(Σ_{j<s≤i} log_a[s])
+    """L[i, j] = (γ_j · 1[i = j] + (γ_j + β_{j+1}/a_{j+1}) · 1[i > j]) · exp(Σ_{j<s≤i} log_a[s]): Mamba-3's trapezoidal rule,
+    h_t = a_t h_{t−1} + β_t k_{t−1} v_{t−1}ᵀ + γ_t k_t v_tᵀ with a_t = exp(log_a[t]).
 
     Args:
         log_a, beta, gamma: `(batch, seqlen, nheads)` or broadcastable.
@@ -322,6 +321,9 @@ def trapezoidal(
 
     Raises:
         MaskError: gamma is missing, or not exactly one of beta and beta_over_a is given.
+
+    Source: Lahoti et al. 2026, "Mamba-3: Improved Sequence Modeling using State Space Principles". Its β is
+    (1 − λ_t) Δ_t a_t, its γ is λ_t Δ_t; its rotary part is one of q and k: `examples/mamba3.py`.
     """
     return leaf(n.Trapezoidal, {"log_a": log_a, "beta": beta, "gamma": gamma, "beta_over_a": beta_over_a})
 
