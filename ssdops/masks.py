@@ -245,6 +245,9 @@ def documents(cu_seqlens: Tensor | None = None, *, segment_ids: Tensor | None = 
         segment_ids: instead, an id per token `(batch, seqlen)` or `(1, seqlen)`, int32 or int64, not decreasing.
         n_segments: how many ids there may be; needed with segment_ids where states are carried.
 
+    Levels of `fenwick` stay those of positions in the row, so its documents are as if alone only where they begin at a multiple
+    of a power of two no smaller than their length.
+
     Raises:
         MaskError: both or neither of cu_seqlens and segment_ids are given.
     """
@@ -299,12 +302,14 @@ def semiseparable(log_a: Tensor, b: Tensor, c: Tensor) -> Mask:
 
 
 def fenwick(log_a: Tensor, levels: Tensor) -> Mask:
-    """L[i, j] = levels[i, level(i, j)] · exp(Σ_{j<s≤i} log_a[s]) · 1[i ≥ j]: log-linear attention (Guo et al. 2025).
+    """L[i, j] = levels[i, level(i, j)] · exp(Σ_{j<s≤i} log_a[s]) · 1[i ≥ j]: log-linear attention.
 
     Args:
         log_a: `(batch, seqlen, nheads)` or broadcastable.
         levels: `(batch, seqlen, nheads, n_levels)`; level(i, i) = 0, else 1 + the highest bit in which i and j differ, so
             n_levels is at least 1 + the bits of seqlen − 1.
+
+    Source: Guo et al. 2025, "Log-Linear Attention".
     """
     return leaf(n.Fenwick, {"log_a": log_a, "levels": levels})
 
@@ -312,9 +317,8 @@ def fenwick(log_a: Tensor, levels: Tensor) -> Mask:
 def trapezoidal(
     log_a: Tensor, beta: Tensor | None = None, gamma: Tensor | None = None, *, beta_over_a: Tensor | None = None
 ) -> Mask:
-    """h_t = a_t h_{t−1} + β_t k_{t−1} v_{t−1}ᵀ + γ_t k_t v_tᵀ: Mamba-3's trapezoidal rule.
-
-        L[i, j] = (γ_j · 1[i = j] + (γ_j + β_{j+1}/a_{j+1}) · 1[i > j]) · exp(Σ_{j<s≤i} log_a[s])
+    """L[i, j] = (γ_j · 1[i = j] + (γ_j + β_{j+1}/a_{j+1}) · 1[i > j]) · exp(Σ_{j<s≤i} log_a[s]): Mamba-3's trapezoidal rule,
+    h_t = a_t h_{t−1} + β_t k_{t−1} v_{t−1}ᵀ + γ_t k_t v_tᵀ with a_t = exp(log_a[t]).
 
     Args:
         log_a, beta, gamma: `(batch, seqlen, nheads)` or broadcastable.
@@ -322,6 +326,9 @@ def trapezoidal(
 
     Raises:
         MaskError: gamma is missing, or not exactly one of beta and beta_over_a is given.
+
+    Source: Lahoti et al. 2026, "Mamba-3: Improved Sequence Modeling using State Space Principles". Its β is
+    (1 − λ_t) Δ_t a_t, its γ is λ_t Δ_t; its rotary part is one of q and k: `examples/mamba3.py`.
     """
     return leaf(n.Trapezoidal, {"log_a": log_a, "beta": beta, "gamma": gamma, "beta_over_a": beta_over_a})
 
@@ -332,5 +339,10 @@ def channel_decay(log_a: Tensor | None = None, *, dt: Tensor | None = None, A: T
     Args:
         log_a: `(batch, seqlen, nheads, dstate)`; batch, seqlen and nheads may be 1 and broadcast.
         dt, A: instead, the factored form log_a = dt[..., None] · A, with dt per token and A `(nheads, dstate)`.
+
+    Source: Yang et al. 2024, "Gated Linear Attention Transformers with Hardware-Efficient Training"; Peng et al. 2024, "Eagle
+    and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", for RWKV-6, which reads `.shift(1)` of it and has its
+    bonus from a second contraction, over `diagonal`; Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective
+    State Spaces", the factored form. `examples/channel_decay.py` has all three.
     """
     return leaf(n.ChannelDecay, {"log_a": log_a, "dt": dt, "A": A})
