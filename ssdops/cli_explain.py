@@ -21,13 +21,15 @@ from .errors import MaskError, ShapeError
 from .ir import nodes as n
 from .ir import operands as ops
 from .ir.problem import Target, fenwick_levels
-from .ir.text import parse
+from .ir.text import parse, show_operand
 from .ir.verify import verify
 from .masks import Mask
 from .steps import Plan
 
 N_SEGMENTS = 3
 """How many documents a packed row of unknown boundaries is taken to hold."""
+OTHER_AXES = (ops.Select, ops.Centre, ops.Main, ops.Mirror, ops.ChannelLog)
+"""Expressions of operands whose axes are not those of the slot."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ def operand_shapes(tree: n.Node, sizes: Sizes) -> Iterator[tuple[str, str, tuple
         for slot, axes in n.SLOTS[type(node)]:
             rank = n.rank_of(node) if axes == n.RANK else 1
             x = getattr(node, slot)
-            if x is not None and any(isinstance(part, ops.Select | ops.ChannelLog | ops.Mirror) for part in _parts(x)):
-                raise MaskError(f"{node}: give {slot} a name; select(), channel_log() and mirror() come from passes")
+            if x is not None and any(isinstance(part, OTHER_AXES) for part in _parts(x)):
+                raise MaskError(f"{node}: give {slot} a name; {show_operand(x)} is what passes make of an operand")
             for name in ops.names(x) if x is not None else ():
                 if seen.setdefault(name, (axes, rank)) != (axes, rank):
                     first = seen[name][0]

@@ -1,5 +1,6 @@
 """What `chunked` runs by structure keeps every law at every chunk size: bands, Fenwick masks and Toeplitz masks."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssdops import masks, ssd
+from ssdops import explain, masks, ssd
 from ssdops.errors import UnsupportedError
 from ssdops.ir.passes.structure import structure_of
 from ssdops.ir.problem import fenwick_levels
@@ -17,6 +18,7 @@ from ssdops.testing import Conformance, laws
 from ssdops.testing.case import Case
 from ssdops.testing.source import Source
 from ssdops.testing.strategies import QUADRATIC, SCANS, scaled
+from ssdops.testing.structures import Make
 
 SIZES = (4, 1, 2, 16, 64)
 
@@ -106,6 +108,50 @@ def test_poison_stays_in_its_document_of_a_fenwick_mask(chunk_size: int) -> None
             assert not y[:, start:stop].isfinite().any()
             for part in (slice(0, start), slice(stop, None)):
                 torch.testing.assert_close(y[:, part], clean[:, part], rtol=1e-12, atol=1e-12)
+
+
+# --- diagonals of other masks -----------------------------------------------------------------------------------------
+
+DIAGONALS: dict[str, tuple[Callable[[Make], Mask], tuple[str, ...]]] = {
+    "quasiseparable * window": (
+        lambda s: (
+            (masks.decay(s.log()).strict() + masks.decay(s.log()).T.strict() + masks.diagonal(s.factor())) * masks.window(9)
+        ),
+        ("T · band", "T · band", "T"),
+    ),
+    "trapezoidal * window": (
+        lambda s: (
+            masks.trapezoidal(s.log(), gamma=s.factor(), beta_over_a=s.factor().flip(1)) * masks.window(9, 1).scale(s.factor(1))
+        ),
+        ("T · band", "T"),
+    ),
+    "diagonal * toeplitz": (
+        lambda s: masks.diagonal(s.factor()) * -masks.toeplitz(s.normal(s.nheads, 2 * s.seqlen - 1)).T,
+        ("T",),
+    ),
+    "diagonal * dense": (
+        lambda s: masks.diagonal(s.factor(1)) * masks.dense(s.normal(1, s.nheads, s.seqlen, s.seqlen)).reverse(),
+        ("T",),
+    ),
+    "causal * anticausal * fenwick": (
+        lambda s: (
+            masks.decay(s.log()) * masks.causal().T * masks.fenwick(s.log(), s.ranked(fenwick_levels(s.seqlen))).scale(s.log(1))
+        ),
+        ("T",),
+    ),
+    "diagonal.shift * documents": (lambda s: masks.diagonal(s.factor()).shift(2) * s.cu, ("T · band",)),
+}
+
+
+@pytest.mark.parametrize("name", DIAGONALS)
+def test_diagonals_of_masks_are_linear_and_equal_the_oracle(name: str) -> None:
+    make, growth = DIAGONALS[name]
+    case = Make(seqlen=37).case(make(Make(seqlen=37)))
+    steps = explain(case.q, case.k, case.v, case.mask, backend="chunked").plan.steps
+    assert tuple(step.growth for step in steps) == growth
+    for backend in ("auto", "naive", "chunked"):
+        laws.equals_oracle(laws.Runner(backend), case)
+        laws.gradients_equal_oracle(laws.Runner(backend), case)
 
 
 # --- what is read of a tree -------------------------------------------------------------------------------------------

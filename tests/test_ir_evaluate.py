@@ -185,6 +185,9 @@ OPERANDS: dict[Operand, Callable[[int, int, int], float]] = {
     ops.Advance("ah"): lambda b, t, h: at("ah", b, t, h) if t + 1 < T else 0.0,
     ops.Delay("z"): lambda b, t, h: at("z", b, t - 1, h) if t else 0.0,
     ops.Select("b", 1): lambda b, t, h: at("b", b, t, h, 1),
+    ops.Centre("coeffs"): lambda b, t, h: float(X["coeffs"][h // 2, T - 1]),
+    ops.Main("L"): lambda b, t, h: float(X["L"][b, h // 2, t, t]),
+    ops.Flip(ops.Main("L2")): lambda b, t, h: float(X["L2"][T - 1 - t, T - 1 - t]),
 }  # fmt: skip
 
 

@@ -105,6 +105,8 @@ def test_precedence(tree, text):
         (ops.Add(ops.Mul("a", "b"), ops.Exp(ops.Add("c", "d"))), "a * b + exp(c + d)"),
         (ops.Select(ops.Flip("r"), 1), "select(flip(r), 1)"),
         (ops.Advance(ops.Delay("a")), "advance(delay(a))"),
+        (ops.Mul("a", ops.Centre("lags")), "a * centre(lags)"),
+        (ops.Flip(ops.Main("m")), "flip(main(m))"),
         (ops.ChannelLog("dt", "A"), "channel_log(dt, A)"),
         (ops.Mirror("cu"), "mirror(cu)"),
     ],

@@ -149,6 +149,8 @@ APPLIES = {
         "dense(m).T.reverse()": "dense(m).reverse().T",
         "causal().reverse()": "causal().T",
         "diagonal(t).reverse()": "diagonal(flip(t))",
+        "diagonal(t).shift(1)": "window(left=1, right=-1).scale(cols=t)",
+        "diagonal(t).shift(3)": "window(left=3, right=-3).scale(cols=t)",
         "documents(cu).reverse()": "documents(mirror(cu))",
         "documents(segment_ids=ids, n_segments=9).reverse()": "documents(segment_ids=mirror(ids, 9), n_segments=9)",
         "diagonal(t).scale(rows=t_head, cols=t_shared)": "diagonal(t * t_head * t_shared)",
@@ -303,6 +305,15 @@ def test_diagonals_read_back():
         ("trapezoidal(t, gamma=t_head, beta_over_a=t) * documents(segment_ids=ids)", [Linear, Diagonal]),
         ("decay(t) * decay(t_head).T", [Diagonal]),
         ("decay(t).strict() * decay(t_head).T", []),
+        ("decay(t) * decay(t_head).T * dense(m)", [Diagonal]),
+        ("diagonal(t) * decay(t).shift(1) * decay(t_head)", []),
+        ("diagonal(t).shift(1) * diagonal(t)", []),
+        (
+            "(decay(t).strict() + decay(t_batch).strict().T + diagonal(t)) * window(left=2, right=2)",
+            [Quadratic, Quadratic, Diagonal],
+        ),
+        ("trapezoidal(t, gamma=t_head, beta_over_a=t) * window(left=5)", [Quadratic, Diagonal]),
+        ("diagonal(t).shift(1)", [Quadratic]),
         ("decay(t).shift(1) * decay(t_head).shift(1)", [Linear]),
         ("causal().shift(1) * decay(t)", [Linear]),
         ("decay(t).shift(1) * decay(t_head)", [Quadratic]),
@@ -316,6 +327,39 @@ def test_diagonals_read_back():
 )
 def test_what_each_mask_is_read_as(text, kinds):
     assert [type(term) for term in normalize(parse(text))] == kinds
+
+
+DIAGONALS = {
+    "window(left=2, right=1)": "t",
+    "window(left=-1, right=3)": None,
+    "window(left=2, right=-1)": None,
+    "window(left=2, right=1).shift(2)": None,
+    "toeplitz(lags)": "t * centre(lags)",
+    "toeplitz(lags_one).T": "t * centre(lags_one)",
+    "toeplitz(lags).strict()": None,
+    "dense(m)": "t * main(m)",
+    "dense(m_one).T": "t * main(m_one)",
+    "dense(m).reverse()": "t * flip(main(m))",
+    "fenwick(t_head, levels)": "t * select(levels, 0)",
+    "fenwick(t_head, levels).shift(2)": None,
+    "documents(cu)": "t",
+    "documents(cu) * documents(segment_ids=ids)": "t",
+    "decay(t_head).scale(rows=t_shared) * -toeplitz(lags)": "-(t * t_shared * centre(lags))",
+    "(dense(m) * window(left=2)).scale(cols=t_head)": "t * main(m) * t_head",
+}
+"""Masks, and the diagonal of diagonal(t) times each; None is zero."""
+
+
+@pytest.mark.parametrize("text", DIAGONALS)
+def test_a_diagonal_times_a_mask_is_the_diagonal_of_the_mask(text):
+    tree, wanted = parse(f"diagonal(t) * {text}"), DIAGONALS[text]
+    terms = normalize(tree)
+    assert [type(term) for term in terms] == ([] if wanted is None else [Diagonal])
+    for sizes in (Sizes(2, 7, 4), Sizes(1, 1, 2), Sizes(2, 0, 1)):
+        assert_same_meaning(tree, n.sum_of(*(term.node() for term in terms)), sizes)
+        if wanted is not None:
+            sign, value = (-1, wanted[2:-1]) if wanted[0] == "-" else (1, wanted)
+            assert_same_meaning(terms[0].node(), parse(f"{'-' * (sign < 0)}diagonal({value})"), sizes)
 
 
 def test_random_trees_reach_every_kind_of_term():

@@ -95,7 +95,7 @@ def operand_trees(draw: Callable, axes: str, depth: int = 2) -> Operand:
     inner = operand_trees(axes, depth - 1)
     kinds = ["name", "name", "name", "add", "mul", "exp", "scaled"]
     kinds += ["flip", "advance", "delay"] if axes != n.HEAD else []
-    kinds += ["select"] if axes == n.TOKEN else []
+    kinds += ["select", "centre", "main"] if axes == n.TOKEN else []
     kinds += ["channel_log"] if axes == n.CHANNEL else []
     match draw(st.sampled_from(kinds)):
         case "add":
@@ -114,6 +114,10 @@ def operand_trees(draw: Callable, axes: str, depth: int = 2) -> Operand:
             return ops.Delay(draw(inner))
         case "select":
             return ops.Select(draw(operand_trees(n.RANK, depth - 1)), draw(st.integers(0, RANK - 1)))
+        case "centre":
+            return ops.Centre(draw(operand_trees(n.LAG)))
+        case "main":
+            return ops.Main(draw(operand_trees(n.MATRIX)))
         case "channel_log":
             return ops.ChannelLog(draw(operand_trees(n.TOKEN, depth - 1)), draw(operand_trees(n.HEAD_CHANNEL)))
         case _:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-Operand: TypeAlias = "str | Add | Mul | Scaled | Exp | Flip | Advance | Delay | Select | Mirror | ChannelLog"
+Operand: TypeAlias = "str | Add | Mul | Scaled | Exp | Flip | Advance | Delay | Select | Centre | Main | Mirror | ChannelLog"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,20 @@ class Select:
 
 
 @dataclass(frozen=True, slots=True)
+class Centre:
+    """Per head, the coefficient of lag 0: what a Toeplitz mask has on its diagonal."""
+
+    x: Operand
+
+
+@dataclass(frozen=True, slots=True)
+class Main:
+    """Per token, what a matrix has on its main diagonal."""
+
+    x: Operand
+
+
+@dataclass(frozen=True, slots=True)
 class Mirror:
     """The same documents seen from the last token to the first: of `cu_seqlens`, or of segment ids, `count` possible ones.
 
@@ -93,9 +107,9 @@ class ChannelLog:
     A: Operand
 
 
-CALLS = ("exp", "flip", "advance", "delay", "select", "mirror", "channel_log")
+CALLS = ("exp", "flip", "advance", "delay", "select", "centre", "main", "mirror", "channel_log")
 """What operand expressions are called in text."""
-EXPRESSIONS = (Add, Mul, Scaled, Exp, Flip, Advance, Delay, Select, Mirror, ChannelLog)
+EXPRESSIONS = (Add, Mul, Scaled, Exp, Flip, Advance, Delay, Select, Centre, Main, Mirror, ChannelLog)
 
 
 def parts(x: Operand) -> tuple[Operand, ...]:

@@ -58,6 +58,12 @@ def resolve(x: Operand, tensors: Mapping[str, Tensor], axes: str, seqlen: int) -
             return _moved(resolve(a, tensors, axes, seqlen), seqlen, 1)
         case ops.Select(a, index):
             return resolve(a, tensors, n.RANK, seqlen)[..., index]
+        case ops.Centre(a):
+            lags = resolve(a, tensors, n.LAG, seqlen)
+            return lags[:, max(seqlen - 1, 0) : seqlen].mT[None]  # [1, 1, heads]; of no tokens, none
+        case ops.Main(a):
+            matrix = resolve(a, tensors, n.MATRIX, seqlen)
+            return matrix.expand(-1, -1, seqlen, seqlen).diagonal(dim1=2, dim2=3).transpose(1, 2)
         case ops.Mirror(a, count):
             inner = resolve(a, tensors, axes, seqlen)
             if axes == n.BOUNDARIES:

@@ -17,11 +17,13 @@ from . import operands as ops
 from .operands import Operand
 
 SUM, PRODUCT, UNARY, POSTFIX = range(4)
-_CALLS: dict[str, type[ops.Exp | ops.Flip | ops.Advance | ops.Delay | ops.Mirror]] = {
+_CALLS: dict[str, type[ops.Exp | ops.Flip | ops.Advance | ops.Delay | ops.Centre | ops.Main | ops.Mirror]] = {
     "exp": ops.Exp,
     "flip": ops.Flip,
     "advance": ops.Advance,
     "delay": ops.Delay,
+    "centre": ops.Centre,
+    "main": ops.Main,
     "mirror": ops.Mirror,
 }
 _POSTFIX = {"reverse": n.Reverse, "strict": n.Strict}

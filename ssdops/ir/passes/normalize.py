@@ -18,7 +18,7 @@ from .. import operands as ops
 from ..terms import Diagonal, Linear, Quadratic, Term
 from ..verify import MAX_NODES
 from .driver import OnPass, Pass, run
-from .simplify import SIMPLIFY
+from .simplify import SIMPLIFY, is_causal
 
 # --- expand: structures by simpler ones -----------------------------------------------------------------------------
 
@@ -146,7 +146,8 @@ def push_through_product(m: n.Node) -> n.Node | None:
 
 
 def push_to_leaf(m: n.Node) -> n.Node | None:
-    """A fixed order above each leaf (strict, then T, then shift), and documents and diagonals flipped in place."""
+    """A fixed order above each leaf (strict, then T, then shift), and documents and diagonals flipped in place; a shifted
+    diagonal is a band of one entry per row."""
     match m:
         case n.Transpose(n.Strict(x)):
             return n.Strict(n.Transpose(x))
@@ -158,6 +159,8 @@ def push_to_leaf(m: n.Node) -> n.Node | None:
             return n.Transpose(n.Causal())
         case n.Reverse(n.Diagonal(d)):
             return n.Diagonal(ops.Flip(d))
+        case n.Shift(n.Diagonal(d), count):
+            return n.Scale(n.Window(count, -count), cols=d)
         case n.Reverse(n.Documents(cu, ids, count)):
             return n.Documents(None if cu is None else ops.Mirror(cu), None if ids is None else ops.Mirror(ids, count), count)
         case n.Scale(n.Diagonal(d), rows, cols, log_cols):
@@ -261,12 +264,18 @@ def _scaled(
                 cols=ops.mul(inner.cols, cols),
                 log_cols=ops.add(inner.log_cols, log_cols),
             )
-        case Diagonal(value):
-            factor = ops.mul(rows, cols)
-            factor = factor if log_cols is None else ops.mul(factor, ops.Exp(log_cols))
-            return replace(inner, value=ops.mul(value, factor))
         case _:
-            return inner
+            return _scaled_diagonal(inner, rows, cols, log_cols)
+
+
+def _scaled_diagonal(
+    inner: Diagonal | str, rows: ops.Operand | None, cols: ops.Operand | None, log_cols: ops.Operand | None
+) -> Diagonal | str:
+    if isinstance(inner, str):
+        return inner
+    factor = ops.mul(rows, cols)
+    factor = factor if log_cols is None else ops.mul(factor, ops.Exp(log_cols))
+    return replace(inner, value=ops.mul(inner.value, factor))
 
 
 def _reversed(inner: Linear | Diagonal | str) -> Linear | Diagonal | str:
@@ -298,54 +307,82 @@ def _shifted(inner: Linear | Diagonal | str) -> Linear | Diagonal | str:
 
 
 def _product(factors: tuple[n.Node, ...]) -> Linear | Diagonal | str:
-    documents = {f for f in factors if isinstance(f, n.Documents)}
     read = [_read(f) for f in factors if not isinstance(f, n.Documents)]
     if "zero" in read:
         return "zero"
-    if "none" in read or len(documents) > 1 or not read:
+    scans = [x for x in read if isinstance(x, Linear)]
+    if any(isinstance(x, Diagonal) for x in read) or len({x.causal for x in scans}) > 1:
+        return _diagonal_of_product(factors)
+    documents = {f for f in factors if isinstance(f, n.Documents)}
+    if "none" in read or len(documents) > 1 or not scans:
         return "none"
-    out = read[0]
-    for other in read[1:]:
-        out = _times(out, other)
-    if isinstance(out, Linear) and documents:
+    out = scans[0]
+    for other in scans[1:]:
+        if (merged := _merge(out, other)) is None:
+            return "none"
+        out = merged
+    if documents:
         return replace(out, documents=documents.pop()) if out.documents is None else "none"
-    return out  # documents never cut a diagonal
+    return out
 
 
-def _times(a: Linear | Diagonal | str, b: Linear | Diagonal | str) -> Linear | Diagonal | str:
-    match a, b:
-        case (str(), _) | (_, str()):
-            return a if isinstance(a, str) else b
-        case Diagonal(x, s), Diagonal(y, t):
-            return Diagonal(ops.mul(x, y), s * t)
-        case (Diagonal(), Linear()) | (Linear(), Diagonal()):
-            linear, diagonal = (a, b) if isinstance(a, Linear) else (b, a)
-            return _on_diagonal(linear, diagonal)  # type: ignore[arg-type]
-        case Linear(), Linear():
-            return _merge(a, b)
-    return "none"
-
-
-def _on_diagonal(linear: Linear, diagonal: Diagonal) -> Diagonal | str:
-    """A decay is 1 on the diagonal, so only the scales of a scan are left there."""
-    if linear.strict:
+def _diagonal_of_product(factors: tuple[n.Node, ...]) -> Diagonal | str:
+    """A product with a diagonal, or with scans in both directions, is the product of what its factors have there."""
+    parts, out = [_diagonal_of(f) for f in factors], Diagonal()
+    if "zero" in parts:
         return "zero"
-    scaled = _scaled(diagonal, linear.rows, linear.cols, linear.log_cols)
-    return replace(scaled, sign=diagonal.sign * linear.sign) if isinstance(scaled, Diagonal) else "none"
+    for part in parts:
+        if isinstance(part, str):
+            return "none"
+        out = Diagonal(ops.mul(out.value, part.value), out.sign * part.sign)
+    return out
 
 
-def _merge(a: Linear, b: Linear) -> Linear | Diagonal | str:
-    """Two scans along one direction are one scan whose logs add, if both read their sums alike."""
-    if a.causal != b.causal:
-        if a.strict or b.strict:
+def _diagonal_of(m: n.Node) -> Diagonal | str:
+    """The diagonal of a sum-free mask, "zero" if nothing is there, "none" where no operand expression says it."""
+    match m:
+        case n.Window(left, right):
+            return Diagonal() if -right <= 0 <= left else "zero"
+        case n.Documents():
+            return Diagonal()
+        case n.Toeplitz(coeffs):
+            return Diagonal(ops.Centre(coeffs))
+        case n.Dense(matrix):
+            return Diagonal(ops.Main(matrix))
+        case n.Fenwick(_, levels):
+            return Diagonal(ops.Select(levels, 0))
+        case n.Neg(x):
+            inner = _diagonal_of(x)
+            return inner if isinstance(inner, str) else replace(inner, sign=-inner.sign)
+        case n.Scale(x, rows, cols, log_cols):
+            return _scaled_diagonal(_diagonal_of(x), rows, cols, log_cols)
+        case n.Strict():
             return "zero"
-        one = _on_diagonal(a, Diagonal())
-        return _on_diagonal(b, one) if isinstance(one, Diagonal) else one
+        case n.Transpose(x):
+            return _diagonal_of(x)
+        case n.Reverse(x):
+            inner = _diagonal_of(x)
+            return inner if isinstance(inner, str) else replace(inner, value=ops.flip(inner.value))
+        case n.Shift(n.Window(_, right), count) if right < count:
+            return "zero"
+        case n.Shift(x, count) if count:
+            return "zero" if is_causal(x) else "none"
+        case n.Product(factors):
+            return _diagonal_of_product(factors)
+    read = _read(m)
+    if not isinstance(read, Linear):
+        return read
+    # a decay is 1 there, so only the scales of a scan are left
+    return "zero" if read.strict else _scaled_diagonal(Diagonal(sign=read.sign), read.rows, read.cols, read.log_cols)
+
+
+def _merge(a: Linear, b: Linear) -> Linear | None:
+    """Two scans along one direction are one scan whose logs add, if both read their sums alike."""
     alike = (a.row_inclusive, a.col_inclusive) == (b.row_inclusive, b.col_inclusive)
     if a.decays and b.decays and not alike:
-        return "none"
+        return None
     if None not in (a.documents, b.documents) and a.documents != b.documents:
-        return "none"
+        return None
     flags = a if a.decays else b
     return Linear(
         causal=a.causal,

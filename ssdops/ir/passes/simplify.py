@@ -85,12 +85,13 @@ def absorb_causal(m: n.Node) -> n.Node | None:
     match m:
         case n.Product(factors) if n.Causal() in factors:
             rest = tuple(f for f in factors if f != n.Causal())
-            return n.product_of(*rest) if any(_is_causal(f) for f in rest) else None
+            return n.product_of(*rest) if any(is_causal(f) for f in rest) else None
         case _:
             return None
 
 
-def _is_causal(m: n.Node) -> bool:
+def is_causal(m: n.Node) -> bool:
+    """Whether a mask is known to be 0 above its diagonal."""
     match m:
         case n.Decay() | n.Retention() | n.Semiseparable() | n.Fenwick() | n.Trapezoidal() | n.ChannelDecay():
             return True
@@ -99,11 +100,11 @@ def _is_causal(m: n.Node) -> bool:
         case n.Registered():
             return m.definition.causal
         case n.Neg(x) | n.Scale(x) | n.Strict(x) | n.Shift(x):
-            return _is_causal(x)
+            return is_causal(x)
         case n.Sum(parts) if parts:
-            return all(_is_causal(p) for p in parts)
+            return all(is_causal(p) for p in parts)
         case n.Product(parts):
-            return any(_is_causal(p) for p in parts)
+            return any(is_causal(p) for p in parts)
         case _:
             return False
 
