@@ -81,7 +81,10 @@ def test_heads_that_share_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_near(call((2, 300, 6, 64, 2, 128), dtype))
 
 
-TURNS: dict[str, Turn] = {"strict": Mask.strict, "reverse": Mask.reverse, "both": lambda mask: -mask.reverse().strict()}
+TURNS: dict[str, Turn] = {
+    "strict": Mask.strict, "reverse": Mask.reverse, "both": lambda mask: -mask.reverse().strict(),
+    "transposed": lambda mask: mask.T, "transposed, strict": lambda mask: mask.strict().T,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
