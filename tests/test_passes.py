@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
-from trees import SIZES, Sizes, assert_same_meaning, mask_trees
+from trees import MORE_TOKENS, SIZES, Sizes, assert_same_meaning, mask_trees
 
 from ssdops.errors import MaskError
 from ssdops.ir import nodes as n
@@ -222,6 +222,21 @@ def test_pass_keeps_the_meaning(step, tree, sizes, seed):
 @given(tree=mask_trees(5), sizes=SIZES, seed=SMALL)
 def test_the_terms_of_the_normal_form_sum_to_the_mask(tree, sizes, seed):
     try:
+        terms = normalize(tree)
+    except MaskError:
+        assume(False)
+    assert_same_meaning(tree, n.sum_of(*(term.node() for term in terms)), sizes, seed)
+
+
+@settings(max_examples=6 * settings.default.max_examples, deadline=None)
+@given(tree=mask_trees(5), sizes=MORE_TOKENS, seed=SMALL)
+def test_passes_keep_the_meaning_on_many_tokens(tree, sizes, seed):
+    """Each pass on what the one before gives, and the terms; up to 96 tokens."""
+    new = tree
+    try:
+        for step in PASSES:
+            new, before = step(new), new
+            assert_same_meaning(before, new, sizes, seed)
         terms = normalize(tree)
     except MaskError:
         assume(False)

@@ -32,6 +32,8 @@ class Sizes:
 
 
 SIZES = st.builds(Sizes, st.integers(1, 2), st.integers(0, 12), st.sampled_from([1, 2, 4]), st.just(3))
+MORE_TOKENS = st.builds(Sizes, st.integers(1, 2), st.integers(13, 96), st.sampled_from([1, 2]), st.just(2))
+"""Sums and shifts along many tokens, which cost the dense oracle seqlen² each."""
 NAMES = {
     n.TOKEN: ("t", "t_batch", "t_shared", "t_head", "t_scalar"),
     n.HEAD: ("g", "g_one"),
@@ -215,13 +217,13 @@ def magnitude(node: n.Node) -> n.Node:
     """A tree whose entries bound Σ|terms| of the given one: signs dropped, operands other than logs named `…_abs`."""
     if isinstance(node, n.Neg):
         return magnitude(node.mask)
-    node = n.rebuild(node, tuple(magnitude(child) for child in n.children(node)))
+    positive = n.rebuild(node, tuple(magnitude(child) for child in n.children(node)))  # a sum may be one of its terms then
     changed = {
         slot: ops.rename(value, {name: f"{name}_abs" for name in ops.names(value)})
         for slot, axes in n.SLOTS[type(node)]
         if slot not in LOGS and axes not in n.INTEGER_AXES and (value := getattr(node, slot)) is not None
     }
-    return replace(node, **changed) if changed else node
+    return replace(positive, **changed) if changed else positive
 
 
 def assert_same_meaning(before: n.Node, after: n.Node, sizes: Sizes, seed: int = 0) -> None:
