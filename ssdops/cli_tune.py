@@ -115,7 +115,7 @@ def tune(works: list[Workload], target: Target, settings: Settings, console: Con
     with Progress(*columns, console=console) as progress, Worker(TRIALS, settings.device) as worker:
         todo: list[tuple[Workload, list[Candidate]]] = []
         for work in works:
-            key = Key(place_of(target), work.bucket())
+            key = Key(place_of(target, work.term), work.bucket())
             known = None if settings.force else store.read(key)
             try:
                 tried = candidates(work, target)
@@ -129,7 +129,7 @@ def tune(works: list[Workload], target: Target, settings: Settings, console: Con
         budget -= _compiled(worker, todo, target, budget, progress)
         overall = progress.add_task("workloads", total=len(todo))
         for work, tried in todo:
-            key = Key(place_of(target), work.bucket())
+            key = Key(place_of(target, work.term), work.bucket())
             report(work, _measured(worker, key, work, tried, budget, progress), tried, "measured", progress.console)
             progress.advance(overall)
 

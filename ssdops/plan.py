@@ -235,7 +235,7 @@ def _choice(term: Term, candidates: list[Candidate], question: Question) -> Choi
     if work is None or mode == "off":
         return choose(None, candidates, mode, None)
     target = question.problem.target
-    key = Key(place_of(target), work.bucket())
+    key = Key(place_of(target, work.term), work.bucket())
     tuner = None if question.dry else partial(tune_once, key, work, Worker(TRIALS, _device(target)), mode == "force")
     return choose(key, candidates, mode, tuner)
 

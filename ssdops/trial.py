@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import ops, run
+from .autotune import formulas
 from .autotune.policy import mode
 from .autotune.workload import Workload
 from .backends import registry
@@ -175,8 +176,10 @@ def fastest(call: Callable[[], object], wait: Callable[[], None], at_least: floa
 
 def answer(session: Session, request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request. Whatever a candidate raises is what is wrong with it."""
-    work, config = Workload.from_json(request["workload"]), Config(**request["config"])
+    config = Config(**request["config"])
     try:
+        formulas.load(request["masks"])
+        work = Workload.from_json(request["workload"])
         if request["do"] == "expect":
             session.expect(work, request["seed"])
             return {}

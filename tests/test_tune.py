@@ -9,18 +9,22 @@ from collections.abc import Callable
 import pytest
 import torch
 from faulty_backends import CLASSES, FAULTS
+from registered import TheirPowers
 from tune_records import considered, step, tensors
 
 from ssdops import config, explain, masks, ssd
-from ssdops.autotune import mode, policy, store, tuner
+from ssdops.autotune import formulas, mode, policy, store, tuner
 from ssdops.autotune.choose import Candidate
+from ssdops.autotune.place import place_of
 from ssdops.autotune.record import Key, Record
 from ssdops.autotune.search import Search
 from ssdops.autotune.worker import Died, Worker
 from ssdops.autotune.workload import Workload
 from ssdops.backends import registry
 from ssdops.backends.base import Config
+from ssdops.backends.tvm.backend import installed
 from ssdops.errors import TuningError
+from ssdops.ir.problem import Target
 from ssdops.plan import TRIALS
 
 pytestmark = pytest.mark.usefixtures("nothing_tuned")
@@ -71,6 +75,33 @@ def test_a_backend_from_outside_is_tuned_and_taken(monkeypatch: pytest.MonkeyPat
     tuner._done.clear()
     with mode("on"):
         ssd(q, k, v, mask).sum().backward()
+
+
+@pytest.mark.tvm
+@pytest.mark.skipif(not installed().ok, reason="no TVM, and 'naive' alone leaves nothing to tune")
+def test_a_mask_from_outside_is_tuned_where_its_module_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its formula alone: its class has no lower(). What was measured holds for the class as it is written."""
+    monkeypatch.setattr(registry, "BACKENDS", {name: registry.BACKENDS[name] for name in ("naive", "tvm")})
+    q, k, v, _ = tensors()
+    seqlen, nheads = v.shape[1], v.shape[2]
+    mask = TheirPowers(torch.ones(1, seqlen, nheads), power=2)
+    with mode("on", budget=900):
+        ssd(q, k, v, mask)
+    (record,) = (record for _, record in store.every() if isinstance(record, Record))
+    assert any(t.status == "measured" for t in record.trials), record.trials
+    assert not any("cannot be worked out" in t.note for t in record.trials), record.trials
+    term = record.key.workload.term
+    assert term.startswith("their_powers(") and place_of(Target("cpu"), term) == record.key.place
+    monkeypatch.setattr(formulas, "_source", lambda cls: "written anew")
+    assert place_of(Target("cpu"), term).sources != record.key.place.sources
+    assert place_of(Target("cpu"), "decay(x0)") == place_of(Target("cpu"))
+
+
+def test_masks_of_scripts_and_of_broken_modules_are_not_tuned_and_say_so() -> None:
+    with pytest.raises(TuningError, match=r"registered by the script that runs.*a module that can be imported"):
+        formulas.load({"typed_in": "__main__"})
+    with pytest.raises(TuningError, match="registered by json"):
+        formulas.load({"typed_in": "json"})
 
 
 def test_a_process_that_does_not_start_costs_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

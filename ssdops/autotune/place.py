@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ import torch
 from ..backends import registry
 from ..config import VERSION
 from ..ir.problem import Target
+from .formulas import digest
 
 PACKAGES = ("torch", "triton", "apache-tvm")
 
@@ -26,7 +27,7 @@ class Place:
     Attributes:
         device: a GPU's name, or a processor's with the number of threads that torch has.
         versions: of ssdops and of each of PACKAGES, as text; "none" where it is not installed.
-        sources: a hash of the source files of all backends.
+        sources: a hash of the source files of all backends, and one of the classes of masks that users registered.
     """
 
     device: str
@@ -34,10 +35,12 @@ class Place:
     sources: str
 
 
-def place_of(target: Target) -> Place:
-    """The place of this process, if it is to run on the target."""
+def place_of(target: Target, term: str = "") -> Place:
+    """The place of this process, if it is to run a term, as text, on the target."""
     threads = torch.get_num_threads() if target.device == "cpu" else 0
-    return _place(target.device, target.name, threads, tuple(registry.BACKENDS.values()))
+    place = _place(target.device, target.name, threads, tuple(registry.BACKENDS.values()))
+    formulas = digest(term)
+    return replace(place, sources=f"{place.sources} {formulas}") if formulas else place
 
 
 @lru_cache(maxsize=64)

@@ -22,6 +22,7 @@ from typing import IO, Any
 import torch
 
 from ..backends import registry
+from .formulas import modules
 
 START_SECONDS = 120.0
 """How long a process may take to start: it imports torch, on a machine that may be busy."""
@@ -87,13 +88,13 @@ class Worker:
             raise Died(str(answer["error"]))
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """The answer to a request.
+        """The answer to a request; a workload comes with the modules of the masks that users registered.
 
         Raises:
             Died: there is none.
         """
         self.start()
-        return self._exchange(request, timeout)
+        return self._exchange({**request, "masks": modules(request["workload"]["term"])}, timeout)
 
     def _exchange(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         process = self._process
