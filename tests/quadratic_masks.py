@@ -35,7 +35,6 @@ MASKS = {
     "scale": lambda s: m.window(9, 3).scale(rows=s.factor(), cols=s.factor(1), log_cols=s.log()),
     "shift(2)": lambda s: m.decay(s.log()).shift(2) * s.cu,
     "shift T": lambda s: (dense(s).scale(rows=s.factor()) * m.window(30, 1)).shift(3).T,
-    "diagonal * toeplitz": lambda s: m.diagonal(s.factor()) * toeplitz(s),
     "sum": lambda s: m.decay(s.log()) + m.window(3) - toeplitz(s).strict(),
     "empty": lambda s: m.window(2) * m.window(40, 0).shift(3) * m.causal().strict().T,
 }

@@ -45,15 +45,13 @@ def lags(s: Source) -> Mask:
 
 
 def turned(s: Source, make: str) -> Mask:
-    """One of them strict, turned, scaled or not; gates of columns are no scale of a transposed Fenwick mask's rows."""
+    """One of them strict, turned, scaled or not; the transpose of a Fenwick mask has its levels by column, and is no tree here."""
     mask = {"band": band, "fenwick": fenwick, "lags": lags}[make](s)
     mask = mask.strict() if s.chance(4) else mask
     mask = mask.reverse() if s.chance(4) else mask
-    transposed = s.chance(4)
-    mask = mask.T if transposed else mask
+    mask = mask.T if make != "fenwick" and s.chance(4) else mask
     if s.chance(3):
-        bare = make == "lags" or (make == "fenwick" and transposed)
-        mask = mask.scale(rows=s.token(), cols=s.token()) if bare else scaled(s, mask)
+        mask = mask.scale(rows=s.token(), cols=s.token()) if make == "lags" else scaled(s, mask)
     return -mask if s.chance(6) else mask
 
 

@@ -74,7 +74,7 @@ def test_formulas_of_users(name: str, dtype: torch.dtype) -> None:
     check(case_of(name, dtype, seqlen=150))
 
 
-@pytest.mark.parametrize("name", ["window strict", "two documents", "reverse", "T", "shift T", "diagonal * toeplitz", "empty"])
+@pytest.mark.parametrize("name", ["window strict", "two documents", "reverse", "T", "shift T", "empty"])
 def test_more_structures(name: str) -> None:
     check(case_of(name, torch.float32, seqlen=130))
 

@@ -77,7 +77,6 @@ STRUCTURES: dict[str, Callable[[Make], Mask]] = {
     "diagonal": lambda s: m.diagonal(s.factor()),
     "semiseparable": lambda s: m.semiseparable(s.log(), s.ranked(2), s.ranked(2).flip(1)),
     "fenwick": lambda s: m.fenwick(s.log(), s.ranked(fenwick_levels(s.seqlen))),
-    "fenwick.T": lambda s: m.fenwick(s.log(), s.ranked(fenwick_levels(s.seqlen))).T,
     "trapezoidal(beta)": lambda s: m.trapezoidal(s.log(), s.factor(), s.factor().flip(1)),
     "trapezoidal(beta_over_a)": lambda s: m.trapezoidal(s.log(), gamma=s.factor(), beta_over_a=s.factor().flip(1)),
     "channel_decay(log_a)": lambda s: m.channel_decay(-s.ranked(s.dstate).abs()),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...ir.passes.structure import Structure, structure_of
 from ...ir.problem import Problem
 from ...ir.terms import Quadratic, Term
-from .. import banded, transposed
+from .. import banded
 from ..base import BOTH, Config, Gradients, Inputs, Support, Work
 from ..structured import Values
 from . import fenwick, parts, toeplitz
@@ -25,6 +25,10 @@ GROWTH = {"fenwick": "T log T", "lags": "T log T", "scans": "T", "band": "T · b
 def kind_of(term: Term) -> str | None:
     """Which structure a term has: "fenwick", "lags", "scans" (a band that runs as such), "band", or None."""
     found = structure_of(term.mask) if isinstance(term, Quadratic) else None
+    if (
+        found is not None and found.transposed
+    ):  # its gradients are autograd's, and a forward pass runs where that keeps no record
+        return None
     if found is None or found.levels is not None or found.coeffs is not None:
         return None if found is None else "lags" if found.levels is None else "fenwick"
     return "scans" if banded.sides(found) else "band"
@@ -63,8 +67,6 @@ def work(backend: banded.Scans, term: Quadratic, p: Problem, config: Config, dir
         return banded.work(backend, structure, p, config, direction)
     if kind == "fenwick":
         forward = fenwick.fenwick_work(p, size)
-        if structure.transposed:
-            return transposed.work(forward, direction)
     else:
         forward = toeplitz.toeplitz_work(structure, p, size) if kind == "lags" else band_work(structure, p, size)
     return forward.times(BOTH) if direction == "backward" else forward
@@ -75,12 +77,6 @@ def forward(backend: banded.Scans, term: Quadratic, x: Inputs, config: Config) -
     structure = _structure(term)
     if kind_of(term) == "scans":
         return banded.forward(backend, structure, x, config)
-    if structure.transposed:
-        return transposed.forward(x, lambda x, dy: _backward(structure, x, config, dy, learnt=False))
-    return _forward(structure, x, config)
-
-
-def _forward(structure: Structure, x: Inputs, config: Config) -> Tensor:
     values = Values(structure, x)
     return parts.forward(_parts(structure, values, config), values)
 
@@ -90,15 +86,7 @@ def backward(backend: banded.Scans, term: Quadratic, x: Inputs, config: Config, 
     structure = _structure(term)
     if kind_of(term) == "scans":
         return banded.backward(backend, structure, x, config, dy)
-    if structure.transposed:
-        return transposed.backward(
-            x, dy, lambda x: _forward(structure, x, config), lambda x, dy: _backward(structure, x, config, dy)
-        )  # fmt: skip
-    return _backward(structure, x, config, dy)
-
-
-def _backward(structure: Structure, x: Inputs, config: Config, dy: Tensor, learnt: bool = True) -> Gradients:
-    values = Values(structure, x, learnt)
+    values = Values(structure, x, learnt=True)
     return parts.backward(_parts(structure, values, config), values, dy)
 
 
