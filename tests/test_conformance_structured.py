@@ -45,7 +45,7 @@ def lags(s: Source) -> Mask:
 
 
 def turned(s: Source, make: str) -> Mask:
-    """One of them strict, turned, scaled or not; the transpose of a Fenwick mask has its levels by column, and is no tree here."""
+    """One of them strict, turned, scaled or not; the transpose of a Fenwick mask has its levels by column, and is no tree."""
     mask = {"band": band, "fenwick": fenwick, "lags": lags}[make](s)
     mask = mask.strict() if s.chance(4) else mask
     mask = mask.reverse() if s.chance(4) else mask

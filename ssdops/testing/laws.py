@@ -65,21 +65,28 @@ def equals_oracle(run: Runner, case: Case) -> None:
 
 
 def gradients_equal_oracle(run: Runner, case: Case) -> None:
-    """Gradients of q, k, v, every float operand and the states are those of the dense contraction."""
-    found, cotangents = _gradients(run, case)
+    """Gradients of q, k, v, every float operand and the states are those of the dense contraction, and so are the outputs."""
+    out, found, cotangents = _passes(run, case)
+    states = bool(case.carried)
+    compare(out, oracle.outputs(case, states), oracle.output_bounds(case, states))
     compare(found, oracle.gradients(case, cotangents), oracle.gradient_bounds(case, cotangents))
     for name, x in case.floats().items():
         assert found[name].dtype == x.dtype, f"the gradient of {name} is {found[name].dtype}"
 
 
 def _gradients(run: Runner, case: Case) -> tuple[dict[str, Tensor], list[Tensor]]:
+    return _passes(run, case)[1:]
+
+
+def _passes(run: Runner, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+    """Outputs of a call that learns, gradients, and the cotangents that they are for."""
     leaves = {name: x.detach().requires_grad_() for name, x in case.floats().items()}
     out = run(case.map(lambda name, x: leaves.get(name, x)))
     cotangents = [noise(x, seed) for seed, x in enumerate(out.values())]
     found = torch.autograd.grad(
         list(out.values()), list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
     )
-    return dict(zip(leaves, found, strict=True)), cotangents
+    return out, dict(zip(leaves, found, strict=True)), cotangents
 
 
 # --- of one backend with itself -------------------------------------------------------------------------------------
