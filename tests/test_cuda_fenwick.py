@@ -46,9 +46,7 @@ def results(inputs: list[Tensor], turn: Turn, backend: str, size: int | None = N
     return [y, *torch.autograd.grad(y, inputs, dy.to(torch.bfloat16).to(y.dtype))]
 
 
-def assert_near(
-    inputs: list[Tensor], turn: Turn = lambda mask: mask, size: int | None = None, oracle: str = "chunked"
-) -> None:
+def assert_near(inputs: list[Tensor], turn: Turn = lambda mask: mask, size: int | None = None, oracle: str = "chunked") -> None:
     found, wanted = results(inputs, turn, "triton", size), results(inputs, turn, oracle)
     for name, x, y in zip(NAMES, found, wanted, strict=False):
         error, norm = (x.double() - y).norm().item(), y.norm().item()
