@@ -202,16 +202,20 @@ def contract(
     """Y = scale · (L ∘ QKᵀ)V in float64: q, k `(batch, seqlen, heads, dstate)`, v `(batch, seqlen, heads, headdim)`."""
     batch, seqlen = q.shape[:2]
     q, k, v = (repeat_heads(x.double(), nheads, 2) for x in (q, k, v))
-    y = []
     value, support = dense_block(node, operands, batch, seqlen, nheads, q.device)
-    for i in range(seqlen):  # row by row: [B, H, T, N] fits where [B, H, T, T, N] would not
-        products = torch.einsum("bhn,bjhn->bhjn", q[:, i], k)
-        row, inside = value[:, :, i], support[:, :, i]
-        scores = torch.where(inside, row * (products if row.shape[-1] > 1 else products.sum(-1, keepdim=True)), 0.0)
-        scores = scores.sum(-1)  # [B, H, T]
-        picked = torch.where(inside.any(-1)[..., None], scores[..., None] * v.transpose(1, 2), 0.0)
-        y.append(scale * picked.sum(2))
-    return torch.stack(y, 1) if y else v.new_zeros(batch, 0, nheads, v.shape[-1])
+    if value.shape[-1] == 1:
+        products = torch.einsum("bihn,bjhn->bhij", q, k)
+        scores = torch.where(support[..., 0], value[..., 0] * products, 0.0)
+    else:  # row by row: [B, H, T, N] fits where [B, H, T, T, N] several times would not
+        by_row = zip(q.unbind(1), value.unbind(2), support.unbind(2), strict=True)
+        rows = [torch.where(s, row * torch.einsum("bhn,bjhn->bhjn", q_i, k), 0.0).sum(-1) for q_i, row, s in by_row]
+        scores = torch.stack(rows, 2) if rows else q.new_zeros(batch, nheads, 0, 0)
+    if v.isfinite().all():
+        return scale * torch.einsum("bhij,bjhp->bihp", scores, v)
+    inside, y = support.any(-1)[..., None], []
+    for i in range(seqlen):  # a row selects what it sees, as 0 times what is not finite is not 0
+        y.append(torch.where(inside[:, :, i], scores[:, :, i, :, None] * v.transpose(1, 2), 0.0).sum(2))
+    return scale * torch.stack(y, 1)
 
 
 def linear_state(
