@@ -8,6 +8,7 @@ sample, and `{"do": "compile"}` only runs once, so that what is compiled is kept
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ from .backends.base import Config
 from .errors import SsdopsError
 from .ir import nodes as n
 from .ir.contraction import Contraction
+from .ir.text import parse
 from .plan import terms_of
 from .run import Call, Prepared
 from .steps import Plan, Step
@@ -40,6 +42,8 @@ from .trial_inputs import case_of
 
 LONGEST_CHECK = 544
 """Tokens up to which a candidate is compared with the oracle, whose matrices are dense: two chunks of 256, and a part."""
+MOST_ENTRIES = 2**24
+"""Of those matrices, where heads or tokens can be fewer: of all rows, heads and channels, 128 MiB in each tensor of float64."""
 SAMPLE_SECONDS = 2e-3
 """The least that a sample lasts, so that clocks and synchronization do not count."""
 
@@ -113,15 +117,24 @@ class Session:
 
 def reduced(work: Workload) -> Workload:
     """The same dimensions over fewer rows, tokens and heads, which keep their pattern: what the oracle can afford."""
+    batch = min(work.batch, 2)
+    seqlen = min(work.seqlen, max(LONGEST_CHECK, 2 * work.state_every))
     counts = [work.nheads, work.q_heads, work.k_heads, work.v_heads]
     several = [count for count in counts if count > 1]
-    by = next((f for f in range(min(several, default=2) // 2, 1, -1) if all(count % f == 0 for count in several)), 1)
-    nheads, q, k, v = (count // by if count > 1 else count for count in counts)
-    batch = min(work.batch, 2)
-    documents = min(work.documents, 3 * batch)
-    seqlen = min(work.seqlen, max(LONGEST_CHECK, 2 * work.state_every))
+    groups = min(several, default=1)
+    by = next((f for f in range(groups // 2, 1, -1) if all(count % f == 0 for count in several)), 1)
+    counts, groups = [count // by if count > 1 else count for count in counts], groups // by
+    channels = work.dstate if any(isinstance(node, n.ChannelDecay) for node in n.walk(parse(work.term))) else 1
+    # heads of a group: as many as can be, and more of them than groups wherever there were
+    larger = [count for count in counts if count > groups]
+    factors = [f for f in range(1, max(counts)) if all(count % (f * groups) == 0 and count // f > groups for count in larger)]
+    fits = (f for f in factors if batch * (counts[0] // f) * seqlen**2 * channels <= MOST_ENTRIES)
+    by = next(fits, factors[-1]) if larger and factors else 1
+    nheads, q, k, v = (count // by if count > groups else count for count in counts)
+    longest = math.isqrt(MOST_ENTRIES // (batch * nheads * channels))
     return replace(
-        work, batch=batch, seqlen=seqlen, nheads=nheads, q_heads=q, k_heads=k, v_heads=v, documents=documents
+        work, batch=batch, seqlen=max(min(seqlen, longest), 2 * work.state_every), nheads=nheads, q_heads=q, k_heads=k,
+        v_heads=v, documents=min(work.documents, 3 * batch),
     )  # fmt: skip
 
 
