@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +13,10 @@ from compiled import compiled
 from torch import Tensor
 
 from ssdops.backends.triton.calls import Kernel
-from ssdops.nn import conv_triton, norm_triton, packing_triton
+from ssdops.nn import conv_triton, norm_triton, packing_triton, rates_triton
 from ssdops.nn.conv_triton import Convolution
 from ssdops.nn.norm_triton import Norm
+from ssdops.nn.rates_triton import Rates
 
 LAUNCHES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -59,6 +61,15 @@ def normed(channels: int) -> None:
     norm.backward(y)
 
 
+def discretized(nheads: int) -> None:
+    """Both kernels of `discretize` on 8 rows of 2048 tokens."""
+    dt = torch.empty(8, 2048, 130 * nheads + 256, dtype=torch.bfloat16, device="meta")[..., -nheads:]
+    A, bias, grads = (torch.empty(size, device="meta") for size in ((nheads,), (nheads,), dt.shape))
+    rates = Rates(dt, A, bias, 0.0, math.inf, True, True, torch.float32)
+    rates.forward()
+    rates.backward(grads, grads)
+
+
 def facts(arch: int, of: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What became of each launch."""
     for fn, arguments, given in LAUNCHES:
@@ -73,7 +84,7 @@ def facts(arch: int, of: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """A line of JSON for each kernel."""
     Kernel.__call__ = record
-    conv_triton.processors = norm_triton.processors = lambda device: 132
+    conv_triton.processors = norm_triton.processors = rates_triton.processors = lambda device: 132
     for dtype, width, packed, entering, architectures in (
         (torch.bfloat16, 4, False, False, (80, 90)), (torch.bfloat16, 4, True, True, (80, 90)),
         (torch.bfloat16, 4, False, True, (90,)), (torch.float32, 4, False, False, (90,)),
@@ -95,6 +106,12 @@ def main() -> None:
         normed(channels)
         for arch in (80, 90):
             for fact in facts(arch, {"channels": channels}):
+                print(json.dumps(fact))
+    for nheads in (24, 80):
+        LAUNCHES.clear()
+        discretized(nheads)
+        for arch in (80, 90):
+            for fact in facts(arch, {"heads": nheads}):
                 print(json.dumps(fact))
 
 

@@ -1,7 +1,7 @@
-"""The convolution and the gated norm on a GPU: the laws that the interpreter is asked too, bits, CUDA graphs, long tensors.
+"""The convolution, `discretize` and the gated norm on a GPU: the interpreter's laws, bits, CUDA graphs, long tensors.
 
-Without a GPU these are skipped; `test_nn_conv.py` and `test_nn_norm.py` hold the same code to the same laws in Triton's
-interpreter.
+Without a GPU these are skipped; `test_nn_conv.py`, `test_nn_rates.py` and `test_nn_norm.py` hold the same code to the same laws
+in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import pytest
 import torch
 from conv_laws import ConvolutionLaws, PackingLaws, drawn
 from norm_laws import NormLaws
+from rates_laws import RatesLaws
 from torch import Tensor
 
-from ssdops import masks
+from ssdops import masks, nn
 from ssdops.nn import Mamba2, causal_conv1d, gated_rms_norm
 from ssdops.testing.tolerance import assert_same
 
@@ -47,6 +48,25 @@ class TestNormOnTorch(NormLaws):
 class TestNormOnTriton(NormLaws):
     backend = "triton"
     device = "cuda"
+
+
+class TestRatesOnTorch(RatesLaws):
+    backend = "torch"
+    device = "cuda"
+
+
+class TestRatesOnTriton(RatesLaws):
+    backend = "triton"
+    device = "cuda"
+
+    def test_auto_is_the_kernel(self) -> None:
+        """To the bit, and so is its gradient, whose sums plain torch takes in another order."""
+        given = [x.requires_grad_() for x in self.operands(torch.float32) if x is not None]
+        found, wanted = ([*nn.discretize(*given, backend=backend)] for backend in ("auto", "triton"))
+        for out in (found, wanted):
+            out += torch.autograd.grad((out[0] * out[1]).sum(), given)
+        for x, y in zip(found, wanted, strict=True):
+            assert_same(x, y, "auto")
 
 
 def inputs(*, batch: int = 2, seqlen: int = 1000, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

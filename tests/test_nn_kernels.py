@@ -28,7 +28,7 @@ def test_compiled_for_sm_80_and_sm_90_they_are_lean() -> None:
     facts = [json.loads(line) for line in done.stdout.splitlines()]
     assert {fact["kernel"] for fact in facts} == {
         "conv", "conv_gradients", "window_gradients", "windows_after", "conv_step", "gated_norm", "gated_norm_gradients",
-        "places",
+        "places", "discretize", "discretize_gradients",
     }  # fmt: skip
     for fact in facts:
         # what may spill is rare: learning that reaches back into a window, wide taps, and the widest rows of models

@@ -7,12 +7,15 @@ from .conv import causal_conv1d
 from .hydra import Hydra
 from .mamba2 import Mamba2
 from .norm import GatedRMSNorm, gated_rms_norm
+from .rates import discretize
 from .ssd import SSD
 
 if TYPE_CHECKING:
     from .heads import HeadsParallel
 
-__all__ = ["SSD", "GatedRMSNorm", "HeadsParallel", "Hydra", "Mamba2", "Mamba2Cache", "causal_conv1d", "gated_rms_norm"]
+__all__ = [
+    "SSD", "GatedRMSNorm", "HeadsParallel", "Hydra", "Mamba2", "Mamba2Cache", "causal_conv1d", "discretize", "gated_rms_norm",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

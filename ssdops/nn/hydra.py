@@ -115,14 +115,14 @@ class Hydra(Projections):
         check_input(u, ("batch", "seqlen", self.d_model), self.in_proj.weight)
         z, xBC, dt = self._project(u)
         v, (B, C, B_right, C_right) = self._parts(F.silu(self.conv1d(xBC.mT).mT))
-        (left, right), A = self._rates(dt)
-        from_left = masks.decay(left * A).scale(cols=left)
+        (steps, steps_right), (logs, logs_right) = (x.chunk(2, -1) for x in self._rates(dt))
+        from_left = masks.decay(logs).scale(cols=steps)
         # The decay of a reversed sequence, whose operand is the reversed one: a token's own decay takes it further to the left.
-        from_right = masks.decay((right * A).flip(1)).reverse().scale(cols=right)
+        from_right = masks.decay(logs_right.flip(1)).reverse().scale(cols=steps_right)
         before = ssd(C, B, v, from_left, backend=self.backend)
         after = ssd(C_right, B_right, v, from_right, backend=self.backend)
         # Each is shifted by a token away from its side, so that neither has the token itself.
         y = F.pad(before, (0, 0, 0, 0, 1, 0))[:, :-1] + F.pad(after, (0, 0, 0, 0, 0, 1))[:, 1:]
         own = F.linear(v.flatten(-2), self.fc_D.weight, self.D.to(self.fc_D.weight.dtype))
-        y = (y.to(A.dtype) + own[..., None] * v).flatten(-2)
+        y = (y.to(logs.dtype) + own[..., None] * v).flatten(-2)
         return self.out_proj(self.norm(y, z).to(z.dtype))

@@ -261,8 +261,8 @@ class Mamba2(Projections):
     def _operands(self, xBC: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Mask]:
         """What the scan takes: C, B and x by heads, and the mask. dt weighs the columns, in its own precision."""
         x, (B, C) = self._parts(xBC)
-        (dt,), A = self._rates(dt)
-        return C, B, x, masks.decay(dt * A).scale(cols=dt)
+        steps, logs = self._rates(dt)
+        return C, B, x, masks.decay(logs).scale(cols=steps)
 
     def _finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """The skip connection, the gated norm and the output projection."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from .rates import discretize
 
 
 class Projections(nn.Module):
@@ -57,8 +58,6 @@ class Projections(nn.Module):
         by_groups = [part.unflatten(-1, (self.ngroups, self.d_state)) for part in BC]
         return x.unflatten(-1, (self.nheads, self.headdim)), by_groups
 
-    def _rates(self, dt: Tensor) -> tuple[list[Tensor], Tensor]:
-        """dt `(…, nheads)` of each direction, and A `(nheads,)`, both in float32 at least."""
-        dtype = torch.promote_types(dt.dtype, torch.float32)
-        steps = F.softplus(dt.to(dtype).unflatten(-1, (self.directions, self.nheads)) + self.dt_bias.to(dtype))
-        return list(steps.clamp(*self.dt_limit).unbind(-2)), -self.A_log.to(dtype).exp()
+    def _rates(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Δ and Δ · A, each `(…, directions · nheads)` as dt is, in float32 at least."""
+        return discretize(dt, self.A_log, self.dt_bias, log=True, limit=self.dt_limit)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ... import masks
 from ...api import ssd
+from ...nn import discretize
 from ..shapes import check_shared, sizes_of
-from .around import finish, step_sizes
+from .around import finish
 from .packed import by_boundaries, by_ids
 
 
@@ -82,8 +83,8 @@ def mamba_chunk_scan_combined(
     )  # fmt: skip
     check_shared(sizes["ngroups"], sizes["nheads"], "ngroups", "nheads")
     wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, dt.dtype))
-    steps = step_sizes(dt, dt_bias, dt_softplus, wide).clamp(*dt_limit)
-    mask = masks.decay(steps * A.to(wide)).scale(cols=steps)
+    steps, logs = discretize(dt, A, dt_bias, softplus=dt_softplus, limit=dt_limit, dtype=wide)
+    mask = masks.decay(logs).scale(cols=steps)
     wants_states = return_final_states or return_varlen_states
     packed = None
     if return_varlen_states:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ... import masks
 from ...api import ssd_step
 from ...errors import ShapeError
+from ...nn import discretize
 from ..shapes import check_shared, sizes_of
 from .around import channels, finish, step_sizes
 
@@ -79,8 +81,10 @@ def selective_state_update(
     tied = not any((A.stride(-1), A.stride(-2), dt.stride(-1), 0 if dt_bias is None else dt_bias.stride(-1)))
     with torch.no_grad():
         if tied:
-            steps = step_sizes(dt[..., 0], None if dt_bias is None else dt_bias[..., 0], dt_softplus, wide)
-            mask, pool, v = masks.decay(steps * A[..., 0, 0].to(wide)), state, x
+            bias = None if dt_bias is None else dt_bias[..., 0]
+            free = (-math.inf, math.inf)
+            steps, logs = discretize(dt[..., 0], A[..., 0, 0], bias, softplus=dt_softplus, limit=free, dtype=wide)
+            mask, pool, v = masks.decay(logs), state, x
         else:
             steps = step_sizes(dt, dt_bias, dt_softplus, wide).flatten(1)
             mask, pool, v = masks.channel_decay(dt=steps, A=A.flatten(0, 1).to(wide)), channels(state), x.flatten(1)[..., None]
