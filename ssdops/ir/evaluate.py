@@ -152,7 +152,7 @@ def _decayed(at: Scope, log_a: Tensor, skip: int = 0) -> Tensor:
 def _fenwick_levels(at: Scope, levels: Tensor) -> Tensor:
     """levels[i, level(i, j)] as [B, H, rows, cols, 1]."""
     differ = at.i[:, None] ^ at.j[None, :]
-    level = torch.where(differ == 0, 0, differ.clamp_min(1).double().log2().floor().long() + 1)
+    level = torch.frexp(differ.double()).exponent.long()  # its bits; log2 of a power of two may fall short on a GPU
     level = torch.where(at.lag[0, 0, :, :, 0] >= 0, level, 0)
     rows = levels[:, at.i].permute(0, 2, 1, 3)  # [B, H, rows, n_levels]
     return rows.gather(3, level.expand(*rows.shape[:2], *level.shape))[..., None]
