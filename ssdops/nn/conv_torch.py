@@ -29,10 +29,11 @@ def window_after(x: Tensor, count: int, window: Tensor | None, packed: Packing |
     before = None if window is None else window.transpose(1, 2)
     if packed is not None:
         after = _last(x, count, packed, before)
+    elif x.shape[1] >= count:
+        after = x[:, x.shape[1] - count :]
     else:
         before = x.new_zeros(x.shape[0], count, x.shape[2]) if before is None else before
-        tail = torch.cat([before, x[:, max(x.shape[1] - count, 0) :]], 1)
-        after = tail[:, tail.shape[1] - count :]
+        after = torch.cat([before, x], 1)[:, x.shape[1] :]
     return after.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 

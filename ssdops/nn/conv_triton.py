@@ -7,11 +7,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backends.triton.calls import Kernel
+from ..backends.triton.launch import ceil_div, power_of_2
 from .kernels import conv as kernels
 from .launching import dense_last, on, processors
 
@@ -39,8 +39,8 @@ class Tile(NamedTuple):
 @lru_cache(maxsize=4096)
 def tile_of(batch: int, seqlen: int, channels: int, width: int, processors: int) -> Tile:
     """Four channels a thread, two at widths that leave no registers for more; spans as long as every processor has enough."""
-    block = min(triton.next_power_of_2(channels), 256)
-    blocks, span = batch * triton.cdiv(seqlen, TOKENS) * triton.cdiv(channels, block), TOKENS
+    block = min(power_of_2(channels), 256)
+    blocks, span = batch * ceil_div(seqlen, TOKENS) * ceil_div(channels, block), TOKENS
     while span < LONGEST and blocks * TOKENS >= 2 * span * RESIDENT * processors:
         span *= 2
     return Tile(block, TOKENS, span, max(block // (32 * (4 if width <= 4 else 2)), 1))
@@ -74,11 +74,11 @@ class Convolution:
     @property
     def spans(self) -> int:
         """Of all rows together."""
-        return self.batch * triton.cdiv(self.seqlen, self.tile.span)
+        return self.batch * ceil_div(self.seqlen, self.tile.span)
 
     def grid(self, count: int) -> tuple[int, int, int]:
         """So many times all channels."""
-        return count * triton.cdiv(self.channels, self.tile.block), 1, 1
+        return count * ceil_div(self.channels, self.tile.block), 1, 1
 
     def forward(self) -> Tensor:
         """y."""
@@ -148,10 +148,10 @@ def windows_after(x: Tensor, window: Tensor | None, starts: Tensor, stops: Tenso
     after = x.new_empty(len(starts), x.shape[2], count)
     if after.numel():
         x, align, strides = dense_last(x)
-        block = min(triton.next_power_of_2(x.shape[2]), 256)
+        block = min(power_of_2(x.shape[2]), 256)
         with on(x.device):
             AFTER(
-                (len(starts) * triton.cdiv(x.shape[2], block), 1, 1),
+                (len(starts) * ceil_div(x.shape[2], block), 1, 1),
                 (x, x if window is None else window.contiguous(), starts.contiguous(), stops.contiguous(), after),
                 (len(starts) // x.shape[0], *strides),
                 CHANNELS=x.shape[2], COUNT=count, BLOCK=block, ALIGN=align, WINDOW=window is not None,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backends.triton.calls import Kernel
+from ..backends.triton.launch import ceil_div, power_of_2
 from .kernels import norm as kernels
 from .launching import dense_last, on, processors
 
@@ -32,10 +32,10 @@ class Norm:
         self.strides = (*y_row, *z_row, *x_row)
         wide = torch.float64 in (y.dtype, z.dtype, weight.dtype, self.x.dtype, self.d.dtype)
         self.dtype = torch.float64 if wide else torch.float32
-        block = triton.next_power_of_2(channels // groups)
+        block = power_of_2(channels // groups)
         parts = min(max(RESIDENT * processors(y.device) // groups, 1), max(self.rows, 1))
-        self.per_program = triton.cdiv(self.rows, parts)
-        self.parts = triton.cdiv(self.rows, max(self.per_program, 1))
+        self.per_program = ceil_div(self.rows, parts)
+        self.parts = ceil_div(self.rows, max(self.per_program, 1))
         self.grid = (self.parts * groups, 1, 1)
         self.constants: dict[str, Any] = {
             "GROUPS": groups, "SIZE": channels // groups, "SHARE": 1 if D is None else channels // len(D), "BLOCK": block,

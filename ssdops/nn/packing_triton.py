@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from ..backends.triton.calls import Kernel
+from ..backends.triton.launch import ceil_div
 from .kernels import packing as kernels
 from .launching import on
 from .packing_ops import Places
@@ -19,7 +19,7 @@ def places(given: Tensor, position: Tensor, rows: Tensor, starts: Tensor, stops:
     """Fill these of `packing_ops.places`, and return them."""
     (batch, seqlen), n_rows = position.shape, len(starts)
     per_row, boundaries = n_rows // max(batch, 1), given.ndim == 1
-    blocks = triton.cdiv(max(seqlen, per_row), BLOCK)
+    blocks = ceil_div(max(seqlen, per_row), BLOCK)
     if batch * blocks:
         searched = per_row if boundaries else seqlen
         given = given.contiguous()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backends.triton.calls import Kernel
+from ..backends.triton.launch import ceil_div, power_of_2
 from .kernels import rates as kernels
 from .launching import on, processors
 
@@ -31,11 +31,11 @@ class Rates:
         self.A = A.contiguous()
         self.bias = self.A if bias is None else bias.contiguous()
         self.rows, self.columns = self.dt.shape
-        block = triton.next_power_of_2(max(self.columns, 1))
+        block = power_of_2(max(self.columns, 1))
         tile = max(TILE // block, 1)
-        parts = max(min(RESIDENT * processors(dt.device), triton.cdiv(self.rows, tile)), 1)
-        self.per_program = triton.cdiv(triton.cdiv(self.rows, tile), parts) * tile
-        self.parts = triton.cdiv(self.rows, max(self.per_program, 1))
+        parts = max(min(RESIDENT * processors(dt.device), ceil_div(self.rows, tile)), 1)
+        self.per_program = ceil_div(ceil_div(self.rows, tile), parts) * tile
+        self.parts = ceil_div(self.rows, max(self.per_program, 1))
         self.constants: dict[str, Any] = {
             "HEADS": len(A), "COLUMNS": self.columns, "ROWS": tile, "BLOCK": block, "LOW": low, "HIGH": high,
             "BIASED": bias is not None, "SOFTPLUS": softplus, "LOG": log, "TERMS": TERMS[dtype],

@@ -315,8 +315,13 @@ class Scan:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """How many b it takes to cover a."""
+    """How many b it takes to cover a; Triton's own goes by what its kernels call, which takes as long as a small launch."""
     return -(-a // b)
+
+
+def power_of_2(x: int) -> int:
+    """The least that is at least x, a positive number."""
+    return 1 << (x - 1).bit_length()
 
 
 def alike(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,13 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import StepInputs
 from .kernels.step import step_kernel
+from .launch import ceil_div, power_of_2
 
 TILE_BYTES = 8192
 """Of state that a program holds: small enough that several share an SM, whose loads and stores then overlap."""
@@ -73,7 +73,7 @@ def _launch(
 
     channel = values.get("A")
     channel = values.get("channel") if channel is None else channel[None, None]
-    step_kernel[(p.batch * p.nheads * triton.cdiv(p.headdim, tile.block_p),)](
+    step_kernel[(p.batch * p.nheads * ceil_div(p.headdim, tile.block_p),)](
         *(_per_token(tensor, p.nheads) for tensor in (x.q, x.k, x.v)),
         per_token(values.get("log_a")), per_token(channel), per_token(values.get("dt")),
         per_token(values.get("rows")), per_token(values.get("cols")), per_token(values.get("log_cols")),
@@ -88,9 +88,9 @@ def _launch(
 @lru_cache(maxsize=4096)
 def tile_of(states: int, headdim: int, dstate: int, itemsize: int, processors: int) -> Tile:
     """Tiles of TILE_BYTES, and smaller ones where few states leave processors idle."""
-    block_n = max(triton.next_power_of_2(dstate), 16)
-    block_p = min(triton.next_power_of_2(headdim), max(TILE_BYTES // (block_n * itemsize), 1))
-    while block_p > 4 and states * triton.cdiv(headdim, block_p) < 2 * processors:
+    block_n = max(power_of_2(dstate), 16)
+    block_p = min(power_of_2(headdim), max(TILE_BYTES // (block_n * itemsize), 1))
+    while block_p > 4 and states * ceil_div(headdim, block_p) < 2 * processors:
         block_p //= 2
     return Tile(block_p, block_n, min(max(block_p * block_n // 512, 1), 4))  # a warp's loads never overlap another's
 
