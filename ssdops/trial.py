@@ -93,9 +93,11 @@ class Session:
             assert torch.isfinite(got["every"]).all(), "the states between are not finite"
 
     def compile(self, work: Workload, backend: str, config: Config, seed: int) -> None:
-        """Run a candidate once at its own sizes, which compilers may specialise for, and hold no memory after it."""
-        case, dy = self.case(work, seed)
-        list(candidate(case, dy, work, backend, config)())
+        """Run a candidate once as `check` does and at its own sizes, for both of which compilers may specialise what they
+        make, and hold no memory after it."""
+        for sizes in (reduced(work), work):
+            case, dy = self.case(sizes, seed)
+            list(candidate(case, dy, sizes, backend, config)())
         self._wait()
         self.case.cache_clear()
         del case, dy
@@ -119,18 +121,20 @@ def reduced(work: Workload) -> Workload:
     """The same dimensions over fewer rows, tokens and heads, which keep their pattern: what the oracle can afford."""
     batch = min(work.batch, 2)
     seqlen = min(work.seqlen, max(LONGEST_CHECK, 2 * work.state_every))
-    counts = [work.nheads, work.q_heads, work.k_heads, work.v_heads]
-    several = [count for count in counts if count > 1]
-    groups = min(several, default=1)
-    by = next((f for f in range(groups // 2, 1, -1) if all(count % f == 0 for count in several)), 1)
-    counts, groups = [count // by if count > 1 else count for count in counts], groups // by
+    counts = (work.nheads, work.q_heads, work.k_heads, work.v_heads)
+    groups = min(counts)
+    by = next((f for f in range(groups // 2, 1, -1) if all(count % f == 0 for count in counts)), 1)
+    groups = groups // by
     channels = work.dstate if any(isinstance(node, n.ChannelDecay) for node in n.walk(parse(work.term))) else 1
-    # heads of a group: as many as can be, and more of them than groups wherever there were
-    larger = [count for count in counts if count > groups]
-    factors = [f for f in range(1, max(counts)) if all(count % (f * groups) == 0 and count // f > groups for count in larger)]
-    fits = (f for f in factors if batch * (counts[0] // f) * seqlen**2 * channels <= MOST_ENTRIES)
-    by = next(fits, factors[-1]) if larger and factors else 1
-    nheads, q, k, v = (count // by if count > groups else count for count in counts)
+
+    def few(f: int) -> bool:
+        return batch * (work.nheads // (by * f)) * seqlen**2 * channels <= MOST_ENTRIES
+
+    # heads of a group, for which kernels are compiled: as many as can be, and several wherever there were
+    larger = [count // by for count in counts if count // by > groups]
+    factors = [f for f in range(1, max(larger, default=1)) if all(x % (f * groups) == 0 and x // f > groups for x in larger)]
+    each = next((f for f in factors if few(f)), factors[-1] if factors else 1)
+    nheads, q, k, v = (count // by // (each if count // by > groups else 1) for count in counts)
     longest = math.isqrt(MOST_ENTRIES // (batch * nheads * channels))
     return replace(
         work, batch=batch, seqlen=max(min(seqlen, longest), 2 * work.state_every), nheads=nheads, q_heads=q, k_heads=k,
