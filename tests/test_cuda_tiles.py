@@ -86,7 +86,7 @@ def test_lengths_around_tiles(seqlen: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dims", [(1, 1), (128, 64), (200, 100), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(1, 1), (16, 16), (64, 16), (16, 128), (128, 64), (200, 100), (256, 256)], ids=str)
 @pytest.mark.parametrize("name", ["decay * window", "decay * documents * toeplitz", "dense"])
 def test_dims(name: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
     case = case_of(name, dtype, seqlen=130, dims=dims)

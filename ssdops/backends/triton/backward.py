@@ -18,6 +18,7 @@ from .kernels.gradients import KINDS, finish, gradients
 from .kernels.tokens import token_gradients
 from .launch import Scan, Side, Sums, alike, ceil_div, contiguous, dense_last, or_else, strides
 from .sizes import hopper_stages, padded
+from .tile_mask import LEAST
 
 if (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8):  # as far as it has been tried
     from .kernels.hopper import hopper_gradients
@@ -196,6 +197,7 @@ class Backward(Scan):
         u, w, wanted = self.slot("rows"), self.slot("cols"), self.exchanges
         scales = not {"rows", "cols", "log_cols"}.isdisjoint(x.values)
         kernel, parts, switches = self._kernel()
+        least = LEAST[self.dot]
         splits = split_heads(p.nheads // self.groups, parts * slots * self.groups, p.target.multiprocessors)
         tokens = (p.batch, p.seqlen)
         dq_states, dk_states = (self.empty(splits, *tokens, self.groups, p.dstate) for _ in range(2))
@@ -215,11 +217,11 @@ class Backward(Scan):
                     *self.packing, self.groups, *shares, self.scale, ceil_div(p.nheads, self.groups * splits),
                     *(n for x in (self.q, self.k, self.v, dy, u, w) for n in strides(x)),
                 ),
-                BLOCK=z.block, P=p.headdim, BP=z.rows_back, BN=padded(p.dstate), CAUSAL=t.causal, STRICT=int(t.strict),
-                ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales, ONTO=onto is not None, **switches,
-                num_warps=8,
+                BLOCK=z.block, P=p.headdim, BP=max(z.rows_back, least), BN=max(padded(p.dstate), least),
+                CAUSAL=t.causal, STRICT=int(t.strict), ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales,
+                ONTO=onto is not None, **switches, num_warps=8,
             )  # fmt: skip
-            columns = min(padded(p.dstate), 64)
+            columns = min(max(padded(p.dstate), least), 64)
             self.run(
                 FINISH, (slots, self.groups * ceil_div(p.dstate, columns), 2),
                 (self.q, self.k, or_else(self.cu, nothing), dg, dq_states, dk_states, dq, dk),

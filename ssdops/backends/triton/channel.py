@@ -24,6 +24,7 @@ from .calls import Grid, Kernel, Launching
 from .kernels.channel import channel_output, channel_states, channel_sums
 from .launch import DOTS, alike, ceil_div, contiguous, dense_last, or_else, strides
 from .sizes import channel_chunks, padded
+from .tile_mask import LEAST
 
 SUMS, STATES, OUTPUT = Kernel(channel_sums), Kernel(channel_states), Kernel(channel_output)
 
@@ -237,11 +238,8 @@ def pass_on(given: Tensor | None, room: Tensor | None) -> None:
 
 
 def whole_sizes(problem: Problem) -> tuple[int, int]:
-    """headdim and dstate filled up to what loads sixteen bytes at a time (`backward.in_whole`), and is multiplied right.
-
-    Products of float32 by tiles of 16 numbers read out of bounds on an H100 with Triton 3.6, or are wrong: those of 32 are not.
-    """
-    least = 32 if dot_dtype(problem) == torch.float32 else WHOLE
+    """headdim and dstate filled up to what loads sixteen bytes at a time (`backward.in_whole`), and is multiplied right."""
+    least = max(LEAST[dot_dtype(problem)], WHOLE)
     return max(ceil_div(problem.headdim, WHOLE) * WHOLE, least), max(ceil_div(problem.dstate, WHOLE) * WHOLE, least)
 
 

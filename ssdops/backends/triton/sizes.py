@@ -130,7 +130,7 @@ def channel_chunks(problem: Problem) -> tuple[int, ...]:
 
 
 def fenwick_chunks(problem: Problem) -> tuple[int, ...]:
-    """Of a Fenwick term, powers of two: products of float32 by tiles of 16 numbers are not right everywhere (`channel.py`)."""
+    """Of a Fenwick term, powers of two, and not less than `tile_mask.LEAST`."""
     wide = padded(problem.dstate) > (128 if problem.dtype == torch.bfloat16 else 64)
     sizes = (32,) if wide else (64, 32) if problem.dtype == torch.bfloat16 else (32, 64)
     return (*sizes, 16) if problem.dtype == torch.bfloat16 else sizes

@@ -18,6 +18,9 @@ WIDEST = 256
 """The greatest headdim and dstate that a tile holds."""
 ROWS, COLS = 64, 32
 """Tokens along the sides of a tile: 64 × 64 in 16 bits, 64 × 32 in 32 bits, where a dot is three and registers are short."""
+LEAST = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
+"""Numbers along a tile of a product that warp groups make: with Triton 3.6 on an H100 those of float32 by 16 are rounded to
+tf32 in places, or read out of bounds."""
 
 
 def arguments(mask: Mask) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
@@ -59,11 +62,12 @@ class Tile:
             most = (32, 128 if weighs else 32)
         else:
             most = (WIDEST, WIDEST) if weighs and shared_memory(p.target.capability) > 160 * 1024 else (128, 128)
-        d_width, e_width = (min(max(16, power(x)), width) for x, width in zip((d, e), most, strict=True))
+        dtype = torch.float32 if exact else p.dtype
+        d_width, e_width = (min(max(LEAST[dtype], power(x)), width) for x, width in zip((d, e), most, strict=True))
         size = max(16, power(p.seqlen))
         return Tile(
             min(ROWS, size), min(COLS if exact else ROWS, size), (d_width, -(-d // d_width)), (e_width, -(-e // e_width)),
-            torch.float32 if exact else p.dtype, 8 if max(d_width, e_width) > 128 else 4, 2,
+            dtype, 8 if max(d_width, e_width) > 128 else 4, 2,
         )  # fmt: skip
 
     def wider(self, stages: int = 2) -> Tile:
