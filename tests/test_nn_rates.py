@@ -57,3 +57,24 @@ def test_operands_that_do_not_fit() -> None:
     ]:
         with pytest.raises(ShapeError, match=message):
             call()
+
+
+def test_rows() -> None:
+    """Of a tensor whose rows are evenly spaced nothing is copied; others are right."""
+    whole = torch.arange(2 * 3 * 4 * 10.0).view(2, 3, 4, 10)
+    views = [
+        whole[..., 2:7],
+        whole[0, :, 1:2],
+        whole[..., :1],
+        whole[:1, :, 0],
+        whole.transpose(0, 1),
+        whole.mT,
+        whole[0, 0, 0],
+    ]
+    views += [whole[:, :, 1:3], whole[:0], whole[..., :0], whole[0, 0, 0, ::2], whole.transpose(0, 1)[:, :, 0]]
+    for x, copied in zip(views, [False] * 4 + [True] * 2 + [False, True, False, False, True, True], strict=True):
+        rows, step = launching.by_rows(x)
+        count = x.shape[:-1].numel()
+        assert (rows.data_ptr() != x.data_ptr()) == copied or not x.numel(), x.shape
+        read = torch.as_strided(rows, (count, x.shape[-1]), (step, 1), rows.storage_offset())
+        assert_same(read, x.reshape(count, x.shape[-1]), str(tuple(x.shape)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -71,14 +71,39 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def by_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x, or a copy, whose rows of neighbouring elements are all as far apart; and how far."""
+    sizes, strides = x.shape, x.stride()
+    row, step = 0, None  # the last axis but one that has several, and how far all after it reach
+    if strides and (strides[-1] == 1 or sizes[-1] == 1):
+        for size, stride in zip(sizes[-2::-1], strides[-2::-1], strict=True):
+            if size == 1:
+                continue
+            if step is None:
+                row, step = stride, stride * size
+            elif stride != step:
+                break
+            else:
+                step *= size
+        else:
+            return x, row
+    return x.contiguous(), sizes[-1]
+
+
 def dense_last(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
-    """x with unit stride along its last axis, itself wherever it can be; and its other strides in units of so many elements.
+    """x with unit stride along its last axis, itself wherever it can be; and its other strides in units of so many elements."""
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
+    align = aligned(strides)
+    return x, align, tuple(stride // align for stride in strides)
+
+
+def aligned(strides: Sequence[int]) -> int:
+    """The most elements, up to 16, in units of which strides can be given.
 
     A kernel that multiplies them again knows how its rows are aligned, and so how wide it may load.
     """
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
     align = 16
-    while any(stride % align for stride in strides):
+    while any([stride % align for stride in strides]):  # noqa: C419  # quicker
         align //= 2
-    return x, align, tuple(stride // align for stride in strides)
+    return align

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.triton.calls import Kernel
 from ..backends.triton.launch import ceil_div, power_of_2
 from .kernels import norm as kernels
-from .launching import dense_last, on, processors
+from .launching import aligned, by_rows, on, processors
 
 NORM, GRADIENTS = Kernel(kernels.gated_norm), Kernel(kernels.gated_norm_gradients)
 RESIDENT = 8
@@ -28,7 +28,7 @@ class Norm:
         self.given = (y, z, y if x is None else x)
         (self.y, y_align, y_row), (self.z, z_align, z_row), (self.x, x_align, x_row) = map(_rows, self.given)
         self.weight, self.d = weight.contiguous(), weight if D is None else D.contiguous()
-        self.rows, self.channels, self.groups = self.y.shape[0], channels, groups
+        self.rows, self.channels, self.groups = y.shape[:-1].numel(), channels, groups
         self.strides = (*y_row, *z_row, *x_row)
         wide = torch.float64 in (y.dtype, z.dtype, weight.dtype, self.x.dtype, self.d.dtype)
         self.dtype = torch.float64 if wide else torch.float32
@@ -74,5 +74,7 @@ class Norm:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
-    """x by rows, a view wherever it can be."""
-    return dense_last(x.reshape(-1, x.shape[-1]))
+    """x, or a copy, by rows; the elements that their distance is counted in, and the distance."""
+    x, row = by_rows(x)
+    align = aligned((row,))
+    return x, align, (row // align,)

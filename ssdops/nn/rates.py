@@ -59,7 +59,7 @@ def discretize(
     >>> discretize(torch.zeros(1, 2), torch.tensor([-1.0, -2.0]))
     (tensor([[0.6931, 0.6931]]), tensor([[-0.6931, -1.3863]]))
     """
-    if A.ndim != 1 or not len(A) or dt.ndim == 0 or dt.shape[-1] % len(A):
+    if A.ndim != 1 or not A.shape[0] or dt.ndim == 0 or dt.shape[-1] % A.shape[0]:
         raise ShapeError(f"A must be (nheads,) that divide the columns of dt, {tuple(dt.shape)}, got {tuple(A.shape)}")
     if bias is not None and bias.shape != A.shape:
         raise ShapeError(f"bias must have the shape of A, {tuple(A.shape)}, got {tuple(bias.shape)}")
