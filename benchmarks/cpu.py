@@ -6,12 +6,16 @@ with status 1 if a target is missed. `--quick` takes fewer rounds of the same ca
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from compiled import calls, compiled
@@ -37,6 +41,7 @@ from workload import (
     set_up,
 )
 
+from ssdops.autotune import exchange, store
 from ssdops.backends import registry
 from ssdops.backends.base import Output
 
@@ -134,10 +139,27 @@ def overhead(quick: bool) -> Section:
         "Overhead",
         [
             Figure("planned call, Python only", times.difference * 1e6, "µs", "at most", 60, parts),
+            *lookups(rounds),
             Figure("import ssdops beyond torch", seconds * 1e3, "ms", "at most", 50),
             Figure("triton, tvm or CUDA loaded by import", unwanted, "of 3", "at most", 0),
         ],
     )
+
+
+def lookups(rounds: int) -> list[Figure]:
+    """What it takes to find a tuned result: in memory, and on disk. It is the largest that ships."""
+    shipped = [r for path in exchange.DATA.iterdir() for r in exchange.read_export(path)]
+    record = max(shipped, key=lambda record: len(record.trials))
+    with TemporaryDirectory() as folder, patch.dict(os.environ, SSDOPS_CACHE_DIR=folder):
+        store.keep(record)
+        kept, read = (
+            paired(partial(find, record.key), lambda: None, rounds, sample_seconds=1e-3) for find in (store.lookup, store.read)
+        )
+        store.forget()
+    return [
+        Figure("a tuned result, from memory", kept.difference * 1e6, "µs", "at most", 10),
+        Figure("a tuned result, from disk", read.difference * 1e3, "ms", "at most", 2, {"trials": len(record.trials)}),
+    ]
 
 
 def call_without_work(inputs: Inputs) -> Call:

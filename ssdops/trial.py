@@ -135,7 +135,7 @@ def reduced(work: Workload) -> Workload:
     factors = [f for f in range(1, max(larger, default=1)) if all(x % (f * groups) == 0 and x // f > groups for x in larger)]
     each = next((f for f in factors if few(f)), factors[-1] if factors else 1)
     nheads, q, k, v = (count // by // (each if count // by > groups else 1) for count in counts)
-    longest = math.isqrt(MOST_ENTRIES // (batch * nheads * channels))
+    longest = math.isqrt(MOST_ENTRIES // max(batch * nheads * channels, 1))
     return replace(
         work, batch=batch, seqlen=max(min(seqlen, longest), 2 * work.state_every), nheads=nheads, q_heads=q, k_heads=k,
         v_heads=v, documents=min(work.documents, 3 * batch),

@@ -10,7 +10,7 @@ from conv_laws import drawn
 from rates_laws import RatesLaws
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssdops.errors import ShapeError, UnsupportedError
+from ssdops.errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from ssdops.nn import discretize, launching
 from ssdops.testing.tolerance import assert_same
 
@@ -57,6 +57,10 @@ def test_operands_that_do_not_fit() -> None:
     ]:
         with pytest.raises(ShapeError, match=message):
             call()
+    with pytest.raises(DeviceError, match="A is on meta, but dt is on cpu; move it to dt's device"):
+        discretize(dt, dt[0].to("meta"))
+    with pytest.raises(DtypeError, match=r"dtype must be torch.float32 or torch.float64, got torch.bfloat16"):
+        discretize(dt, dt[0], dtype=torch.bfloat16)
 
 
 def test_rows() -> None:

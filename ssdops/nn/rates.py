@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends.base import Support
-from ..errors import ShapeError
+from ..errors import DeviceError, DtypeError, ShapeError
 from .launching import is_learnt, is_plain, on_triton
 
 WIDEST = 8192
@@ -49,6 +49,7 @@ def discretize(
 
     Raises:
         ShapeError: nheads does not divide the columns of dt, or bias is not of the shape of A.
+        DeviceError, DtypeError: A or bias is not where dt is; dtype is another.
         UnsupportedError: a backend that does not take it.
 
     Source: Gu & Dao 2023, "Mamba", section 3.2, algorithm 2 (softplus and the bias); Dao & Gu 2024, "Transformers are SSMs",
@@ -63,7 +64,12 @@ def discretize(
         raise ShapeError(f"A must be (nheads,) that divide the columns of dt, {tuple(dt.shape)}, got {tuple(A.shape)}")
     if bias is not None and bias.shape != A.shape:
         raise ShapeError(f"bias must have the shape of A, {tuple(A.shape)}, got {tuple(bias.shape)}")
+    for name, tensor in (("A", A), ("bias", bias)):
+        if tensor is not None and tensor.device != dt.device:
+            raise DeviceError(f"{name} is on {tensor.device}, but dt is on {dt.device}; move it to dt's device")
     dtype = torch.promote_types(dt.dtype, torch.float32) if dtype is None else dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise DtypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     columns, (low, high) = dt.shape[-1], limit
     limits = Support.yes() if columns <= WIDEST else Support.no(f"a token has {columns} columns, more than {WIDEST}")
     if not is_plain((dt, A, bias)):  # torch.compile fuses what is plain torch with what stands around it
