@@ -46,9 +46,11 @@ from ssdops.cli_calibrate import calibrate
 from ssdops.ir.problem import Target
 from ssdops.plan import TRIALS, candidates
 
-ROUNDS, NEAR = 5, 2.0
+ROUNDS, NEAR = 8, 2.0
 """Rounds of samples, and how many times the fastest a candidate may be to be in more than the first."""
 SAMPLE_SECONDS = {"cpu": 0.2, "cuda": 0.1}
+FIRST = 0.2
+"""How much of that the first sample takes, by which those that are not near are left out."""
 ABSURD, BRIEF = 30.0, 0.1
 """How many times the least predicted time a prediction may be, or else how many seconds, for its candidate to be timed."""
 TARGETS = {"model": (1.15, 1.6), "tuned": (1.02, 1.10)}
@@ -117,7 +119,7 @@ def exhaustive(
             config = {"chunk_size": c.config.chunk_size, "segments": c.config.segments}
             request = {"do": "time", "workload": work.to_json(), "backend": c.backend, "config": config, "seed": 0}
             try:
-                answer = worker.ask({**request, "seconds": sample if turn else 0.0}, options.patience)
+                answer = worker.ask({**request, "seconds": sample * (1.0 if turn else FIRST)}, options.patience)
             except Died as death:
                 answer = {"error": str(death)}
             if "error" in answer:

@@ -24,8 +24,10 @@ FAR = 1.5
 """How many times the fastest measurement one may be, for its candidate to stay in the race."""
 SAMPLE_SECONDS = 0.1
 """Of the first round of samples; each further one takes twice as long."""
-LAST_ROUNDS = 4
-"""Rounds of samples for the two that are left, taken in turn so that a slow spell of the machine falls on both."""
+LAST_ROUNDS, MOST_ROUNDS = 4, 12
+"""Rounds of samples for the two that are left, taken in turn so that a slow spell of the machine falls on both; the most
+are for two of which neither has CLOSE times the other's time."""
+CLOSE = 1.15
 
 OnTrial: TypeAlias = Callable[[str], None]
 
@@ -135,12 +137,20 @@ class Search:
         seconds = SAMPLE_SECONDS
         racing = self._fastest(len(self.trials))
         while len(racing) > 1 and self.remaining > 0:
-            for _ in range(LAST_ROUNDS if len(racing) == 2 else 1):
+            for turn in range(MOST_ROUNDS if len(racing) == 2 else 1):
+                if turn >= LAST_ROUNDS and not self._close(racing):
+                    break
                 for trial in racing:
                     self._sample(trial, seconds)
             if len(racing) == 2:
                 return
             racing, seconds = self._fastest(max(math.ceil(len(racing) / 2), 2)), 2 * seconds
+
+    def _close(self, racing: Sequence[Trial]) -> bool:
+        """Whether two of them, by what is known now, are too near one another for the faster one to be sure."""
+        found = [self.trials[trial.candidate].seconds for trial in racing]
+        times = [seconds for seconds in found if seconds is not None]
+        return len(times) > 1 and max(times) < CLOSE * min(times)
 
     def _fastest(self, count: int) -> list[Trial]:
         """That many of those that were measured, without those that are far behind."""
