@@ -20,10 +20,10 @@ PATIENCE = 30.0
 """Seconds to wait for an answer about a candidate, unless it is known to take long to compile: then it has hung."""
 EXPECTING = 0.6
 """How much of what is left of a budget the reference's results may take."""
-FAR = 1.5
+FAR = 2.0
 """How many times the fastest measurement one may be, for its candidate to stay in the race."""
-SAMPLE_SECONDS = 0.1
-"""Of the first round of samples; each further one takes twice as long."""
+ENTRY_SECONDS, SAMPLE_SECONDS = 0.03, 0.1
+"""Of the sample by which a candidate enters the race, and of those of its first round; later ones take twice as long each."""
 LAST_ROUNDS, MOST_ROUNDS = 4, 12
 """Rounds of samples for the two that are left, taken in turn so that a slow spell of the machine falls on both; the most
 are for two of which neither has CLOSE times the other's time."""
@@ -97,7 +97,7 @@ class Search:
         try:
             answer = self._ask(c, "check", 0.0, limit)
             if "error" not in answer:
-                answer = self._ask(c, "time", 0.0, limit)
+                answer = self._ask(c, "time", ENTRY_SECONDS, limit)
         except Died as death:
             # one that had less time than a hang is given away by may only be slow, or the machine busy
             late = "no answer" in str(death) and (c.reluctant or limit < self.patience or self.remaining < 0.1)
