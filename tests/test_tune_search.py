@@ -59,6 +59,13 @@ def test_the_slower_half_is_dropped_at_every_round() -> None:
     assert samples[8] == 2 and samples[4] == 3 and samples[2] == samples[1] > samples[4]
 
 
+@pytest.mark.parametrize(("slower", "rounds"), [(1.05, search.MOST_ROUNDS), (1.5, search.LAST_ROUNDS)])
+def test_two_that_are_close_are_sampled_more(slower: float, rounds: int) -> None:
+    made = Made({1: 1.0, 2: slower})
+    searched(made)
+    assert [sum(asked == ("time", size) for asked in made.asked) for size in (1, 2)] == [1 + rounds] * 2
+
+
 def test_what_is_predicted_to_be_far_slower_is_not_tried() -> None:
     made = Made({1: 1.0, 2: 1.0, 30: 1.0})
     trials = searched(made, predicted=float)

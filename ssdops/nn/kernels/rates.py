@@ -43,6 +43,15 @@ def columns_of(bias, a, HEADS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def biased(dt, start, rows, dt_row, at, inside, b, ROWS: tl.constexpr, BIASED: tl.constexpr, ACC: tl.constexpr):
+    """The rows of a tile, `[ROWS, 1]`, where it has elements, and dt + bias there, `[ROWS, BLOCK]`."""
+    row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    here = inside & (row < rows)
+    x = tl.load(dt + row * dt_row + at, mask=here, other=0.0).to(ACC)
+    return row, here, x + b if BIASED else x
+
+
+@triton.jit
 def discretize(
     dt, bias, a, steps, logs, rows, per_program, dt_row,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
@@ -52,11 +61,7 @@ def discretize(
     at, inside, b, rate = columns_of(bias, a, HEADS, COLUMNS, BLOCK, LOG, ACC)
     first = tl.program_id(0) * per_program
     for start in range(first, tl.minimum(first + per_program, rows), ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        here = inside & (row < rows)
-        x = tl.load(dt + row * dt_row + at, mask=here, other=0.0).to(ACC)
-        if BIASED:
-            x += b
+        row, here, x = biased(dt, start, rows, dt_row, at, inside, b, ROWS, BIASED, ACC)
         if SOFTPLUS:
             x = softplus(x, TERMS)
         x = clamp(x, LOW, HIGH)
@@ -75,11 +80,7 @@ def discretize_gradients(
     dbias, drate = tl.zeros([1, BLOCK], ACC), tl.zeros([1, BLOCK], ACC)
     first = tl.program_id(0) * per_program
     for start in range(first, tl.minimum(first + per_program, rows), ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        here = inside & (row < rows)
-        x = tl.load(dt + row * dt_row + at, mask=here, other=0.0).to(ACC)
-        if BIASED:
-            x += b
+        row, here, x = biased(dt, start, rows, dt_row, at, inside, b, ROWS, BIASED, ACC)
         step = softplus(x, TERMS) if SOFTPLUS else x
         free = (step >= LOW) & (step <= HIGH)
         step = clamp(step, LOW, HIGH)
