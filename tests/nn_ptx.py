@@ -13,10 +13,11 @@ from compiled import compiled
 from torch import Tensor
 
 from ssdops.backends.triton.calls import Kernel
-from ssdops.nn import conv_triton, norm_triton, packing_triton, rates_triton
+from ssdops.nn import conv_triton, norm_triton, packing_triton, rates_triton, skip_triton
 from ssdops.nn.conv_triton import Convolution
 from ssdops.nn.norm_triton import Norm
 from ssdops.nn.rates_triton import Rates
+from ssdops.nn.skip_triton import Skip
 
 LAUNCHES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -70,6 +71,15 @@ def discretized(nheads: int) -> None:
     rates.backward(grads, grads)
 
 
+def skipped(channels: int) -> None:
+    """Both kernels of the skip connection and the gate, as `normed` has them."""
+    wide = torch.empty(8, 2048, 2 * channels + 256 + channels // 64, dtype=torch.bfloat16, device="meta")
+    y = torch.empty(8, 2048, channels, dtype=torch.bfloat16, device="meta")
+    skip = Skip(y, wide[..., channels : 2 * channels], torch.empty(channels // 64, device="meta"), wide[..., :channels])
+    skip.forward()
+    skip.backward(y)
+
+
 def facts(arch: int, of: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What became of each launch."""
     for fn, arguments, given in LAUNCHES:
@@ -84,7 +94,8 @@ def facts(arch: int, of: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """A line of JSON for each kernel."""
     Kernel.__call__ = record
-    conv_triton.processors = norm_triton.processors = rates_triton.processors = lambda device: 132
+    for module in (conv_triton, norm_triton, rates_triton, skip_triton):
+        module.processors = lambda device: 132
     for dtype, width, packed, entering, architectures in (
         (torch.bfloat16, 4, False, False, (80, 90)), (torch.bfloat16, 4, True, True, (80, 90)),
         (torch.bfloat16, 4, False, True, (90,)), (torch.float32, 4, False, False, (90,)),
@@ -104,6 +115,12 @@ def main() -> None:
     for channels in (1536, 5120):
         LAUNCHES.clear()
         normed(channels)
+        for arch in (80, 90):
+            for fact in facts(arch, {"channels": channels}):
+                print(json.dumps(fact))
+    for channels in (1536, 5120):
+        LAUNCHES.clear()
+        skipped(channels)
         for arch in (80, 90):
             for fact in facts(arch, {"channels": channels}):
                 print(json.dumps(fact))

@@ -1,7 +1,7 @@
-"""The convolution, `discretize` and the gated norm on a GPU: the interpreter's laws, bits, CUDA graphs, long tensors.
+"""What stands around scans, on a GPU: the interpreter's laws, bits, CUDA graphs, long tensors.
 
-Without a GPU these are skipped; `test_nn_conv.py`, `test_nn_rates.py` and `test_nn_norm.py` hold the same code to the same laws
-in Triton's interpreter.
+Without a GPU these are skipped; `test_nn_conv.py`, `test_nn_rates.py`, `test_nn_norm.py` and `test_nn_skip.py` hold the same
+code to the same laws in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from conv_laws import ConvolutionLaws, PackingLaws, drawn
 from norm_laws import NormLaws
 from rates_laws import RatesLaws
+from skip_laws import SkipLaws
 from torch import Tensor
 
 from ssdops import masks, nn
@@ -67,6 +68,16 @@ class TestRatesOnTriton(RatesLaws):
             out += torch.autograd.grad((out[0] * out[1]).sum(), given)
         for x, y in zip(found, wanted, strict=True):
             assert_same(x, y, "auto")
+
+
+class TestSkipOnTorch(SkipLaws):
+    backend = "torch"
+    device = "cuda"
+
+
+class TestSkipOnTriton(SkipLaws):
+    backend = "triton"
+    device = "cuda"
 
 
 def inputs(*, batch: int = 2, seqlen: int = 1000, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

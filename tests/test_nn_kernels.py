@@ -28,7 +28,7 @@ def test_compiled_for_sm_80_and_sm_90_they_are_lean() -> None:
     facts = [json.loads(line) for line in done.stdout.splitlines()]
     assert {fact["kernel"] for fact in facts} == {
         "conv", "conv_gradients", "window_gradients", "windows_after", "conv_step", "gated_norm", "gated_norm_gradients",
-        "places", "discretize", "discretize_gradients",
+        "places", "discretize", "discretize_gradients", "gated_skip", "gated_skip_gradients",
     }  # fmt: skip
     for fact in facts:
         # what may spill is rare: learning that reaches back into a window, wide taps, and the widest rows of models
@@ -43,3 +43,6 @@ def test_compiled_for_sm_80_and_sm_90_they_are_lean() -> None:
             back = fact["kernel"] == "gated_norm_gradients"
             assert fact["wide loads"] >= (4 if back else 3) * vectors, fact
             assert fact["wide stores"] >= (3 if back else 1) * vectors, fact
+        if "skip" in fact["kernel"]:
+            back = fact["kernel"] == "gated_skip_gradients"
+            assert fact["wide loads"] >= (8 if back else 6) and fact["wide stores"] >= (6 if back else 2), fact

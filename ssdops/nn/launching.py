@@ -90,6 +90,13 @@ def by_rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), sizes[-1]
 
 
+def even_rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """`by_rows`, with the elements that the distance is counted in, and the distance in units of them (`aligned`)."""
+    x, row = by_rows(x)
+    align = aligned((row,))
+    return x, align, row // align
+
+
 def dense_last(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
     """x with unit stride along its last axis, itself wherever it can be; and its other strides in units of so many elements."""
     x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

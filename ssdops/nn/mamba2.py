@@ -10,7 +10,6 @@ from typing import Literal, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import masks
 from ..api import ssd, ssd_step
@@ -23,6 +22,7 @@ from .checks import check_input, check_ranges, check_sizes
 from .conv import causal_conv1d
 from .norm import GatedRMSNorm
 from .projections import Projections
+from .skip import gated_skip
 from .slices import agree_on_input, conv_on_slice
 
 
@@ -268,7 +268,5 @@ class Mamba2(Projections):
         """The skip connection, the gated norm and the output projection."""
         if self.norm is not None:
             return self.out_proj(self.norm(y.flatten(-2), z, (self.D, x.flatten(-2))).to(z.dtype))
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        D = self.D.to(dtype).unflatten(0, (self.nheads, -1))  # [nheads, headdim] or [nheads, 1]
-        y = (y.to(dtype) + D * x.to(dtype)).flatten(-2) * F.silu(z.to(dtype))
-        return self.out_proj(y.to(z.dtype))
+        D = self.D.unflatten(0, (self.nheads, -1))  # [nheads, headdim] or [nheads, 1]
+        return self.out_proj(gated_skip(y, x, D, z.unflatten(-1, x.shape[-2:])).flatten(-2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.triton.calls import Kernel
 from ..backends.triton.launch import ceil_div, power_of_2
 from .kernels import norm as kernels
-from .launching import aligned, by_rows, on, processors
+from .launching import even_rows, on, processors
 
 NORM, GRADIENTS = Kernel(kernels.gated_norm), Kernel(kernels.gated_norm_gradients)
 RESIDENT = 8
@@ -26,10 +26,10 @@ class Norm:
     ) -> None:
         self.shape, channels = y.shape, y.shape[-1]
         self.given = (y, z, y if x is None else x)
-        (self.y, y_align, y_row), (self.z, z_align, z_row), (self.x, x_align, x_row) = map(_rows, self.given)
+        (self.y, y_align, y_row), (self.z, z_align, z_row), (self.x, x_align, x_row) = map(even_rows, self.given)
         self.weight, self.d = weight.contiguous(), weight if D is None else D.contiguous()
         self.rows, self.channels, self.groups = y.shape[:-1].numel(), channels, groups
-        self.strides = (*y_row, *z_row, *x_row)
+        self.strides = (y_row, z_row, x_row)
         wide = torch.float64 in (y.dtype, z.dtype, weight.dtype, self.x.dtype, self.d.dtype)
         self.dtype = torch.float64 if wide else torch.float32
         block = power_of_2(channels // groups)
@@ -62,19 +62,12 @@ class Norm:
         sums = dy.new_empty(self.parts, 2, self.channels, dtype=self.dtype)
         if not dy.numel():
             return dy, dz, dx, dy.new_zeros(2, self.channels, dtype=self.dtype)
-        dout, align, row = _rows(dout)
+        dout, align, row = even_rows(dout)
         with on(dy.device):
             GRADIENTS(
                 self.grid,
                 (dout, self.y, self.z, self.weight, self.x, self.d, dy, dz, dx, sums),
-                (self.rows, self.per_program, *row, *self.strides),
+                (self.rows, self.per_program, row, *self.strides),
                 D_ALIGN=align, **self.constants,
             )  # fmt: skip
         return dy, dz, dx, sums.sum(0)
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
-    """x, or a copy, by rows; the elements that their distance is counted in, and the distance."""
-    x, row = by_rows(x)
-    align = aligned((row,))
-    return x, align, (row // align,)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ..backends.base import Support
 from ..errors import DeviceError, DtypeError, ShapeError
-from .launching import is_learnt, is_plain, on_triton
+from .fused import Fused
+from .launching import is_plain, on_triton
 
 WIDEST = 8192
 """The most columns that the kernel has registers for."""
@@ -77,8 +78,7 @@ def discretize(
     options = (float(low), float(high), softplus, log, dtype)
     if not on_triton(dt, backend, limits):
         return rates(dt, A, bias, *options)
-    run = _Fused.apply if is_learnt((dt, A, bias)) else _launch
-    steps, logs = run(dt, A, bias, *options)
+    steps, logs = FUSED(dt, A, bias, *options)
     return steps, logs
 
 
@@ -94,33 +94,10 @@ def rates(
     return steps.flatten(-2), (steps * rate).flatten(-2)
 
 
-def _launch(*args: Any) -> tuple[Tensor, Tensor]:
+def _launcher(*args: Any) -> Any:
     from .rates_triton import Rates  # which imports triton
 
-    return Rates(*args).forward()
+    return Rates(*args)
 
 
-class _Fused(torch.autograd.Function):
-    """The kernels, for autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        ctx.options, ctx.biased = args[3:], args[2] is not None
-        ctx.save_for_backward(*(x for x in args[:3] if x is not None))
-        return _launch(*args)
-
-    @staticmethod
-    def backward(ctx: Any, dsteps: Tensor, dlogs: Tensor) -> tuple[Any, ...]:
-        given = (*ctx.saved_tensors, *(() if ctx.biased else (None,)))  # asked for once, as activation checkpointing has it
-        learnt = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or not is_plain((dsteps, dlogs)):  # differentiated again, or traced: by autograd
-            with torch.enable_grad():
-                out = rates(*given, *ctx.options)
-            wanted = [x for x, needed in zip(given, learnt, strict=True) if needed]
-            found = iter(torch.autograd.grad(out, wanted, (dsteps, dlogs), create_graph=torch.is_grad_enabled()))
-            grads = [next(found) if needed else None for needed in learnt]
-        else:
-            from .rates_triton import Rates
-
-            grads = [*Rates(*given, *ctx.options).backward(dsteps, dlogs)]
-        return (*grads, *[None] * 5)
+FUSED = Fused(3, rates, _launcher)

@@ -1,4 +1,4 @@
-"""What Mamba does before and after its scan: step sizes, the skip connection, the gate."""
+"""What Mamba does before its scan: step sizes and a short convolution."""
 
 from __future__ import annotations
 
@@ -15,13 +15,6 @@ def step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dty
     """dt + bias, or its softplus."""
     dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
     return F.softplus(dt) if softplus else dt
-
-
-def finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(y + D x) · silu(z) in x's dtype, reckoned in `dtype`."""
-    if D is not None:
-        y = torch.addcmul(y.to(dtype), x, (D if D.ndim == 2 else D[:, None]).to(dtype))
-    return (y if z is None else y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
 
 
 def channels(state: Tensor) -> Tensor:

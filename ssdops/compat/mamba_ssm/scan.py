@@ -8,8 +8,8 @@ from torch import Tensor
 from ... import masks
 from ...api import ssd
 from ...nn import discretize
+from ...nn.skip import gated_skip
 from ..shapes import check_shared, sizes_of
-from .around import finish
 from .packed import by_boundaries, by_ids
 
 
@@ -95,10 +95,10 @@ def mamba_chunk_scan_combined(
         mask = mask * packed.mask
         initial_states = None if initial_states is None else packed.enter(initial_states)
     if not wants_states:
-        return finish(ssd(C, B, x, mask, initial_state=initial_states), x, D, z, wide)
+        return gated_skip(ssd(C, B, x, mask, initial_state=initial_states), x, D, z)
     y, states = ssd(C, B, x, mask, initial_state=initial_states, return_state=True)
     assert isinstance(states, Tensor)  # one scan has one
-    out = [finish(y, x, D, z, wide)]
+    out = [gated_skip(y, x, D, z)]
     if return_final_states:
         out.append(states if packed is None else states.index_select(0, packed.last))
     if return_varlen_states:

@@ -12,8 +12,9 @@ from ... import masks
 from ...api import ssd_step
 from ...errors import ShapeError
 from ...nn import discretize
+from ...nn.skip import gated_skip
 from ..shapes import check_shared, sizes_of
-from .around import channels, finish, step_sizes
+from .around import channels, step_sizes
 
 
 def selective_state_update(
@@ -89,7 +90,7 @@ def selective_state_update(
             steps = step_sizes(dt, dt_bias, dt_softplus, wide).flatten(1)
             mask, pool, v = masks.channel_decay(dt=steps, A=A.flatten(0, 1).to(wide)), channels(state), x.flatten(1)[..., None]
         y, _ = ssd_step(C, B, v, mask.scale(cols=steps), pool, state_indices=slots)
-        out = finish(y.reshape(x.shape), x, D, z, wide)
+        out = gated_skip(y.reshape(x.shape), x, D, z)
         if state_batch_indices is not None:
             out = torch.where((slots >= 0)[:, None, None], out, 0.0)
     return out.reshape(given.shape)
