@@ -112,24 +112,16 @@ def main() -> None:
     for arch in (80, 90):
         for fact in facts(arch, {}):
             print(json.dumps(fact))
-    for channels in (1536, 5120):
-        LAUNCHES.clear()
-        normed(channels)
-        for arch in (80, 90):
-            for fact in facts(arch, {"channels": channels}):
-                print(json.dumps(fact))
-    for channels in (1536, 5120):
-        LAUNCHES.clear()
-        skipped(channels)
-        for arch in (80, 90):
-            for fact in facts(arch, {"channels": channels}):
-                print(json.dumps(fact))
-    for nheads in (24, 80):
-        LAUNCHES.clear()
-        discretized(nheads)
-        for arch in (80, 90):
-            for fact in facts(arch, {"heads": nheads}):
-                print(json.dumps(fact))
+    for around, sizes, architectures in (
+        (normed, (1536, 5120), (80, 90)), (skipped, (1536,), (80, 90)), (skipped, (5120,), (90,)), (discretized, (24,), (80, 90)),
+        (discretized, (80,), (90,)),
+    ):  # fmt: skip
+        for size in sizes:
+            LAUNCHES.clear()
+            around(size)
+            for arch in architectures:
+                for fact in facts(arch, {"heads" if around is discretized else "channels": size}):
+                    print(json.dumps(fact))
 
 
 if __name__ == "__main__":
