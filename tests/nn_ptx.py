@@ -113,8 +113,8 @@ def main() -> None:
         for fact in facts(arch, {}):
             print(json.dumps(fact))
     for around, sizes, architectures in (
-        (normed, (1536, 5120), (80, 90)), (skipped, (1536,), (80, 90)), (skipped, (5120,), (90,)), (discretized, (24,), (80, 90)),
-        (discretized, (80,), (90,)),
+        (normed, (1536, 5120), (80, 90)), (skipped, (1536,), (80, 90)), (skipped, (5120,), (90,)),
+        (discretized, (24,), (80, 90)), (discretized, (80,), (90,)),
     ):  # fmt: skip
         for size in sizes:
             LAUNCHES.clear()
