@@ -22,7 +22,6 @@ class TestTriton(SkipLaws):
     """In Triton's interpreter."""
 
     backend = "triton"
-    rounds_once = False
 
     def test_what_is_traced_is_torch_s(self) -> None:
         given = self.operands(torch.float32, "by heads", True)

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends.triton.calls import Kernel
-from ..backends.triton.launch import ceil_div, power_of_2
+from ..backends.triton.launch import ceil_div
+from ..backends.triton.tile_mask import power
 from .kernels import conv as kernels
 from .launching import dense_last, on, processors
 
@@ -39,7 +40,7 @@ class Tile(NamedTuple):
 @lru_cache(maxsize=4096)
 def tile_of(batch: int, seqlen: int, channels: int, width: int, processors: int) -> Tile:
     """Four channels a thread, two at widths that leave no registers for more; spans as long as every processor has enough."""
-    block = min(power_of_2(channels), 256)
+    block = min(power(channels), 256)
     blocks, span = batch * ceil_div(seqlen, TOKENS) * ceil_div(channels, block), TOKENS
     while span < LONGEST and blocks * TOKENS >= 2 * span * RESIDENT * processors:
         span *= 2
@@ -148,7 +149,7 @@ def windows_after(x: Tensor, window: Tensor | None, starts: Tensor, stops: Tenso
     after = x.new_empty(len(starts), x.shape[2], count)
     if after.numel():
         x, align, strides = dense_last(x)
-        block = min(power_of_2(x.shape[2]), 256)
+        block = min(power(x.shape[2]), 256)
         with on(x.device):
             AFTER(
                 (len(starts) * ceil_div(x.shape[2], block), 1, 1),

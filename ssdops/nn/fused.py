@@ -40,7 +40,7 @@ class Fused:
     def __call__(self, *args: Any) -> Any:
         """By its kernels, forward and backward; a gradient that is itself differentiated, or traced, by plain torch."""
         learnt = is_learnt(args[: self.tensors])
-        return _Function.apply(self, *args) if learnt else self.launcher(*args).forward()  # type: ignore[no-untyped-call]
+        return _Function.apply(self, *args) if learnt else self.launcher(*args).forward()  # type: ignore[no-untyped-call]  # as torch has it
 
 
 class _Function(torch.autograd.Function):

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends.triton.calls import Kernel
-from ..backends.triton.launch import ceil_div, power_of_2
+from ..backends.triton.launch import ceil_div
+from ..backends.triton.tile_mask import power
 from .kernels import norm as kernels
 from .launching import even_rows, on, processors
 
@@ -32,7 +33,7 @@ class Norm:
         self.strides = (y_row, z_row, x_row)
         wide = torch.float64 in (y.dtype, z.dtype, weight.dtype, self.x.dtype, self.d.dtype)
         self.dtype = torch.float64 if wide else torch.float32
-        block = power_of_2(channels // groups)
+        block = power(channels // groups)
         parts = min(max(RESIDENT * processors(y.device) // groups, 1), max(self.rows, 1))
         self.per_program = ceil_div(self.rows, parts)
         self.parts = ceil_div(self.rows, max(self.per_program, 1))

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends.triton.calls import Kernel
-from ..backends.triton.launch import ceil_div, power_of_2
+from ..backends.triton.launch import ceil_div
+from ..backends.triton.tile_mask import power
 from .kernels import rates as kernels
 from .launching import by_rows, on, processors
 
@@ -38,7 +39,7 @@ def layout_of(
 ) -> Layout:  # fmt: skip
     """Tiles of whole rows, shared out over as many programs as have some."""
     rows, columns = shape[:-1].numel(), shape[-1]
-    block = power_of_2(max(columns, 1))
+    block = power(columns)
     tile = max(TILE // block, 1)
     tiles = ceil_div(rows, tile)
     per_program = ceil_div(tiles, max(min(RESIDENT * processors, tiles), 1)) * tile

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends.triton.calls import Kernel
-from ..backends.triton.launch import ceil_div, power_of_2
+from ..backends.triton.launch import ceil_div
+from ..backends.triton.tile_mask import power
 from .kernels import skip as kernels
 from .launching import even_rows, on, processors
 
@@ -31,7 +32,7 @@ class Layout(NamedTuple):
 @lru_cache(maxsize=4096)
 def layout_of(rows: int, channels: int, processors: int) -> Layout:
     """Tiles shared out over as many programs as have some."""
-    block = min(power_of_2(max(channels, 1)), WIDE)
+    block = min(power(channels), WIDE)
     tile, blocks = TILE // block, ceil_div(channels, block)
     tiles = ceil_div(rows, tile)
     parts = max(min(RESIDENT * processors // max(blocks, 1), tiles), 1)

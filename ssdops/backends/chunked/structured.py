@@ -25,10 +25,8 @@ GROWTH = {"fenwick": "T log T", "lags": "T log T", "scans": "T", "band": "T · b
 def kind_of(term: Term) -> str | None:
     """Which structure a term has: "fenwick", "lags", "scans" (a band that runs as such), "band", or None."""
     found = structure_of(term.mask) if isinstance(term, Quadratic) else None
-    if (
-        found is not None and found.transposed
-    ):  # its gradients are autograd's, and a forward pass runs where that keeps no record
-        return None
+    if found is not None and found.transposed:
+        return None  # it would run by gradients, autograd's here, and a forward pass runs where that keeps no record
     if found is None or found.levels is not None or found.coeffs is not None:
         return None if found is None else "lags" if found.levels is None else "fenwick"
     return "scans" if banded.sides(found) else "band"

@@ -319,11 +319,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def power_of_2(x: int) -> int:
-    """The least that is at least x, a positive number."""
-    return 1 << (x - 1).bit_length()
-
-
 def alike(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two tensors that a kernel chooses between, in one dtype: that given if they have two."""
     return (x, y) if x.dtype == y.dtype else (x.to(dtype), y.to(dtype))

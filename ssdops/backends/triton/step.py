@@ -14,7 +14,8 @@ from ...ir.problem import Problem
 from ...ir.terms import Diagonal, Linear, Term
 from ..base import StepInputs
 from .kernels.step import step_kernel
-from .launch import ceil_div, power_of_2
+from .launch import ceil_div
+from .tile_mask import power
 
 TILE_BYTES = 8192
 """Of state that a program holds: small enough that several share an SM, whose loads and stores then overlap."""
@@ -88,8 +89,8 @@ def _launch(
 @lru_cache(maxsize=4096)
 def tile_of(states: int, headdim: int, dstate: int, itemsize: int, processors: int) -> Tile:
     """Tiles of TILE_BYTES, and smaller ones where few states leave processors idle."""
-    block_n = max(power_of_2(dstate), 16)
-    block_p = min(power_of_2(headdim), max(TILE_BYTES // (block_n * itemsize), 1))
+    block_n = max(power(dstate), 16)
+    block_p = min(power(headdim), max(TILE_BYTES // (block_n * itemsize), 1))
     while block_p > 4 and states * ceil_div(headdim, block_p) < 2 * processors:
         block_p //= 2
     return Tile(block_p, block_n, min(max(block_p * block_n // 512, 1), 4))  # a warp's loads never overlap another's
