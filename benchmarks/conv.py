@@ -1,6 +1,7 @@
-"""The causal convolution and the gated norm on a GPU against their bytes: `PYTHONPATH=.:.peers python benchmarks/conv.py`.
+"""What stands around the scan of a block, on a GPU, against its bytes: `PYTHONPATH=.:.peers python benchmarks/conv.py`.
 
-The least that a pass can take is its bytes over the rate of a copy in the same run: forward x and y, backward x, dy and dx.
+That is the causal convolution, the gated norm, the skip connection with the gate, and the discretisation of dt. The least that
+a pass can take is its bytes over the rate of a copy in the same run: of the convolution forward x and y, backward x, dy and dx.
 x is a slice of a projection's output, as a Mamba-2 block has it, in bfloat16; weights are float32; silu and bias are on board.
 Kernels are timed in CUDA graphs. Peers are fla's convolution, the package causal_conv1d, which mamba_ssm takes where it is
 installed, and `F.conv1d`, which it takes where not. `--sweep` times other tiles instead. Exits with status 1 if a target is
@@ -25,7 +26,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssdops import masks
-from ssdops.nn import causal_conv1d, gated_rms_norm
+from ssdops.nn import causal_conv1d, discretize, gated_rms_norm, skip
+from ssdops.nn import rates as discretisation
+from ssdops.nn.fused import Fused
+from ssdops.nn.skip import gated_skip
 
 RESULTS = Path(__file__).parent / "results" / "gpu_conv.json"
 AT_MOST = 1.3
@@ -132,13 +136,15 @@ def backward(machine: Machine, copy: float) -> Iterator[Figure]:
         leaves = [t.detach().requires_grad_() for t in (x, *weights)]
         row = Row()
         for side, run in sides(machine).items():
-            row.measure(side, "ms", lambda run=run, given=(leaves, dy): machine.ms(_both(run, *given)))
+            row.measure(side, "ms", lambda run=run, given=(leaves, [dy]): machine.ms(_both(run, *given)))
             machine.free()
         yield _over_bytes(f"{name} {load} forward + backward", row, 5 * _nbytes(x), copy, None)
 
 
-def _both(run: Callable[..., Tensor], leaves: list[Tensor], dy: Tensor) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(run(*leaves), leaves, dy)
+def _both(
+    run: Callable[..., Tensor | tuple[Tensor, ...]], leaves: list[Tensor], cotangents: list[Tensor]
+) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(run(*leaves), leaves, cotangents)
 
 
 def packed(machine: Machine, copy: float) -> Iterator[Figure]:
@@ -166,33 +172,109 @@ def steps(machine: Machine, copy: float) -> Iterator[Figure]:
         yield _over_bytes(f"{load} step", row, 2 * (_nbytes(x) + _nbytes(window)) + taps.nbytes, copy, None)
 
 
+@dataclass(frozen=True)
+class Block:
+    """What a block's scan gives, y; its x, gate z and dt, slices of the projection's output; all rows of channels or heads."""
+
+    y: Tensor
+    dout: Tensor
+    x: Tensor
+    z: Tensor
+    dt: Tensor
+
+
 def norms(machine: Machine, copy: float) -> Iterator[Figure]:
     """The gated norm with the skip connection before it: forward, and backward, as CUDA graphs, beside plain torch."""
-    for name, channels in {"tiny": 64}.items() if machine.tiny else {"130m": 1536, "2.7b": 5120}.items():
-        options = {"device": machine.device, "generator": machine.generator(0)}
-        rows, heads = (20 if machine.tiny else 8 * 4096), channels // 64
-        wide = torch.randn(rows, 2 * channels + 256 + heads, dtype=torch.bfloat16, **options)
-        z, x = wide[:, :channels], wide[:, channels : 2 * channels]
-        y, dout = (torch.randn(rows, channels, dtype=torch.bfloat16, **options) for _ in range(2))
-        weight, D = torch.ones(channels, device=machine.device), torch.ones(heads, device=machine.device)
-        given = [t.detach().requires_grad_() for t in (y, z, weight, D, x)]
-        row, back = Row(), Row()
-        for side, backend in {"ssdops": "triton" if machine.cuda else "torch", "plain torch": "torch"}.items():
-            run = partial(_norm, backend)
-            with torch.no_grad():
-                row.measure(side, "ms", lambda run=run, given=given: machine.ms(machine.captured(partial(run, *given))))
-            both = _both(run, given, dout)
-            back.measure(f"{side}, forward + backward", "ms", partial(machine.ms, both))
-            machine.free()
-        if machine.cuda:
-            alone = partial(torch.ops.ssdops.gated_norm_backward, dout, y, z, weight, x, D, 1e-5, 1, False)
-            back.measure("ssdops", "ms", lambda alone=alone: machine.ms(machine.captured(alone)))
-        yield _over_bytes(f"norm, {name} ({rows}, {channels}) forward", row, 4 * _nbytes(y), copy, None)
-        yield _over_bytes(f"norm, {name} ({rows}, {channels}) backward", back, 7 * _nbytes(y), copy, None)
+    for name, block in _blocks(machine):
+        weight, D = (torch.ones(t.shape[1], device=machine.device) for t in (block.y, block.dt))
+        given = (block.y, block.z, weight, D, block.x)
+        alone = partial(torch.ops.ssdops.gated_norm_backward, block.dout, *given[:3], block.x, D, 1e-5, 1, False)
+        yield from _beside_torch(
+            f"norm, {name}", machine, copy, _norm, given, [block.dout], alone, [4 * _nbytes(block.y), 7 * _nbytes(block.y)]
+        )
 
 
 def _norm(backend: str, y: Tensor, z: Tensor, weight: Tensor, D: Tensor, x: Tensor) -> Tensor:
     return gated_rms_norm(y, z, weight, skip=(D, x), backend=backend)
+
+
+def skips(machine: Machine, copy: float) -> Iterator[Figure]:
+    """The skip connection and the gate of a block without a norm, likewise."""
+    for name, block in _blocks(machine):
+        given = (block.y, block.x, torch.ones(block.dt.shape[1], device=machine.device), block.z)
+        alone = partial(_gradients, skip.FUSED, given, [block.dout])
+        yield from _beside_torch(
+            f"skip and gate, {name}",
+            machine,
+            copy,
+            _skip,
+            given,
+            [block.dout],
+            alone,
+            [4 * _nbytes(block.y), 7 * _nbytes(block.y)],
+        )
+
+
+def _skip(backend: str, y: Tensor, x: Tensor, D: Tensor, z: Tensor) -> Tensor:
+    heads = [t.unflatten(1, (len(D), -1)) for t in (y, x, z)]
+    return gated_skip(heads[0], heads[1], D, heads[2], backend=backend).flatten(1)
+
+
+def rates(machine: Machine, copy: float) -> Iterator[Figure]:
+    """The discretisation of dt, likewise: steps and logs of decays in float32."""
+    for name, block in _blocks(machine):
+        given = (block.dt, *(torch.ones(block.dt.shape[1], device=machine.device) for _ in range(2)))
+        cotangents = [torch.randn(block.dt.shape, device=machine.device) for _ in range(2)]
+        options, moved = (0.0, float("inf"), True, True, torch.float32), _nbytes(block.dt) + 2 * _nbytes(cotangents[0])
+        alone = partial(_gradients, discretisation.FUSED, (*given, *options), cotangents)
+        yield from _beside_torch(
+            f"rates, {name}", machine, copy, _rates, given, cotangents, alone, [moved, moved + _nbytes(block.dt)]
+        )
+
+
+def _rates(backend: str, dt: Tensor, A: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return discretize(dt, A, bias, log=True, backend=backend)
+
+
+def _gradients(fused: Fused, given: tuple[object, ...], cotangents: list[Tensor]) -> object:
+    """Its backward kernels alone."""
+    return fused.launcher(*given).backward(*cotangents)
+
+
+def _blocks(machine: Machine) -> Iterator[tuple[str, Block]]:
+    for name, channels in {"tiny": 64}.items() if machine.tiny else {"130m": 1536, "2.7b": 5120}.items():
+        options = {"device": machine.device, "generator": machine.generator(0)}
+        rows, heads = (20 if machine.tiny else 8 * 4096), channels // 64
+        wide = torch.randn(rows, 2 * channels + 256 + heads, dtype=torch.bfloat16, **options)
+        y, dout = (torch.randn(rows, channels, dtype=torch.bfloat16, **options) for _ in range(2))
+        yield (
+            f"{name} ({rows}, {channels})",
+            Block(y, dout, wide[:, channels : 2 * channels], wide[:, :channels], wide[:, -heads:]),
+        )
+
+
+def _beside_torch(
+    name: str,
+    machine: Machine,
+    copy: float,
+    run: Callable[..., Tensor | tuple[Tensor, ...]],
+    given: Sequence[Tensor],
+    cotangents: list[Tensor],
+    alone: Callable[[], object],
+    moved: list[int],
+) -> Iterator[Figure]:
+    """`run(backend, *given)`, and `alone`, its backward pass, which move so many bytes."""
+    row, back, leaves = Row(), Row(), [t.detach().requires_grad_() for t in given]
+    for side, backend in {"ssdops": "triton" if machine.cuda else "torch", "plain torch": "torch"}.items():
+        call = partial(run, backend)
+        with torch.no_grad():
+            row.measure(side, "ms", lambda call=call: machine.ms(machine.captured(partial(call, *given))))
+        back.measure(f"{side}, forward + backward", "ms", partial(machine.ms, _both(call, leaves, cotangents)))
+        machine.free()
+    if machine.cuda:
+        back.measure("ssdops", "ms", lambda: machine.ms(machine.captured(alone)))
+    yield _over_bytes(f"{name} forward", row, moved[0], copy, None)
+    yield _over_bytes(f"{name} backward", back, moved[1], copy, None)
 
 
 def sweep(machine: Machine, copy: float) -> Iterator[Figure]:
@@ -230,7 +312,7 @@ def _over_bytes(name: str, row: Row, moved: int, copy: float, target: float | No
     return Figure(name, ratio, "× bytes / copy", "at most", target, row.parts, row.notes, stretch=None if target else AT_MOST)
 
 
-SECTIONS = {run.__name__: run for run in (errors, forward, backward, packed, steps, norms)}
+SECTIONS = {run.__name__: run for run in (errors, forward, backward, packed, steps, norms, skips, rates)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
