@@ -134,7 +134,7 @@ def bench(
 @app.command()
 def tune(
     shape: Annotated[str | None, typer.Option(help="B,T,H,P,G,N: batch, seqlen, nheads, headdim, ngroups, dstate.")] = None,
-    mask: Annotated[str, typer.Option(help="A mask as text, with --shape.")] = "decay(log_a)",
+    mask: Annotated[str | None, typer.Option(help="A mask as text; without it a decay, and of a model its own.")] = None,
     model: Annotated[str | None, typer.Option(help="The scans of a model: mamba2-130m to mamba2-2.7b.")] = None,
     from_log: Annotated[Path | None, typer.Option(help="What a run wrote with SSDOPS_LOG_SHAPES.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the device's rates, for the cost model.")] = False,

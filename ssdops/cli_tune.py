@@ -33,6 +33,8 @@ from .plan import TRIALS, candidates, state_terms
 
 NHEADS = {"mamba2-130m": 24, "mamba2-370m": 32, "mamba2-780m": 48, "mamba2-1.3b": 64, "mamba2-2.7b": 80}
 """Heads of the models; all have headdim 64, one group and dstate 128."""
+MASK, MODEL_MASK = "decay(log_a)", "decay(log_a).scale(cols=dt)"
+"""What --shape measures where no mask is given, and what the block of a model has."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Settings:
     """The options of the command, as given."""
 
     shape: str | None
-    mask: str
+    mask: str | None
     model: str | None
     from_log: Path | None
     calibrate: bool
@@ -83,16 +85,17 @@ def workloads(settings: Settings, target: Target, console: Console) -> Iterator[
             console.print(Text(f"{lines} no workload, and skipped", style="yellow"))
         yield from found
         return
-    shape = settings.shape
+    shape, mask = settings.shape, settings.mask or MASK
     if shape is None:
         if settings.model not in NHEADS:
             raise TuningError(f"--model must be one of {', '.join(NHEADS)}, got {settings.model!r}")
         shape = f"{settings.batch},{settings.seqlen},{NHEADS[settings.model]},64,1,128"
-    tree, sizes = verify(parse(settings.mask)), read_shape(shape)
+        mask = settings.mask or MODEL_MASK
+    tree, sizes = verify(parse(mask)), read_shape(shape)
     if settings.direction == "step":
         _check_step(tree)
         sizes = replace(sizes, seqlen=1)
-    question = Question(shape, settings.mask, settings.device, settings.dtype, "auto", None)
+    question = Question(shape, mask, settings.device, settings.dtype, "auto", None)
     found_plan = ask(question, tree, sizes)
     for step in found_plan.plan.steps:
         for direction in ("forward", "backward") if settings.direction == "both" else (settings.direction,):

@@ -14,10 +14,12 @@ from typer.testing import CliRunner, Result
 from ssdops import config, masks, ssd, ssd_step
 from ssdops.autotune import shape_log, store
 from ssdops.autotune.record import Key, Record, Trial
+from ssdops.autotune.shape_log import read_log
 from ssdops.autotune.workload import Workload
 from ssdops.backends import registry
 from ssdops.cli import app
 from ssdops.ir.problem import Target
+from ssdops.nn import Mamba2
 from ssdops.plan import candidates
 
 SHAPE = ["--shape", "1,40,2,4,1,4"]
@@ -76,6 +78,18 @@ def test_tune_a_model_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {(w.direction, w.batch, w.seqlen, w.nheads, w.headdim, w.q_heads, w.dstate) for w in works} == {
         (direction, 2, 2048, 80, 64, 1, 128) for direction in ("forward", "backward")
     }
+
+
+def test_a_model_is_tuned_as_its_blocks_call_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quick(monkeypatch)
+    result = ssdops("tune", "--model", "mamba2-130m", "--batch", 2, "--seqlen", 64, "--direction", "backward")
+    assert result.exit_code == 0, result.output
+    log = tmp_path / "shapes.jsonl"
+    monkeypatch.setenv("SSDOPS_LOG_SHAPES", str(log))
+    Mamba2(768, device=torch.device("cpu"))(torch.randn(2, 64, 768)).sum().backward()
+    (met,), _ = read_log(log)
+    ((_, record),) = store.every()
+    assert isinstance(record, Record) and record.key.workload == met.bucket()
 
 
 def test_a_step_is_tuned_apart_and_found(monkeypatch: pytest.MonkeyPatch) -> None:
