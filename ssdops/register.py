@@ -128,7 +128,8 @@ def register_mask(name: str) -> Callable[[type], RegisteredMask]:
     - optionally `causal = True`: none above the diagonal.
     - optionally `lower(self)`: the same mask by built-in structures over the operands, or over sums, products and
       exponentials of them. It then runs wherever those run; with entries alone it runs on 'naive', in blocks of rows, and
-      on 'triton' where the traced formula is a product of what depends on i, on j, and on i - j.
+      on 'triton' and 'tvm' by tiles, where the formula can be traced: elementwise arithmetic, and reads of operands at
+      tokens, at lags or of a matrix.
 
     `ssdops.testing.check_mask` holds all of it to the laws that built-in masks keep.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from traced_masks import MASKS as TRACED
+from traced_masks import PAIRS
 
 from ssdops import masks as m
 from ssdops import ssd
@@ -76,6 +77,15 @@ def test_traced_formulas_equal_oracle(name: str, dtype: torch.dtype) -> None:
 def test_gradients_of_traced_formulas_equal_oracle(name: str) -> None:
     make = Make(seqlen=70, dtype=torch.float32, dstate=16, headdim=16, device="cuda")
     laws.gradients_equal_oracle(RUN, make.case(TRACED[name](make)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_formulas_that_are_no_products(name: str, dtype: torch.dtype) -> None:
+    make = Make(seqlen=130, dtype=dtype, dstate=64, headdim=32, device="cuda")
+    case = make.case(PAIRS[name](make), scale=1 / 8)
+    laws.equals_oracle(RUN, case)
+    laws.gradients_equal_oracle(RUN, case)
 
 
 @pytest.mark.parametrize("seqlen", [1, 15, 63, 64, 65, 257])

@@ -1,24 +1,30 @@
-"""Masks of users as Triton runs them from their traced formula: what can be taken apart, and what is said of the rest."""
+"""Masks of users as Triton runs them from their traced formula: as factors, as a program, and what is said of the rest."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from traced_masks import ALIBI, MASKS, POWERS, TOKEN, kind
+import triton
+import triton.language as tl
+from traced_masks import ALIBI, MASKS, PAIRS, POWERS, TOKEN, kind
 
 import ssdops.register
 from ssdops import explain, ssd
 from ssdops.backends.quadratic.form import Refused, read
+from ssdops.backends.quadratic.formula import Leaf
+from ssdops.backends.triton.kernels import formula as kernel
+from ssdops.backends.triton.tile_mask import program
 from ssdops.errors import UnsupportedError
 from ssdops.ir import nodes as n
 from ssdops.ir.text import parse
+from ssdops.ir.trace import NAMES, Call
 from ssdops.testing import laws
 from ssdops.testing.laws import Runner
 from ssdops.testing.structures import Make
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is asked for only where there is no GPU"),
-    pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning"),
+    pytest.mark.filterwarnings(*(f"ignore:{what}:RuntimeWarning" for what in ("overflow", "invalid value", "divide by zero"))),
     pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning"),
 ]
 RUN = Runner("triton")
@@ -31,6 +37,56 @@ def test_equals_oracle(name: str, seqlen: int) -> None:
     case = make.case(MASKS[name](make))
     laws.equals_oracle(RUN, case)
     laws.gradients_equal_oracle(RUN, case)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_formula_that_is_no_product(name: str) -> None:
+    """It is a program of the kernels, with the gradients of all that it reads, also under combinators."""
+    make = Make(seqlen=40 if name == "tanh" else 18, dtype=torch.float32)
+    case = make.case(PAIRS[name](make))
+    laws.equals_oracle(RUN, case)
+    laws.gradients_equal_oracle(RUN, case)
+
+
+@triton.jit
+def evaluated(out, x, y, PROGRAM: tl.constexpr):
+    """A formula of one leaf at rows and one at columns, 16 of each."""
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    tl.store(out + i * 16 + j, tl.broadcast_to(kernel.value(PROGRAM, (tl.load(x + i),), (tl.load(y + j),), ()), (16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [*((name, False) for name in sorted(NAMES - {"double"})),  # which leaves are anyway
+     *((name, True) for name in sorted(NAMES) if name.startswith("bitwise"))],
+)  # fmt: skip
+def test_every_operation_that_can_be_traced_is_torchs(name: str, whole: bool) -> None:
+    """Of numbers on both sides of 0 and 1, whole ones and 0 among them; of bits, or as conditions where they combine those."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(16, generator=generator, dtype=torch.float64) for _ in range(2))
+    x[:6], y[:5] = torch.tensor([0.0, 1.0, -2.0, 0.3, 1e-7, -3e-6]), torch.tensor([0.0, 1.0, 2.0, -3.0, 0.3])
+    rows, cols = Leaf("row", 0), Leaf("col", 0)
+    row, col = x[:, None], y[None, :]
+    if name == "where":
+        formula, expected = Call(name, (Call("lt", (rows, cols)), rows, 2.0)), torch.where(row < col, row, 2.0)
+    elif whole:
+        x, y = torch.arange(16.0).double(), torch.arange(-5.0, 11.0).double()
+        row, col = x.long()[:, None], y.long()[None, :]
+        formula = Call(name, (rows,) if name.endswith("not") else (rows, cols))
+        expected = getattr(torch, name)(*((row,) if name.endswith("not") else (row, col)))
+    elif name.startswith(("logical", "bitwise")):
+        conditions, wanted = (Call("lt", (rows, 0.3)), Call("ge", (cols, 0.0))), (row < 0.3, col >= 0.0)
+        taken = 1 if name.endswith("not") else 2
+        formula, expected = Call(name, conditions[:taken]), getattr(torch, name)(*wanted[:taken])
+    else:
+        found = getattr(torch, {"clamp_min": "maximum", "clamp_max": "minimum"}.get(name, name))
+        try:
+            formula, expected = Call(name, (rows, cols)), found(row, col)
+        except TypeError:  # it is of one
+            formula, expected = Call(name, (rows,)), found(row)
+    out = torch.empty(16, 16, dtype=torch.float64)
+    evaluated[1,](out, x, y, program(formula))
+    torch.testing.assert_close(out, expected.double().expand(16, 16), rtol=1e-11, atol=0, equal_nan=True)
 
 
 def test_over_several_tiles_and_batch_rows() -> None:
@@ -63,15 +119,8 @@ UNTRACEABLE = {
     "long": (lambda s, i, j: s.u[(i / 2).long()], "operation long"),
     "keyword": (lambda s, i, j: torch.div(i - j, 2, rounding_mode="floor"), "operation div with rounding_mode"),
     "tensor": (lambda s, i, j: s.u[i] * torch.ones(6), "a Tensor that is neither an operand nor a number"),
-    "sum": (lambda s, i, j: s.u[i] + s.u[j], "operation add of what depends on both tokens"),
-    "tanh": (lambda s, i, j: torch.tanh(s.u[i] * s.u[j]), "operation tanh of what depends on both tokens"),
-    "product in exp": (lambda s, i, j: (s.u[i] * s.u[j]).exp(), "exp of operation mul of what depends on both tokens"),
     "far token": (lambda s, i, j: s.u[i - j], "reading u of what depends on both tokens"),
-    "value decides": (lambda s, i, j: torch.where(s.u[i] > s.u[j], 1.0, 0.0), "a condition on more than i - j .operation gt"),
-    "two branches": (
-        lambda s, i, j: torch.where(i >= j, s.u[i] * s.u[j], s.u[j]), r"a where\(\) of two branches that depend on both"
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNTRACEABLE)

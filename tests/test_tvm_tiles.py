@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from quadratic_masks import MASKS, toeplitz
+from traced_masks import BITS, EXPM1, MANY, TANH
 from traced_masks import MASKS as TRACED
-from traced_masks import TANH, TOKEN, kind
 
 from ssdops import masks as m
 from ssdops.autotune.workload import Workload
@@ -85,20 +85,6 @@ def test_formulas_of_users(name: str) -> None:
     laws.gradients_equal_oracle(RUN, case)
 
 
-MANY = kind(
-    "many",
-    lambda s, i, j: (
-        (s.u[i] - s.w[j]).sigmoid() + torch.minimum(s.u[i], s.w[j]) - torch.maximum(s.u[i], s.w[j] * 2).sin()
-        + (s.u[i] + s.w[j]).clamp_min(0.2).log() * (s.u[i] * s.w[j]).abs().sqrt() + (s.u[i] - s.w[j]).sign().exp2()
-        + torch.where((s.u[i] > s.w[j]) & ~(s.u[i] < 0.3) | (i - j == 2), 1.5, (s.u[i] + s.w[j]).floor())
-        + (s.u[i] - s.w[j]) ** 2 / (1 + (i - j).abs() + s.u[i].abs() * s.w[j].abs()) + (s.u[i] - s.w[j]) % 0.7
-        + (s.u[i] + s.w[j]).cos().square().log1p() - (1 + (s.u[i] * s.w[j]).square()).rsqrt().ceil().reciprocal()
-    ),
-    u=TOKEN, w=TOKEN,
-)  # fmt: skip
-LACKING = kind("expm1", lambda s, i, j: torch.expm1(s.u[i] * s.u[j]), u=TOKEN)
-
-
 @needs_tvm
 @pytest.mark.tvm
 def test_a_formula_that_is_no_product() -> None:
@@ -111,15 +97,16 @@ def test_a_formula_that_is_no_product() -> None:
 
 @needs_tvm
 @pytest.mark.tvm
-def test_operations_that_tir_has() -> None:
+@pytest.mark.parametrize("mask", [MANY, BITS], ids=["many", "bits"])
+def test_operations_that_tir_has(mask: Callable[..., m.Mask]) -> None:
     make = Make(seqlen=40, dtype=torch.float64)
-    laws.equals_oracle(RUN, make.case(MANY(make.factor(), make.factor())))
+    laws.equals_oracle(RUN, make.case(mask(make.factor(), make.factor())))
 
 
 def test_an_operation_that_tir_lacks_is_named() -> None:
     make = Make(dtype=torch.float32)
     with pytest.raises(UnsupportedError, match=r"TIR has no operation expm1; 'naive' runs any mask"):
-        RUN(make.case(LACKING(make.factor())))
+        RUN(make.case(EXPM1(make.factor())))
 
 
 @pytest.mark.parametrize("name", [*DERIVATIVES, "where", "floor"])

@@ -1,4 +1,4 @@
-"""Masks by their formulas alone, each a product that the tile kernels can be given, and what they look like in a small call."""
+"""Masks by their formulas alone, products or not, and what they look like in a small call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,23 @@ DILATED = kind("dilated", lambda s, i, j: torch.sigmoid(s.u[i]) * s.w[(j - 1)], 
                support=lambda s, i, j: (i - j) % s.step == 0)  # fmt: skip
 MATRIX = kind("matrix", lambda s, i, j: s.L[j, i] * s.c[i - j], L="batch nheads seqlen seqlen", c="nheads 2*seqlen-1")
 TANH = kind("tanh", lambda s, i, j: torch.where(i > j, torch.tanh(s.u[i] * s.w[j] / 2), 0.5), True, u=TOKEN, w=TOKEN)
-"""No product."""
+MANY = kind(
+    "many",
+    lambda s, i, j: (
+        (s.u[i] - s.w[j]).sigmoid() + torch.minimum(s.u[i], s.w[j]) - torch.maximum(s.u[i], s.w[j] * 2).sin()
+        + (s.u[i] + s.w[j]).clamp_min(0.2).log() * (s.u[i] * s.w[j]).abs().sqrt() + (s.u[i] - s.w[j]).sign().exp2()
+        + torch.where((s.u[i] > s.w[j]) & ~(s.u[i] < 0.3) | (i - j == 2), 1.5, (s.u[i] + s.w[j]).floor())
+        + (s.u[i] - s.w[j]) ** 2 / (1 + (i - j).abs() + s.u[i].abs() * s.w[j].abs()) + (s.u[i] - s.w[j]) % 0.7
+        + (s.u[i] + s.w[j]).cos().square().log1p() - (1 + (s.u[i] * s.w[j]).square()).rsqrt().ceil().reciprocal()
+    ),
+    u=TOKEN, w=TOKEN,
+)  # fmt: skip
+EXPM1 = kind("expm1", lambda s, i, j: torch.expm1(s.u[i] * s.u[j]), u=TOKEN)
+BITS = kind("bits", lambda s, i, j: torch.where(((i ^ j) & 1) == 0, s.u[i] * s.w[j] / (1 + (i | j)), 0.5 * ~(i & j)),
+            u=TOKEN, w=TOKEN)  # fmt: skip
+LAGS = kind("lags", lambda s, i, j: torch.cos(s.u[i] * (i - j) * s.rate) ** 2, True, u=TOKEN, rate=HEAD)
+CLOSE = kind("close", lambda s, i, j: torch.exp(s.u[i] * s.u[j]), u=TOKEN,
+             support=lambda s, i, j: (s.u[i] - s.u[j]).abs() < 0.5)  # fmt: skip
 NOTHING = kind("nothing", lambda s, i, j: s.u[i], True, u=TOKEN, support=lambda s, i, j: i < j)
 
 
@@ -67,3 +83,16 @@ MASKS = {
     "decay * decay * documents": lambda s: DECAY(s.log()) * masks.decay(s.log(1)) * s.cu,
     "alibi * powers": lambda s: ALIBI(s.normal(s.nheads)) * POWERS(s.factor(), 1),
 }
+
+PAIRS = {
+    "tanh": lambda s: TANH(s.factor(), s.factor()),
+    "tanh.T scale": lambda s: TANH(s.factor(), s.factor(1)).T.scale(rows=s.factor(), log_cols=s.log()),
+    "many": lambda s: MANY(s.factor(), s.factor()),
+    "expm1": lambda s: EXPM1(s.factor()),
+    "bits": lambda s: BITS(s.factor(), s.factor()),
+    "lags": lambda s: LAGS(s.factor(), s.normal(s.nheads)),
+    "lags reverse": lambda s: LAGS(s.factor(), s.normal(s.nheads)).reverse() * masks.window(9, 9),
+    "close * documents": lambda s: CLOSE(s.factor()) * s.cu,
+    "tanh * decay": lambda s: TANH(s.factor(), s.factor()) * masks.decay(s.log()),
+}
+"""No products."""

@@ -3,7 +3,7 @@
     exp(a[i] − b[j]) · f(i − j) · c[j]   where 0 ≤ i − j
 
 is exponents of rows and of columns, a factor per lag, one per column, and a band. Products are taken apart, and exponents
-of sums. What then depends on both tokens and on more than their lag has no such form, and is refused by its name.
+of sums. What then depends on both tokens and on more than their lag has no such form, and is left as it is, for pairs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Factors:
         decays: operands whose sum between the tokens is an exponent, with its sign.
         exponents, scales: (expression, place).
         entries: matrices, and whether they are read at [j, i].
-        pairs: what depends on both tokens otherwise, if such is wanted.
+        pairs: what depends on both tokens otherwise.
     """
 
     sign: int = 1
@@ -68,28 +68,31 @@ def expressions(node: n.Registered) -> tuple[Expr, tuple[Expr, ...]]:
     return t.trace(me.entries), tuple(conditions)
 
 
-def factors(node: n.Registered, seqlen: int, general: bool = False) -> Factors:
-    """The factors of a mask; if it is to be `general`, what has no other form among the pairs.
+def factors(node: n.Registered, seqlen: int) -> Factors:
+    """The factors of a mask.
 
     Raises:
-        Untraceable: it has none.
+        Untraceable: an operation of its formula cannot be traced.
     """
     formula, claimed = expressions(node)
     if not seqlen:
         return Factors()
     with _disable_current_modes():  # conditions on lags have values while torch traces a call, too
-        return _Splitter(seqlen, general).split(formula, claimed)
+        return _Splitter(seqlen).split(formula, claimed)
 
 
 class _Splitter:
-    def __init__(self, seqlen: int, general: bool) -> None:
-        self.seqlen, self.general, self.out = seqlen, general, Factors()
+    def __init__(self, seqlen: int) -> None:
+        self.seqlen, self.out = seqlen, Factors()
         self.inside = torch.ones(max(2 * seqlen - 1, 0), dtype=torch.bool)  # from lag 1 − seqlen on
         self.claims: list[Expr] = []
 
     def split(self, formula: Expr, claimed: tuple[Expr, ...]) -> Factors:
         for condition in claimed:
-            self._claim(condition)
+            if _of_lags(condition):
+                self._claim(condition)
+            else:  # what the formula gives elsewhere may be infinite, so it is selected away and not multiplied by 0
+                formula = Call("where", (condition, formula, 0.0))
         self._conditions(formula)
         self._factor(formula, 1)
         self._pair_sums()
@@ -114,9 +117,7 @@ class _Splitter:
         self.claims.append(Call("where", (condition, 1.0, 0.0) if wanted else (condition, 0.0, 1.0)))
 
     def _at_lags(self, condition: Expr) -> Tensor:
-        """A condition at every lag."""
-        if not _of_lags(condition):
-            raise Untraceable(f"a condition on more than i - j ({_named(condition)})")
+        """A condition on i − j at every lag."""
         lags = torch.arange(1 - self.seqlen, self.seqlen)
         i, j = (x.as_subclass(Index) for x in pair_at(lags))
         found = t.replay(condition, i, j, {})
@@ -137,27 +138,17 @@ class _Splitter:
                 self._claim(condition, wanted=False)
                 self._conditions(x)
 
-    def _chosen(self, condition: Expr, x: Expr, y: Expr) -> Expr:
-        """The branch that `where` takes at every lag that the mask has."""
+    def _chosen(self, condition: Expr, x: Expr, y: Expr) -> Expr | None:
+        """The branch that `where` takes at every lag that the mask has; None if it takes both."""
+        if not _of_lags(condition):
+            return None
         taken = self._at_lags(condition)[self.inside]
-        if bool(taken.all()):
-            return x
-        if not bool(taken.any()):
-            return y
-        raise Untraceable("a where() of two branches that depend on both tokens")
+        return x if bool(taken.all()) else None if bool(taken.any()) else y
 
     def _factor(self, e: Expr, power: int) -> None:
-        try:
-            self._split(e, power)
-        except Untraceable:
-            if not self.general:
-                raise
-            self.out.pairs.append(e if power > 0 else Call("reciprocal", (e,)))
-
-    def _split(self, e: Expr, power: int) -> None:
         where = isinstance(e, Call) and e.name == "where"
         if t.depends(e) in SIMPLE and not (where and t.depends(e) == LAG):
-            self._put(self.out.scales, e if power > 0 else Call("reciprocal", (e,)))
+            self._put(self.out.scales, _powered(e, power))
             return
         match e:
             case Call("mul", (x, y)):
@@ -175,24 +166,18 @@ class _Splitter:
                 self._exponent(x, 1.0 * power)
             case Call("where", (condition, x, y)):
                 if t.depends(e) == LAG and not (_of_lags(condition) and (_is_zero(x) or _is_zero(y))):
-                    self._put(self.out.scales, e if power > 0 else Call("reciprocal", (e,)))
+                    self._put(self.out.scales, _powered(e, power))
+                elif (taken := self._chosen(condition, x, y)) is not None:
+                    self._factor(taken, power)
                 else:
-                    self._factor(self._chosen(condition, x, y), power)
+                    self.out.pairs.append(_powered(e, power))
             case Read(Operand(name, n.MATRIX), (Token(i), Token(j))) if i != j and power > 0:
                 self.out.entries.append((name, i == "j"))
             case _:
-                raise Untraceable(f"{_named(e)} of what depends on both tokens")
+                self.out.pairs.append(_powered(e, power))
 
     def _exponent(self, e: Expr, by: Expr) -> None:
         """exp(by · e), by being a number or one per head."""
-        try:
-            self._split_exponent(e, by)
-        except Untraceable:
-            if not self.general:
-                raise
-            self.out.pairs.append(Call("exp", (_times(by, e),)))
-
-    def _split_exponent(self, e: Expr, by: Expr) -> None:
         if t.depends(e) in SIMPLE:
             self._put(self.out.exponents, _times(by, e))
             return
@@ -210,12 +195,12 @@ class _Splitter:
                 self._exponent(y, _times(by, x))
             case Call("div", (x, y)) if not t.depends(y):
                 self._exponent(x, Call("div", (by, y)))
-            case Call("where", (condition, x, y)):
-                self._exponent(self._chosen(condition, x, y), by)
+            case Call("where", (condition, x, y)) if (taken := self._chosen(condition, x, y)) is not None:
+                self._exponent(taken, by)
             case Call("double", (x,)):
                 self._exponent(x, by)
             case _:
-                raise Untraceable(f"exp of {_named(e)} of what depends on both tokens")
+                self.out.pairs.append(Call("exp", (_times(by, e),)))
 
     def _put(self, where: list[tuple[Expr, str]], e: Expr) -> None:
         (place,) = t.depends(e) or {"lag"}
@@ -233,6 +218,11 @@ class _Splitter:
                 self.out.exponents.remove((e, place))
                 self.out.exponents.remove(other)
                 self.out.decays.append((name, -by))
+
+
+def _powered(e: Expr, power: int) -> Expr:
+    """e, or one over it."""
+    return e if power > 0 else Call("reciprocal", (e,))
 
 
 def _times(x: Expr, y: Expr) -> Expr:
@@ -267,13 +257,3 @@ def _operands(e: Expr) -> bool:
         case Call(_, args):
             return any(_operands(x) for x in args)
     return False
-
-
-def _named(e: Expr) -> str:
-    match e:
-        case Call(name, _):
-            return f"operation {name}"
-        case Read(operand, _):
-            return f"reading {operand.name}"
-        case _:
-            return "arithmetic"

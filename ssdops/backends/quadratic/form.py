@@ -116,13 +116,13 @@ class Refused(Exception):
 
 
 @lru_cache(maxsize=1024)
-def read(mask: n.Node, seqlen: int, general: bool = False) -> Form:
-    """The form of a mask without sums; if it is to be `general`, what is no factor of a user's formula as one of pairs.
+def read(mask: n.Node, seqlen: int) -> Form:
+    """The form of a mask without sums.
 
     Raises:
         Refused: it has none.
     """
-    reader = _Reader(seqlen, general)
+    reader = _Reader(seqlen)
     reader.visit(mask, View())
     return reader.form()
 
@@ -134,8 +134,8 @@ def _signed(x: Operand, by: float) -> Operand:
 class _Reader:
     """What has been gathered of a tree so far."""
 
-    def __init__(self, seqlen: int, general: bool) -> None:
-        self.seqlen, self.general, self.sign = seqlen, general, 1
+    def __init__(self, seqlen: int) -> None:
+        self.seqlen, self.sign = seqlen, 1
         self.formula: dict[str, Any] = {}
         self.low, self.high = 1 - seqlen, seqlen - 1
         self.holes: set[int] = set()
@@ -215,7 +215,7 @@ class _Reader:
     def _registered(self, m: n.Registered, at: View) -> None:
         """The factors that the traced formula of a user's mask is made of."""
         try:
-            f = factors(m, self.seqlen, self.general)
+            f = factors(m, self.seqlen)
             if f.pairs:
                 self._pairs(m, f, at)
         except Untraceable as reason:

@@ -118,6 +118,7 @@ DERIVATIVES: dict[str, Callable[..., tuple[Expr, ...]]] = {
     "neg": lambda x: (-1.0,),
     "abs": lambda x: (_call("sign", x),),
     "exp": lambda x: (_call("exp", x),),
+    "expm1": lambda x: (_call("exp", x),),
     "exp2": lambda x: (_call("mul", math.log(2), _call("exp2", x)),),
     "log": lambda x: (_call("reciprocal", x),),
     "log2": lambda x: (_call("reciprocal", _call("mul", math.log(2), x)),),

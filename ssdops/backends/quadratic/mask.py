@@ -53,9 +53,9 @@ class Mask:
     tables: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(term: Quadratic, x: Inputs, factors: Values, packed: Packed, general: bool = False) -> Mask:
+    def of(term: Quadratic, x: Inputs, factors: Values, packed: Packed) -> Mask:
         """The mask of a term, from its factors."""
-        p, form = x.problem, read(term.mask, x.problem.seqlen, general)
+        p, form = x.problem, read(term.mask, x.problem.seqlen)
         f = Values(**{s.name: None if (t := getattr(factors, s.name)) is None else t.detach() for s in fields(Values)})
         exponents = [f.decay_rows, f.decay_cols, f.log_rows, f.log_cols]
         some = any(t is not None for t in exponents)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import config
-from ...ir.problem import Problem
+from ...ir.trace import Call
 from ..base import Inputs
+from ..quadratic.formula import Expr, Leaf
 from ..quadratic.mask import Mask, strides
 
 LOG2E = 1.4426950408889634
@@ -25,9 +27,34 @@ tf32 in places, or read out of bounds."""
 
 def arguments(mask: Mask) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     """(factors, strides, support) of every kernel."""
-    e, tokens = mask.entries, (mask.u, mask.w, mask.rows, mask.cols)
+    e, tokens, leaves = mask.entries, (mask.u, mask.w, mask.rows, mask.cols), (mask.leaf_rows, mask.leaf_cols)
+    of_tokens = [0 if t is None else strides(t)[0] for t in tokens]
     of_entries = (0, 0, 0, 0, 1) if e is None else (*strides(e), mask.problem.nheads // e.shape[1])
-    return (*tokens, mask.lags, e), (*[0 if t is None else strides(t)[0] for t in tokens], *of_entries), mask.support
+    of_leaves = [stride for t in leaves for stride in ((0, 0) if t is None else strides(t)[:2])]
+    at_lags = mask.leaf_lags
+    of_leaves.append(0 if at_lags is None else at_lags.stride(0))
+    return (*tokens, mask.lags, e, *leaves, at_lags), (*of_tokens, *of_entries, *of_leaves), mask.support
+
+
+@lru_cache(maxsize=1024)
+def program(formula: Expr) -> tuple[tuple[Any, ...], ...] | None:
+    """The steps of a formula, as kernels are compiled for them (`kernels/formula.py`), each once."""
+    steps: dict[tuple[Any, ...], int] = {}
+
+    def step(e: Expr) -> int:
+        match e:
+            case Leaf(kind, index):
+                found: tuple[Any, ...] = (kind, index)
+            case Call(name, args):
+                found = (name, *map(step, args))
+            case _:
+                found = ("number", float(e))
+        return steps.setdefault(found, len(steps))
+
+    if formula is None:
+        return None
+    step(formula)
+    return tuple(steps)
 
 
 def packed(decay: Tensor | None, log: Tensor | None, odd: Tensor | None, x: Inputs) -> Tensor:
@@ -54,9 +81,9 @@ class Tile:
     stages: int
 
     @staticmethod
-    def fitting(problem: Problem, d: int, e: int, weighs: bool) -> Tile:
+    def fitting(mask: Mask, d: int, e: int, weighs: bool) -> Tile:
         """A tile for products over d dims, which weigh vectors of e dims or are multiplied by products over e dims."""
-        p = problem
+        p, formula = mask.problem, mask.formula is not None  # whose steps are tiles of float64
         exact = p.dtype.itemsize > 2 or (config.triton_interpreted() and p.dtype == torch.bfloat16)  # which has no such dot
         if exact:  # a dot is three, and takes registers accordingly
             most = (32, 128 if weighs else 32)
@@ -66,23 +93,23 @@ class Tile:
         d_width, e_width = (min(max(LEAST[dtype], power(x)), width) for x, width in zip((d, e), most, strict=True))
         size = max(16, power(p.seqlen))
         return Tile(
-            min(ROWS, size), min(COLS if exact else ROWS, size), (d_width, -(-d // d_width)), (e_width, -(-e // e_width)),
-            dtype, 8 if max(d_width, e_width) > 128 else 4, 2,
+            min(ROWS, size), min(COLS if exact or formula else ROWS, size), (d_width, -(-d // d_width)),
+            (e_width, -(-e // e_width)), dtype, 8 if formula or max(d_width, e_width) > 128 else 4, 2,
         )  # fmt: skip
 
     def wider(self, stages: int = 2) -> Tile:
         """The same over more warps, where a program also keeps a sum of tiles."""
         return replace(self, warps=8, stages=stages) if self.dtype.itemsize == 2 else self
 
-    @property
-    def constants(self) -> dict[str, Any]:
+    def constants(self, mask: Mask) -> dict[str, Any]:
         """Of every kernel."""
         import triton.language as tl
 
         types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
         return {
             "D_WIDTH": self.d[0], "D_STEPS": self.d[1], "E_WIDTH": self.e[0], "E_STEPS": self.e[1], "DTYPE": types[self.dtype],
-            "PRECISION": "ieee" if self.dtype.itemsize == 2 else "tf32x3", "num_warps": self.warps, "num_stages": self.stages,
+            "PRECISION": "ieee" if self.dtype.itemsize == 2 else "tf32x3", "FORMULA": program(mask.formula),
+            "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
 
 

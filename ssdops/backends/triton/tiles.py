@@ -17,10 +17,13 @@ from ...ir.problem import Problem
 from ...ir.terms import Quadratic
 from ..base import Cotangents, Gradients, Inputs, Output, Support, Work, share_heads
 from ..quadratic.form import Refused, read
+from ..quadratic.formula import calls
 from ..quadratic.mask import Mask, factor_gradients, strides
 from ..quadratic.values import pull_back, values
 from .tile_mask import WIDEST, Tile, arguments, packed
 
+OPERATION = 8
+"""Elementwise operations that one of a formula, in float64, counts as."""
 ENOUGH = 264
 """Programs that keep a GPU busy: heads that share a gradient share a program only where as many are left."""
 
@@ -54,7 +57,8 @@ def work(term: Quadratic, problem: Problem) -> Work:
     touched = (tokens * (p.dstate + 3 * p.headdim) + pairs / 256 * (p.dstate + p.headdim)) * size
     interpreted = 1e6 if p.target.device == "cpu" else 0.0  # a program takes Triton's interpreter milliseconds
     launches = 2.0 + interpreted + 14 * len(form.decays) + 4 * (len(form.logs) + len(form.scales)) + 24 * len(form.documents)
-    return Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, touched, launches)
+    weighed = 8 + OPERATION * sum(1 for _ in calls(form.formula))
+    return Work(2 * pairs * (p.dstate + p.headdim), weighed * pairs, touched, launches)
 
 
 def forward(term: Quadratic, x: Inputs) -> Output:
@@ -108,7 +112,7 @@ def _launch(kernel: str, grid: int, *arguments: Any, **constants: Any) -> None:
 def _contract(mask: Mask, dtype: torch.dtype, x: Tensor, y: Tensor, z: Tensor, heads: int) -> Tensor:
     """scale · Σ_j L_ij ⟨x_i, y_j⟩ z_j, summed over the heads that share one of `heads`, in dtype or wider."""
     p, d, e = mask.problem, x.shape[3], z.shape[3]
-    tile = Tile.fitting(p, d, e, True)
+    tile = Tile.fitting(mask, d, e, True)
     table, stride, tiles = mask.table(tile.rows)
     share = _shared(p.nheads // heads, tiles * p.nheads)
     groups = p.nheads // share
@@ -116,7 +120,7 @@ def _contract(mask: Mask, dtype: torch.dtype, x: Tensor, y: Tensor, z: Tensor, h
     given = (*(_argument(t, p.nheads) for t in (x, y, z)), *arguments(mask), table, stride)
     sizes = (p.seqlen, tiles, groups, share, mask.scale, d, e)
     grid = tile.e[1] * tiles * groups * p.batch
-    _launch("contract", grid, out, *given, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
+    _launch("contract", grid, out, *given, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants(mask))
     return share_heads(out, heads)
 
 
@@ -128,19 +132,19 @@ def _shared(sharing: int, programs: int) -> int:
 def _row_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ_j G_ij per row, without and at the lag where nothing decays: [B, H, 2, T]."""
     p, d, e = mask.problem, tensors[0].shape[3], tensors[2].shape[3]
-    tile = Tile.fitting(p, d, e, False)
+    tile = Tile.fitting(mask, d, e, False)
     table, stride, tiles = mask.table(tile.rows)
     out = mask.room(p.batch, p.nheads, 2, p.seqlen)
     given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), table, stride, mask.zero)
     sizes = (p.seqlen, tiles, p.nheads, mask.scale, d, e)
-    _launch("row_sums", tiles * p.nheads * p.batch, out, *given, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants)
+    _launch("row_sums", tiles * p.nheads * p.batch, out, *given, *sizes, ROWS=tile.rows, COLS=tile.cols, **tile.constants(mask))
     return out
 
 
 def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
     """Σ G along each diagonal: [1, H, 2 T − 1]."""
     p, (low, high) = mask.problem, mask.support[:2]
-    tile = Tile.fitting(p, p.dstate, p.headdim, False).wider()
+    tile = Tile.fitting(mask, p.dstate, p.headdim, False).wider()
     size = tile.cols
     assert low is not None and high is not None
     first, last = (low - size + 1) // size, -(-(high + size - 1) // size)  # block diagonals that meet the band
@@ -151,7 +155,7 @@ def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
         out = found.new_empty(p.batch, p.nheads, count, 2, size)
         given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), *_spans(mask))
         sizes = (p.seqlen, first, count, p.nheads, mask.scale, p.dstate, p.headdim)
-        _launch("lag_sums", count * p.nheads * p.batch, out, *given, *sizes, SIZE=size, **tile.constants)
+        _launch("lag_sums", count * p.nheads * p.batch, out, *given, *sizes, SIZE=size, **tile.constants(mask))
         below, above = out.sum(0).unbind(2)  # two block diagonals share each lag
         found[:, : count * size] += below.flatten(1)
         found[:, size:] += above.flatten(1)
@@ -166,14 +170,14 @@ def _lag_sums(mask: Mask, *tensors: Tensor) -> Tensor:
 def _entry_sums(mask: Mask, entries: Tensor, *tensors: Tensor) -> Tensor:
     """G summed over what shares an entry, shaped like entries."""
     p = mask.problem
-    tile = Tile.fitting(p, p.dstate, p.headdim, False).wider(stages=1)  # what is shared by none is one step
+    tile = Tile.fitting(mask, p.dstate, p.headdim, False).wider(stages=1)  # what is shared by none is one step
     size = tile.cols
     rows, heads = entries.shape[:2]
     out = torch.empty(rows, heads, p.seqlen, p.seqlen, dtype=torch.float32, device=tensors[0].device)
     tiles = -(-p.seqlen // size)
     given = (*(_argument(t, p.nheads) for t in tensors), *arguments(mask), *_spans(mask))
     sizes = (p.seqlen, tiles, heads, p.batch // rows, p.nheads // heads, mask.scale, p.dstate, p.headdim)
-    _launch("entry_sums", tiles * tiles * heads * rows, out, *given, *sizes, SIZE=size, **tile.constants)
+    _launch("entry_sums", tiles * tiles * heads * rows, out, *given, *sizes, SIZE=size, **tile.constants(mask))
     return out
 
 

@@ -178,7 +178,7 @@ def _reject_tiles(term: Term, problem: Problem) -> Support | None:
     if not isinstance(term, Quadratic):
         return None
     try:
-        form = read(term.mask, problem.seqlen if isinstance(problem.seqlen, int) else 4096, True)
+        form = read(term.mask, problem.seqlen if isinstance(problem.seqlen, int) else 4096)
     except Refused as reason:
         return Support.no(f"'tvm' has no tiles for this mask: {reason}; 'naive' runs any mask")
     if (name := lacking(form.formula)) is not None:
@@ -188,7 +188,7 @@ def _reject_tiles(term: Term, problem: Problem) -> Support | None:
 
 def _pairs_work(term: Quadratic, problem: Problem, size: int, direction: str) -> Work:
     """Two products for each pair of the tiles that meet the band, and what weighs them; backward, twelve."""
-    p, form = problem, read(term.mask, problem.seqlen, True)
+    p, form = problem, read(term.mask, problem.seqlen)
     tokens = float(p.batch * p.seqlen * p.nheads)
     pairs = min(form.pairs(p.seqlen) * p.batch * p.nheads + 2 * size * tokens, tokens * p.seqlen)
     forward = Work(2 * pairs * (p.dstate + p.headdim), 8 * pairs, 4 * tokens * (p.dstate + 3 * p.headdim), 20.0)

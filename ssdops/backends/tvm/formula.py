@@ -8,7 +8,9 @@ from typing import Any
 from ...ir.trace import Call
 from ..quadratic.formula import Leaf, calls
 
-LOGICAL = ("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not")
+LOGICAL = ("logical_and", "logical_or", "logical_not")
+BITWISE = ("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not")
+"""Of conditions, or of whole numbers by their bits."""
 COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
 SAME = ("exp", "exp2", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "floor", "ceil", "abs")
 """What TIR has by the same name."""
@@ -17,7 +19,7 @@ WRITTEN = (
     "floor_divide", "remainder", "where",
 )  # fmt: skip
 """What is written out of it."""
-KNOWN = {*LOGICAL, *COMPARED, *SAME, *WRITTEN}
+KNOWN = {*LOGICAL, *BITWISE, *COMPARED, *SAME, *WRITTEN}
 
 
 def lacking(formula: Any) -> str | None:
@@ -44,12 +46,16 @@ def expression(e: Any, leaf: Callable[[str, int], Any]) -> Any:
                 return leaf(kind, index)
             case Call("where", (condition, x, y)):
                 return T.Select(yes(condition), number(x), number(y))
-            case Call("logical_not" | "bitwise_not", (x,)):
+            case Call("logical_not", (x,)):
                 return T.Not(yes(x))
-            case Call("logical_and" | "bitwise_and", (x, y)):
+            case Call("logical_and", (x, y)):
                 return T.And(yes(x), yes(y))
-            case Call("logical_or" | "bitwise_or", (x, y)):
+            case Call("logical_or", (x, y)):
                 return T.Or(yes(x), yes(y))
+            case Call(name, args) if name in BITWISE:
+                if _is_condition(e):
+                    return _bitwise(T, name, *[T.Cast("int32", yes(x)) for x in args]) % 2 != 0
+                return T.Cast("float64", _bitwise(T, name, *[T.Cast("int64", number(x)) for x in args]))
             case Call(name, args):
                 return getattr(T, name)(*map(number, args)) if name in SAME else _written(T, name, *map(number, args))
         return T.float64(e)
@@ -58,7 +64,15 @@ def expression(e: Any, leaf: Callable[[str, int], Any]) -> Any:
 
 
 def _is_condition(e: Any) -> bool:
-    return isinstance(e, Call) and e.name in (*LOGICAL, *COMPARED)
+    bits = isinstance(e, Call) and e.name in BITWISE and all(_is_condition(x) for x in e.args)
+    return bits or (isinstance(e, Call) and e.name in (*LOGICAL, *COMPARED))
+
+
+def _bitwise(T: Any, name: str, x: Any, y: Any = None) -> Any:
+    """An operation on the bits of integers."""
+    if name == "bitwise_not":
+        return -x - 1
+    return {"bitwise_and": T.bitwise_and, "bitwise_or": T.bitwise_or, "bitwise_xor": T.bitwise_xor}[name](x, y)
 
 
 def _written(T: Any, name: str, *args: Any) -> Any:

@@ -36,8 +36,8 @@ class OnPairs(Pass):
         p = self.problem
         if not self.tokens:
             return Output(self.x.empty_output())
-        factors = values(read(self.term.mask, p.seqlen, True), self.x.operands, p)
-        mask = Mask.of(self.term, self.x, factors, packed, True)
+        factors = values(read(self.term.mask, p.seqlen), self.x.operands, p)
+        mask = Mask.of(self.term, self.x, factors, packed)
         return Output(self.contract(mask, self.q, self.k, self.v, p.nheads))
 
     def backward(self, cotangents: Cotangents) -> Gradients:
@@ -49,8 +49,8 @@ class OnPairs(Pass):
             q, k, v = (torch.zeros_like(t, dtype=self.acc) for t in (x.q, x.k, x.v))
             return Gradients(q, k, v, operands={name: torch.zeros_like(t) for name, t in floats.items()})
         with torch.enable_grad():
-            factors = values(read(self.term.mask, p.seqlen, True), {**own, **floats}, p)
-        mask, dy = Mask.of(self.term, x, factors, packed, True), self.flat(cotangents.y)
+            factors = values(read(self.term.mask, p.seqlen), {**own, **floats}, p)
+        mask, dy = Mask.of(self.term, x, factors, packed), self.flat(cotangents.y)
         turned = mask.transposed()
         grads = Gradients(
             self.contract(mask, dy, self.v, self.k, p.q_heads),

@@ -8,21 +8,27 @@
 `contract` is Y, and is each gradient of q, k and v with the roles turned and L transposed. The others are the gradients of
 the mask's factors. The launcher puts a mask into one form (`quadratic/form.py`), of which a kernel reads what is there:
 
-    L_ij = rows_i · exp2(u_i + w_j) · lags[i − j] · entries_ij · cols_j    if low ≤ i − j ≤ high and i − j ≠ hole, else 0
+    L_ij = rows_i · exp2(u_i + w_j) · lags[i − j] · entries_ij · FORMULA_ij · cols_j
+                                                                         if low ≤ i − j ≤ high and i − j ≠ hole, else 0
 
 Arguments that come as tuples:
 
     x, y, z, …: (pointer, strides of batch, token and head, heads of the call that share one of its heads)
-    factors:    (u, w, rows, cols, lags, entries): pointers, None where the mask has no such factor
-    strides:    (u's, w's, rows', cols' over batch; entries' over batch, head, i, j; heads that share one of entries')
+    factors:    (u, w, rows, cols, lags, entries, leaves of the formula at rows, columns and lags): pointers, None where the
+                mask has no such factor
+    strides:    (u's, w's, rows', cols' over batch; entries' over batch, head, i, j; heads that share one of entries'; leaves'
+                at rows and at columns over batch and head, at lags over head)
     support:    (low, high, hole or None, first row, row to stop at, first column, column to stop at)
 
 u and w are (batch, nheads, 3, seqlen): a float32, what is left of the float64 sum beyond it, and how many logs that are
-not finite were met. rows and cols are (batch, nheads, seqlen), lags (nheads, 2·seqlen − 1).
+not finite were met. rows and cols are (batch, nheads, seqlen), lags (nheads, 2·seqlen − 1). Leaves are float64, (batch, nheads,
+leaves, seqlen) and (nheads, leaves, 2·seqlen − 1); FORMULA is a constant, or None (`formula.py`).
 """
 
 import triton
 import triton.language as tl
+
+from . import formula
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -55,8 +61,10 @@ def products(
 
 
 @triton.jit
-def token_factors(logs, logs_stride, scales, scales_stride, b, h, t, inside, T):
-    """The parts of a token's exponent (float32, the rest, odd logs) and its scale."""
+def token_factors(
+    logs, logs_stride, scales, scales_stride, of_formula, leaves_b, leaves_h, b, h, t, inside, T, COUNT: tl.constexpr
+):  # fmt: skip
+    """The parts of a token's exponent (float32, the rest, odd logs), its scale, and its leaves of the formula."""
     high = tl.zeros(t.shape, tl.float32)
     rest, odd, scale = high, high, high
     if logs is not None:
@@ -66,7 +74,12 @@ def token_factors(logs, logs_stride, scales, scales_stride, b, h, t, inside, T):
         odd = tl.load(at + 2 * T, mask=inside, other=0.0)
     if scales is not None:
         scale = tl.load(scales + tl.cast(b, tl.int64) * scales_stride + tl.cast(h, tl.int64) * T + t, mask=inside, other=0.0)
-    return high, rest, odd, scale
+    found = ()
+    if COUNT > 0:
+        found = formula.leaves(
+            of_formula + tl.cast(b, tl.int64) * leaves_b + tl.cast(h, tl.int64) * leaves_h + t, T, inside, COUNT
+        )
+    return high, rest, odd, scale, found
 
 
 @triton.jit
@@ -80,7 +93,7 @@ def within(i, j, rows_inside, cols_inside, support):
 
 
 @triton.jit
-def weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T):
+def weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T, FORMULA: tl.constexpr):
     """pairs ∘ L: [i, j]; what is outside is selected away, whatever was computed there."""
     if factors[0] is not None:
         # u_i + w_j is a small difference of long sums: what the float32 sum rounds away (Knuth's TwoSum) is kept in rest
@@ -101,19 +114,41 @@ def weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T):
         entries = factors[5] + tl.cast(b, tl.int64) * strides[4] + tl.cast(h // strides[8], tl.int64) * strides[5]
         at = entries + i.to(tl.int64)[:, None] * strides[6] + j.to(tl.int64)[None, :] * strides[7]
         pairs *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if FORMULA is not None:
+        at_lags = ()
+        if formula.held(FORMULA, "lag") > 0:
+            at = factors[8] + tl.cast(h, tl.int64) * strides[13] + (T - 1) + (i[:, None] - j[None, :])
+            at_lags = formula.leaves(at, 2 * T - 1, inside, formula.held(FORMULA, "lag"))
+        at_rows, at_cols = spread(of_row[4], 1), spread(of_col[4], 0)
+        pairs *= formula.value(FORMULA, at_rows, at_cols, at_lags).to(tl.float32)
     return tl.where(inside, pairs, 0.0)
 
 
 @triton.jit
-def row_factors(factors, strides, b, h, i, inside, T):
-    """What `weigh` wants to know of rows."""
-    return token_factors(factors[0], strides[0], factors[2], strides[2], b, h, i, inside, T)
+def spread(leaves, AXIS: tl.constexpr):
+    """Leaves of tokens along the other axis of pairs."""
+    out = ()
+    for k in tl.static_range(len(leaves)):
+        out += (tl.expand_dims(leaves[k], AXIS),)
+    return out
 
 
 @triton.jit
-def col_factors(factors, strides, b, h, j, inside, T):
+def row_factors(factors, strides, b, h, i, inside, T, FORMULA: tl.constexpr):
+    """What `weigh` wants to know of rows."""
+    COUNT: tl.constexpr = formula.held(FORMULA, "row")
+    return token_factors(
+        factors[0], strides[0], factors[2], strides[2], factors[6], strides[9], strides[10], b, h, i, inside, T, COUNT
+    )  # fmt: skip
+
+
+@triton.jit
+def col_factors(factors, strides, b, h, j, inside, T, FORMULA: tl.constexpr):
     """What `weigh` wants to know of columns."""
-    return token_factors(factors[1], strides[1], factors[3], strides[3], b, h, j, inside, T)
+    COUNT: tl.constexpr = formula.held(FORMULA, "col")
+    return token_factors(
+        factors[1], strides[1], factors[3], strides[3], factors[7], strides[11], strides[12], b, h, j, inside, T, COUNT
+    )  # fmt: skip
 
 
 @triton.jit
@@ -135,7 +170,7 @@ def limits(table, table_stride, b, tile, support, T, ROWS: tl.constexpr):
 def contract(
     out, x, y, z, factors, strides, support, table, table_stride, T, tiles, groups, share, scale, D, E,
     ROWS: tl.constexpr, COLS: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr,
-    E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FORMULA: tl.constexpr,
 ):  # fmt: skip
     """out[b, i, group, :] = scale · Σ_{h in group} Σ_j L_ij ⟨x_i, y_j⟩ z_j.
 
@@ -152,16 +187,16 @@ def contract(
     total = tl.zeros([ROWS, E_WIDTH], tl.float32)
     for h in tl.range(group * share, (group + 1) * share, disable_licm=True):  # what is hoisted would be spilled
         x_tile = tile_of(x, b, h, i, rows_inside, 0, D, D_WIDTH).to(DTYPE)  # [i, D]
-        of_row = row_factors(factors, strides, b, h, i, rows_inside, T)
+        of_row = row_factors(factors, strides, b, h, i, rows_inside, T, FORMULA)
         for start in range(j0, j1, COLS):
             j = start + tl.arange(0, COLS)
             cols_inside = j < j1
             pairs = products(
                 x, x_tile, y, b, h, i, j, rows_inside, cols_inside, D, D_WIDTH, D_STEPS, DTYPE, PRECISION
             )  # fmt: skip
-            of_col = col_factors(factors, strides, b, h, j, cols_inside, T)
+            of_col = col_factors(factors, strides, b, h, j, cols_inside, T, FORMULA)
             inside = within(i, j, rows_inside, cols_inside, support)
-            pairs = weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T)
+            pairs = weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T, FORMULA)
             z_tile = tile_of(z, b, h, j, cols_inside, first, E, E_WIDTH).to(DTYPE)  # [j, E]
             total = tl.dot((pairs * scale).to(DTYPE), z_tile, total, input_precision=PRECISION)  # [i, E]
     e = first + tl.arange(0, E_WIDTH)
@@ -175,7 +210,7 @@ def contract(
 def row_sums(
     out, x, y, g, z, factors, strides, support, table, table_stride, zero, T, tiles, nheads, scale, D, E,
     ROWS: tl.constexpr, COLS: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr,
-    E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FORMULA: tl.constexpr,
 ):  # fmt: skip
     """out[b, h, 0, i] = scale · Σ_j L_ij ⟨x_i, y_j⟩ ⟨g_i, z_j⟩ without the pair at i − j = zero, which is out[b, h, 1, i].
 
@@ -191,15 +226,15 @@ def row_sums(
     apart, at_zero = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     x_tile = tile_of(x, b, h, i, rows_inside, 0, D, D_WIDTH).to(DTYPE)  # [i, D]
     g_tile = tile_of(g, b, h, i, rows_inside, 0, E, E_WIDTH).to(DTYPE)  # [i, E]
-    of_row = row_factors(factors, strides, b, h, i, rows_inside, T)
+    of_row = row_factors(factors, strides, b, h, i, rows_inside, T, FORMULA)
     for start in range(j0, j1, COLS):
         j = start + tl.arange(0, COLS)
         cols_inside = j < j1
         pairs = products(x, x_tile, y, b, h, i, j, rows_inside, cols_inside, D, D_WIDTH, D_STEPS, DTYPE, PRECISION)
         pairs *= products(g, g_tile, z, b, h, i, j, rows_inside, cols_inside, E, E_WIDTH, E_STEPS, DTYPE, PRECISION)
-        of_col = col_factors(factors, strides, b, h, j, cols_inside, T)
+        of_col = col_factors(factors, strides, b, h, j, cols_inside, T, FORMULA)
         inside = within(i, j, rows_inside, cols_inside, support)
-        pairs = weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T)
+        pairs = weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T, FORMULA)
         still = i[:, None] - j[None, :] == zero
         apart += tl.sum(tl.where(still, 0.0, pairs), 1)
         at_zero += tl.sum(tl.where(still, pairs, 0.0), 1)
@@ -212,7 +247,7 @@ def row_sums(
 def dl_tile(
     x, y, g, z, factors, strides, support, spans, spans_stride, b, h, i, j, T, D, E,
     D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr, E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, FORMULA: tl.constexpr,
 ):  # fmt: skip
     """L ∘ (X Yᵀ) ∘ (G Zᵀ) at rows i and columns j of any documents: [i, j]."""
     rows_inside = (i < T) & (i >= support[3]) & (i < support[4])
@@ -226,16 +261,16 @@ def dl_tile(
         at = spans + tl.cast(b, tl.int64) * spans_stride + i
         start, stop = tl.load(at, mask=rows_inside, other=0), tl.load(at + T, mask=rows_inside, other=0)
         inside &= (j[None, :] >= start[:, None]) & (j[None, :] < stop[:, None])
-    of_row = row_factors(factors, strides, b, h, i, rows_inside, T)
-    of_col = col_factors(factors, strides, b, h, j, cols_inside, T)
-    return weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T)
+    of_row = row_factors(factors, strides, b, h, i, rows_inside, T, FORMULA)
+    of_col = col_factors(factors, strides, b, h, j, cols_inside, T, FORMULA)
+    return weigh(pairs, of_row, of_col, b, h, i, j, inside, factors, strides, T, FORMULA)
 
 
 @triton.jit(do_not_specialize=["T", "first", "diagonals", "nheads"])
 def lag_sums(
     out, x, y, g, z, factors, strides, support, spans, spans_stride, T, first, diagonals, nheads, scale, D, E,
     SIZE: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr, E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, FORMULA: tl.constexpr,
 ):  # fmt: skip
     """out[b, h, d, r] = scale · Σ G over i − j = (first + d) · SIZE + r − (SIZE − 1), within the block diagonal first + d.
 
@@ -250,7 +285,7 @@ def lag_sums(
     for block in range(tl.maximum(apart, 0), tl.minimum(blocks, blocks + apart)):
         total += dl_tile(
             x, y, g, z, factors, strides, support, spans, spans_stride, b, h, block * SIZE + row, (block - apart) * SIZE + col,
-            T, D, E, D_WIDTH, D_STEPS, E_WIDTH, E_STEPS, DTYPE, PRECISION,
+            T, D, E, D_WIDTH, D_STEPS, E_WIDTH, E_STEPS, DTYPE, PRECISION, FORMULA,
         )  # fmt: skip
     lag = row[:, None] - col[None, :] + (SIZE - 1)
     at = out + ((tl.cast(b, tl.int64) * nheads + h) * diagonals + diagonal) * (2 * SIZE)
@@ -262,7 +297,7 @@ def lag_sums(
 def entry_sums(
     out, x, y, g, z, factors, strides, support, spans, spans_stride, T, tiles, heads, rows_shared, heads_shared, scale, D, E,
     SIZE: tl.constexpr, D_WIDTH: tl.constexpr, D_STEPS: tl.constexpr, E_WIDTH: tl.constexpr, E_STEPS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, FORMULA: tl.constexpr,
 ):  # fmt: skip
     """out[b', h', i, j] = scale · Σ G_ij over the batch rows and heads that share an entry: a program for each tile."""
     pid = tl.program_id(0)
@@ -276,7 +311,7 @@ def entry_sums(
         for h in range(head * heads_shared, (head + 1) * heads_shared):
             total += dl_tile(
                 x, y, g, z, factors, strides, support, spans, spans_stride, b, h, i, j,
-                T, D, E, D_WIDTH, D_STEPS, E_WIDTH, E_STEPS, DTYPE, PRECISION,
+                T, D, E, D_WIDTH, D_STEPS, E_WIDTH, E_STEPS, DTYPE, PRECISION, FORMULA,
             )  # fmt: skip
     at = out + ((tl.cast(row, tl.int64) * heads + head) * T + i[:, None]) * T + j[None, :]
     tl.store(at, total * scale, mask=(i < T)[:, None] & (j < T)[None, :])
