@@ -199,6 +199,17 @@ def import_(
     import_results(file, any_device, Console())
 
 
+@cache.command()
+def merge(
+    files: list[Path],
+    into: Annotated[Path, typer.Option(help="The file to write.")],
+) -> None:
+    """Make one file of several that were exported; of two results for one key the newer stays. The cache is left alone."""
+    from .cli_cache import merge_results
+
+    merge_results(files, into, Console())
+
+
 def main() -> None:
     """The console script."""
     app()

@@ -70,7 +70,15 @@ def export_results(path: Path, device: str | None, console: Console) -> None:
 
 def import_results(path: Path, any_device: bool, console: Console) -> None:
     """Take them over from one file."""
-    merged = exchange.import_(path, [place_of(target).device for target, _ in devices()], any_device)
+    _say(exchange.import_(path, [place_of(target).device for target, _ in devices()], any_device), console)
+
+
+def merge_results(paths: list[Path], into: Path, console: Console) -> None:
+    """Write those of several files into one."""
+    _say(exchange.merge(paths, into), console)
+
+
+def _say(merged: exchange.Merged, console: Console) -> None:
     console.print(
         f"{merged.added} results are new, {merged.replaced} replaced older ones, {merged.kept} are older and not taken"
     )

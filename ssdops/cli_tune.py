@@ -174,7 +174,9 @@ def report(work: Workload, record: Record, tried: list[Candidate], how: str, con
     """The fastest, the cost model's choice beside it, and what has failed."""
     best = fastest(record)
     if best is None:
-        console.print(Text(f"{work}: nothing could be measured", style="yellow"), soft_wrap=True)
+        spent = any("budget" in trial.note for trial in record.trials if trial.status == "skipped")
+        why = "; the time went into compiling, which is kept: ask again, or give a larger --budget" if spent else ""
+        console.print(Text(f"{work}: nothing could be measured{why}", style="yellow"), soft_wrap=True)
     else:
         predicted = {(c.backend, c.config): c.seconds for c in tried}.get(best.candidate)
         beside = "" if predicted is None else f", predicted {predicted * 1e3:.3g}"

@@ -157,7 +157,9 @@ def test_results_move_as_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "2 results written into" in ssdops("cache", "export", tmp_path / "out.json").output
     assert "0 results are new, 0 replaced older ones, 2 are older" in ssdops("cache", "import", tmp_path / "out.json").output
     ssdops("cache", "clear")
-    assert "2 results are new" in ssdops("cache", "import", tmp_path / "out.json").output
+    merged = ssdops("cache", "merge", tmp_path / "out.json", tmp_path / "out.json", "--into", tmp_path / "all.json")
+    assert "2 results are new, 0 replaced older ones, 2 are older" in merged.output
+    assert "2 results are new" in ssdops("cache", "import", tmp_path / "all.json").output
     data = json.loads((tmp_path / "out.json").read_text())
     for record in data["results"]:
         record["key"]["device"] = "abacus"
@@ -197,6 +199,12 @@ def test_errors_are_one_line_and_exit_2(args: list[str], message: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+def test_a_budget_that_is_spent_before_anything_is_timed() -> None:
+    result = ssdops("tune", *SHAPE, "--budget", 1e-6)
+    assert result.exit_code == 0, result.output
+    assert "nothing could be measured; the time went into compiling, which is kept: ask again, or" in result.output
 
 
 def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,20 @@ def test_the_newer_of_two_measurements_stays(tmp_path: Path, when: float, merged
     assert store.lookup(KEY).trials[0].seconds == seconds  # type: ignore[union-attr]
 
 
+def test_files_become_one_with_the_newer_of_two_measurements(tmp_path: Path) -> None:
+    first, second, into = exported(tmp_path), tmp_path / "second.json", tmp_path / "all.json"
+    newer = replace(RECORD, measured_at=RECORD.measured_at + 1)
+    other = replace(RECORD, key=replace(KEY, workload=replace(KEY.workload, nheads=KEY.workload.nheads + 1)))
+    store.keep(newer)
+    store.keep(other)
+    exchange.export(second)
+    store.clear()
+    assert exchange.merge([first, second], into) == exchange.Merged(2, 1, 0)
+    assert exchange.merge([second, first, second], into) == exchange.Merged(2, 0, 3)
+    assert store.lookup(KEY) is None  # the cache is left alone
+    assert exchange.read_export(into) == exchange.read_export(second) and newer in exchange.read_export(into)
+
+
 def test_results_of_another_device_are_refused_by_name(tmp_path: Path) -> None:
     path = exported(tmp_path)
     with pytest.raises(TuningError, match="has results of 'a device', and here is 'mine'"):

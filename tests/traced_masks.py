@@ -44,11 +44,11 @@ MANY = kind(
     ),
     u=TOKEN, w=TOKEN,
 )  # fmt: skip
-EXPM1 = kind("expm1", lambda s, i, j: torch.expm1(s.u[i] * s.u[j]), u=TOKEN)
+EXPM1 = kind("expm1", lambda s, i, j: torch.expm1(s.u[i] * s.u[j] / 4), u=TOKEN)
 BITS = kind("bits", lambda s, i, j: torch.where(((i ^ j) & 1) == 0, s.u[i] * s.w[j] / (1 + (i | j)), 0.5 * ~(i & j)),
             u=TOKEN, w=TOKEN)  # fmt: skip
 LAGS = kind("lags", lambda s, i, j: torch.cos(s.u[i] * (i - j) * s.rate) ** 2, True, u=TOKEN, rate=HEAD)
-CLOSE = kind("close", lambda s, i, j: torch.exp(s.u[i] * s.u[j]), u=TOKEN,
+CLOSE = kind("close", lambda s, i, j: torch.exp(s.u[i] * s.u[j] / 4), u=TOKEN,
              support=lambda s, i, j: (s.u[i] - s.u[j]).abs() < 0.5)  # fmt: skip
 NOTHING = kind("nothing", lambda s, i, j: s.u[i], True, u=TOKEN, support=lambda s, i, j: i < j)
 

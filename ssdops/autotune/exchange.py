@@ -28,7 +28,7 @@ DATA: Any = files(__package__).joinpath("data")
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What an import did: keys that were new, whose result here was older and was replaced, and whose was newer and stays."""
+    """What an import or a merge did: keys that were new, whose older result was replaced, and whose newer one stays."""
 
     added: int
     replaced: int
@@ -49,11 +49,34 @@ def export(path: Path, device: str | None = None) -> tuple[int, Path]:
             raise TuningError(f"{path} is a folder, in which files are named after devices: --device says which")
         path = path / f"{file_name(device)}.json"
     found = [r for _, r in store.every() if isinstance(r, Record) and device in (None, r.key.place.device)]
+    _write(path, found)
+    return len(found), path
+
+
+def merge(paths: Iterable[Path], into: Path) -> Merged:
+    """Write the results of several exported files into one; where there are two of one key, the newer measurement stays.
+
+    Raises:
+        TuningError: a file cannot be read or written, or is of another schema.
+    """
+    found: dict[Key, Record] = {}
+    added = replaced = kept = 0
+    for record in (record for path in paths for record in read_export(path)):
+        older = found.get(record.key)
+        if older is not None and older.measured_at >= record.measured_at:
+            kept += 1
+            continue
+        found[record.key] = record
+        added, replaced = added + (older is None), replaced + (older is not None)
+    _write(into, found.values())
+    return Merged(added, replaced, kept)
+
+
+def _write(path: Path, records: Iterable[Record]) -> None:
     try:
-        store.write_json(path, {"schema": SCHEMA, "results": [to_json(record) for record in found]})
+        store.write_json(path, {"schema": SCHEMA, "results": [to_json(record) for record in records]})
     except OSError as error:
         raise TuningError(f"cannot write {path}: {error.strerror or error}") from None
-    return len(found), path
 
 
 def import_(path: Path, devices: Iterable[str], any_device: bool = False) -> Merged:
