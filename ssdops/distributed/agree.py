@@ -3,8 +3,9 @@
 Ranks tell one another what they are about to do at the job's own key-value store, and not by a collective: that asks nothing of
 the device, reads no tensor on the host, and says which rank did not come.
 
-What all have said before, word for word, they need only count: each adds one to what that text has at the store, and goes on
-when as many have come as there are ranks. Who waits longer than `PATIENCE` says its text after all, and hears the others'.
+What all have said before, word for word, they need only count: each adds one to what that text has at the store, begins what
+needs no other rank, and looks before its first collective (`settle`) whether as many have come as there are ranks. Who waits
+longer than `PATIENCE` says its text after all, and hears the others'.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import torch.distributed as dist
 
 from ..errors import DeviceError, RankError, SsdopsError
 
-PATIENCE = 0.05
-"""Seconds after which a rank no longer only counts who has come."""
+PATIENCE, PAUSE = 0.05, 2e-5
+"""Seconds after which a rank no longer only counts who has come; and between two looks, as the store answers one at a time."""
 
 
 @dataclass
@@ -44,6 +45,22 @@ class Alike:
     uses: int = 0
 
 
+@dataclass(frozen=True)
+class Counting:
+    """A call whose text this rank has counted and others may not have yet.
+
+    Attributes:
+        text: what it would say.
+        key: of the count at the store.
+        come, wanted: how many had come when it had, in this call and those before, and how many are to.
+    """
+
+    text: str
+    key: str
+    come: int
+    wanted: int
+
+
 @dataclass
 class Team:
     """The ranks of one process group, as a rank of it sees them.
@@ -60,6 +77,7 @@ class Team:
     size: int
     calls: int = field(default=0)
     alike: dict[str, Alike] = field(default_factory=dict)
+    _counting: Counting | None = None
     _said: list[int] = field(default_factory=list)  # the calls whose texts of this rank are still at the store
 
     def check_device(self, device: torch.device) -> None:
@@ -77,13 +95,17 @@ class Team:
                 "make a group that does (gloo for CPUs, nccl for CUDA GPUs)"
             ) from None
 
-    def agree(self, facts: Mapping[str, Any], shapes: str, error: SsdopsError | None = None) -> list[dict[str, Any]]:
+    def agree(
+        self, facts: Mapping[str, Any], shapes: str, error: SsdopsError | None = None, later: bool = False
+    ) -> list[dict[str, Any]]:
         """What every rank is about to do, once all have said so and it is the same.
 
         Args:
             facts: what must be the same on all of them, but for `own`, which may differ.
             shapes: this rank's tensors, for the message.
             error: why this rank cannot go on; then none does.
+            later: what all have said before is enough for now: `settle` is called before anything is asked of another rank,
+                and what is then found of `own` does not matter.
 
         Returns:
             The facts of every rank, in their order.
@@ -93,10 +115,31 @@ class Team:
         """
         text = json.dumps({"facts": dict(facts), "shapes": shapes, "error": None if error is None else _say(error)})
         self.calls += 1
+        self._counting = None
+        known = self.alike.get(text)
+        if known is not None:
+            self._count(known, text)
+            return known.facts if later else self.settle() or known.facts
+        return self._told(text, error)
+
+    def settle(self) -> list[dict[str, Any]] | None:
+        """Wait until all ranks have come to the call that this one has counted; their facts, if one says another text.
+
+        Raises:
+            RankError: as `agree` does.
+        """
+        counting, self._counting = self._counting, None
+        if counting is None:
+            return None
         with self._checked() as store:
-            known = self.alike.get(text)
-            if known is not None and self._counted(store, known, text):
-                return known.facts
+            if counting.come >= counting.wanted or self._all_come(store, counting):
+                self._forget(store)
+                return None
+        return self._told(counting.text, None)
+
+    def _told(self, text: str, error: SsdopsError | None) -> list[dict[str, Any]]:
+        """The facts of every rank, each of which says its text."""
+        with self._checked() as store:
             heard = self._exchange(store, text)
             said = {x: json.loads(x) for x in set(heard)}  # mostly of one text
             self._compare([said[x] for x in heard], error)
@@ -144,24 +187,28 @@ class Team:
             self.alike.clear()
             raise
 
-    def _counted(self, store: Any, known: Alike, text: str) -> bool:
-        """Whether as many have come with that text as there are ranks; not if one says another, or counts otherwise."""
+    def _count(self, known: Alike, text: str) -> None:
+        """Say that this rank has come with a text that all have said before."""
         key = f"ssdops/{self.group.group_name}/{known.since}/{known.name}"
         known.uses += 1
-        wanted, began, limit = known.uses * self.size, time.monotonic(), self.timeout.total_seconds()
-        come = store.add(key, 1)
-        while come < wanted:
+        with self._checked() as store:
+            self._counting = Counting(text, key, store.add(key, 1), known.uses * self.size)
+
+    def _all_come(self, store: Any, counting: Counting) -> bool:
+        """Whether as many have come with that text as there are ranks; not if one says another, or counts otherwise."""
+        began, limit = time.monotonic(), self.timeout.total_seconds()
+        while store.add(counting.key, 0) < counting.wanted:
             waited = time.monotonic() - began
-            if waited > PATIENCE:
-                self._say(store, text)
-                there = [rank for rank, name in enumerate(self._keys(self.calls)) if store.check([name])]
-                if len(there) == self.size or any(self._read(store, rank) != text for rank in there):
-                    return False
-                if waited > limit:
-                    raise self._missing([rank for rank in range(self.size) if rank not in there])
-                time.sleep(PATIENCE / 50)
-            come = store.add(key, 0)
-        self._forget(store)
+            if waited <= PATIENCE:
+                time.sleep(PAUSE)
+                continue
+            self._say(store, counting.text)
+            there = [rank for rank, name in enumerate(self._keys(self.calls)) if store.check([name])]
+            if len(there) == self.size or any(self._read(store, rank) != counting.text for rank in there):
+                return False
+            if waited > limit:
+                raise self._missing([rank for rank in range(self.size) if rank not in there])
+            time.sleep(PATIENCE / 50)
         return True
 
     def _read(self, store: Any, rank: int) -> str:

@@ -47,6 +47,7 @@ class Gathering:
     """x of every rank, on its way: all of one shape. On a GPU it moves beside what is launched until it is waited for."""
 
     def __init__(self, x: Tensor, team: Team) -> None:
+        team.settle()  # no collective before all are known to make this call
         self._team, self._given = team, x.contiguous()
         self._room = x.new_empty((team.size, *x.shape))
         try:

@@ -20,7 +20,7 @@ from ..masks import Mask
 from ..plan import state_terms
 from .agree import Team, team_of
 from .decays import Slice
-from .settle import settled
+from .settle import is_plain, settled
 from .split import Context, Split
 
 
@@ -161,7 +161,8 @@ def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int
         part, facts = _described(team, given, options)
     except SsdopsError as found:  # which the others must hear of before they wait for this rank
         error = found
-    everyone = team.agree(facts, _shapes(given), error)
+    exchanges = part is not None and bool(state_terms(given.mask.tree))
+    everyone = team.agree(facts, _shapes(given), error, later=exchanges and is_plain(given.mask.tree))
     assert part is not None  # or else all have raised
     return part, [one["own"] for one in everyone], facts["whether gradients are wanted"]
 

@@ -29,7 +29,7 @@ from .halo import halo
 
 def settled(mask: Mask, problem: Problem, team: Team, lengths: Sequence[int]) -> Mask:
     """The mask of this rank's slice whose terms name their operands: itself, if they do already."""
-    if _is_plain(mask.tree):
+    if is_plain(mask.tree):
         return mask
     tensors: dict[str, Tensor] = {}
     terms = [_Settling(index, mask, problem, team, lengths, tensors).term(t) for index, t in enumerate(terms_of(mask.tree))]
@@ -37,7 +37,8 @@ def settled(mask: Mask, problem: Problem, team: Team, lengths: Sequence[int]) ->
 
 
 @lru_cache(maxsize=4096)
-def _is_plain(tree: n.Node) -> bool:
+def is_plain(tree: n.Node) -> bool:
+    """Whether its terms name their operands, so that nothing has to be evaluated, or asked of a neighbour."""
     operands = [x for term in terms_of(tree) for x, _ in factored_operands(term).values()]
     packings = [x for term in terms_of(tree) if isinstance(term, Linear) for x in _documents(term)]
     return all(isinstance(x, str) for x in (*operands, *packings))
