@@ -34,7 +34,7 @@ class TestTriton(Conformance):
     rounds_operands = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     chunk_sizes = (32, 16, 64)
-    share = 0.4
+    share = 0.2
 
 
 def test_uncounted_documents_are_refused_where_they_could_be_too_many() -> None:

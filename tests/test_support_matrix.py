@@ -118,14 +118,20 @@ def test_every_backend_is_in_the_table() -> None:
 @pytest.mark.parametrize("backend", TARGETS)
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_cells_hold(structure: str, backend: str) -> None:
-    """Each yes runs; each no is an UnsupportedError that says why, and names who can if anyone can."""
+    """Each yes runs; each no is an UnsupportedError that says why, and names who can if anyone can.
+
+    Of what Triton interprets, which is slow, one dtype runs, another from structure to structure.
+    """
     if TARGETS[backend] == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    table, row = committed(), structure.replace(" ", "_")
+    table, row, turn = committed(), structure.replace(" ", "_"), list(STRUCTURES).index(structure)
+    interpreted = backend == "triton" and TARGETS[backend] == "cpu"
     for direction in DIRECTIONS:
+        able_in = table[row, backend][direction]
         for dtype in DTYPES:
-            if dtype in table[row, backend][direction]:
-                attempt(structure, backend, direction, dtype)
+            if dtype in able_in:
+                if not interpreted or dtype == able_in[turn % len(able_in)]:
+                    attempt(structure, backend, direction, dtype)
                 continue
             with pytest.raises(UnsupportedError) as refusal:
                 attempt(structure, backend, direction, dtype)

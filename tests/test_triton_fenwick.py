@@ -43,7 +43,7 @@ class TestFenwick(Conformance):
     rounds_operands = True
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     chunk_sizes = (32, 64)
-    share = 0.4
+    share = 0.2
 
     def test_documents_equal_separate_runs(self) -> None:
         """There are none: see `test_what_is_refused`."""
