@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from test_conformance_structured import turned
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from ssdops.testing import Conformance, laws
 from ssdops.testing.case import Case
 from ssdops.testing.laws import Runner
 from ssdops.testing.source import Source
+from ssdops.testing.strategies import scaled
 
 LOG = torch.zeros(1, 600, 2)
 
@@ -44,6 +46,30 @@ class TestBanded(Conformance):
 
     def make_mask(s: Source) -> Mask:  # type: ignore[misc]  # an attribute of the suite, called with a source alone
         return turned(s, "band")
+
+
+def channels(s: Source) -> Mask:
+    """A decay per channel in a window, alone or times a scalar one, in every direction."""
+    mask = masks.channel_decay(s.channel_log()) * masks.window(s.draw(st.integers(0, 6)), s.draw(st.integers(0, 3)))
+    mask = mask * masks.decay(s.token_log()) if s.chance(3) else mask
+    mask = mask.strict() if s.chance(4) else mask
+    mask = mask.reverse() if s.chance(4) else mask
+    mask = mask.T if s.chance(3) else mask
+    return scaled(s, mask) if s.chance(3) else mask
+
+
+class TestChannelsInWindows(Conformance):
+    backend = "chunked"
+    has_states = False
+    chunk_sizes = (4, 1, 64)
+    share = 0.5
+
+    def make_mask(s: Source) -> Mask:  # type: ignore[misc]  # likewise
+        return channels(s)
+
+    def _packed(self, data: st.DataObject) -> tuple[Case, Mask]:
+        """Of scalar decays: in documents those per channel run by entries."""
+        return TestBanded()._packed(data)
 
 
 NEEDS = {
@@ -118,12 +144,16 @@ def test_tvm_equals_oracle(name: str) -> None:
     laws.gradients_equal_oracle(Runner("tvm", 16), case)
 
 
-def test_strong_decays_keep_the_gradients_of_their_neighbours() -> None:
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_strong_decays_keep_the_gradients_of_their_neighbours(dtype: torch.dtype, per_channel: bool) -> None:
     """Every sum of logs is of tokens between two others: nothing is lost beside what has decayed."""
-    case = case_of(1, 40, 8, "causal", torch.float64)
+    case = case_of(1, 40, 8, "causal", dtype)
     strong = torch.tensor([0.0, -1e-9, -300.0, -1e4])[torch.arange(40) % 4].expand(1, 4, 40).mT.double()
-    laws.equals_oracle(Runner("chunked", 4), replace(case, mask=masks.window(7) * masks.decay(strong)))
-    laws.gradients_equal_oracle(Runner("chunked", 4), replace(case, mask=masks.window(7) * masks.decay(strong)))
+    channels = torch.stack([strong, *(strong.roll(shift, 1) for shift in range(15))], 3)
+    mask = masks.window(7) * (masks.channel_decay(channels) if per_channel else masks.decay(strong))
+    laws.equals_oracle(Runner("chunked", 4), replace(case, mask=mask))
+    laws.gradients_equal_oracle(Runner("chunked", 4), replace(case, mask=mask))
 
 
 # --- which bands they are ---------------------------------------------------------------------------------------------
@@ -133,6 +163,7 @@ AS_SCANS = {
     "wide on both sides": masks.window(200, 127),
     "turned": (masks.window(127) * masks.decay(LOG)).strict().T,
     "wider than the row": masks.window(1000) * masks.decay(LOG),
+    "narrow, per channel": masks.window(20) * masks.channel_decay(LOG[..., None].expand(-1, -1, -1, 3)),
 }
 AS_PAIRS = {
     "narrow": masks.window(126) * masks.decay(LOG),

@@ -7,7 +7,8 @@ Cut a row into blocks of W tokens. A token at place r of its block sees, with th
 
 and exp(ρ_i − κ_j) is the product of what decays between the block's start and row i and of what decays between column j and
 the end of its block: sums of logs between two tokens, so that nothing is subtracted, and nothing grows where decays decay.
-The second scan has no decay of its own, only these factors on rows and columns. A window that reaches to both sides is two.
+The second scan has no decay of its own, only these factors on rows and columns; those of a decay per channel are on q and k.
+A window that reaches to both sides is two.
 
 Shapes: n blocks of B tokens (W, or the row if that is shorter), so a scan has batch · n or batch · (n − 1) rows of B tokens.
 """
@@ -35,7 +36,7 @@ LEAST = 128
 """Tokens of the narrowest side of a window that scans are quicker for than pairs."""
 EXACT = (torch.float64, torch.float32)
 """Dtypes whose digits float32 sums of a block's logs would lose."""
-SLOTS = ("log_a", "rows", "cols", "log_cols")
+SLOTS = ("log_a", "channel", "rows", "cols", "log_cols")
 ALL = slice(None)
 
 
@@ -83,7 +84,8 @@ class Side:
 
 @lru_cache(maxsize=1024)  # one object for each scan, as passes are known by it
 def sides(found: Structure) -> tuple[Side, ...]:
-    """The sides of a band that runs as scans; none if it is narrow, empty, apart from the diagonal, or in documents."""
+    """The sides of a band that runs as scans; none if it is empty, apart from the diagonal, in documents, or narrow, where
+    decays are scalar: per channel there is nothing else."""
     low, high, scan = found.low, found.high, found.scan
     if low is None or high is None or found.coeffs is not None or scan.documents is not None:
         return ()
@@ -94,7 +96,8 @@ def sides(found: Structure) -> tuple[Side, ...]:
     parts = [Side.of(scan, high + 1)]
     if low < 0:
         parts.append(Side.of(replace(scan, causal=False, strict=True), 1 - low))
-    return tuple(parts) if min(side.width for side in parts) >= LEAST else ()
+    wide = scan.channel is not None or min(side.width for side in parts) >= LEAST
+    return tuple(parts) if wide else ()
 
 
 def band_of(term: Term) -> Structure | None:
@@ -104,8 +107,20 @@ def band_of(term: Term) -> Structure | None:
 
 
 @lru_cache(maxsize=4096)  # likewise
-def _problem(p: Problem, rows: int, size: int) -> Problem:
-    return replace(p, batch=rows, seqlen=size, n_states=rows, has_state=False)
+def _problem(p: Problem, rows: int, size: int, q_heads: int, k_heads: int, dtype: torch.dtype) -> Problem:
+    return replace(
+        p, batch=rows, seqlen=size, n_states=rows, has_state=False, q_heads=q_heads, k_heads=k_heads, dtype=dtype
+    )  # fmt: skip
+
+
+def _inside(p: Problem, rows: int, size: int) -> Problem:
+    """Of a scan of so many blocks."""
+    return _problem(p, rows, size, p.q_heads, p.k_heads, p.dtype)
+
+
+def _across(side: Side, p: Problem, rows: int, size: int) -> Problem:
+    """Of a scan across: with a decay per channel q and k are what it makes of them, in the dtype of sums."""
+    return _inside(p, rows, size) if side.scan.channel is None else _problem(p, rows, size, p.nheads, p.nheads, p.accumulate)
 
 
 def work(backend: Scans, found: Structure, p: Problem, config: Config, direction: str) -> Work:
@@ -113,9 +128,9 @@ def work(backend: Scans, found: Structure, p: Problem, config: Config, direction
     total, tokens = Work(0.0, 0.0, 0.0, 0.0), float(p.batch * p.seqlen * p.nheads)
     for side in sides(found):
         size, count = side.blocks(p.seqlen)
-        total = total.plus(backend.work(side.scan, _problem(p, p.batch * count, size), config, direction))
+        total = total.plus(backend.work(side.scan, _inside(p, p.batch * count, size), config, direction))
         if count > 1:
-            total = total.plus(backend.work(side.across, _problem(p, p.batch * (count - 1), size), config, direction))
+            total = total.plus(backend.work(side.across, _across(side, p, p.batch * (count - 1), size), config, direction))
             total = total.plus(Work(0.0, tokens * (12 + p.headdim), 12 * tokens * p.headdim, 20.0))
     return total
 
@@ -150,11 +165,19 @@ class Blocks:
         self.filling = self.size * self.count - self.problem.seqlen
         self.slots = {name: values.tensors[name].detach() for name in SLOTS if getattr(side.scan, name) is not None}
         later, earlier = (slice(1, None), slice(None, -1)) if side.scan.causal else (slice(None, -1), slice(1, None))
-        self.pairs = {"rows": later, "cols": earlier}  # of blocks across: those read, and those before them
+        self.pairs = {
+            "rows": later,
+            "q": later,
+            "cols": earlier,
+            "k": earlier,
+        }  # of blocks across: those read, and those before
         self.factors: dict[str, Tensor] = {}
+        self.leaves = dict(self.slots)  # what factors are made of
         if self.count > 1:
-            for slot in self.slots.values():
-                slot.requires_grad_(learnt)
+            if "channel" in self.slots:
+                self.leaves |= {"q": self.x.q.detach(), "k": self.x.k.detach()}
+            for leaf in self.leaves.values():
+                leaf.requires_grad_(learnt)
             with torch.set_grad_enabled(learnt):
                 self.factors = {name: x[:, self.pairs[name]] for name, x in self._factors().items()}
 
@@ -173,33 +196,38 @@ class Blocks:
         return x.unflatten(0, (self.problem.batch, len(range(self.count)[blocks])))
 
     def _factors(self) -> dict[str, Tensor]:
-        """What the scan across has on rows and on columns."""
+        """What the scan across has on rows and on columns, and what a decay per channel makes of q and k."""
         scan, p, logs, out = self.side.scan, self.problem, dict[str, Tensor](), dict[str, Tensor]()
-        if (log_a := self.slots.get("log_a")) is not None:
-            d = self.cut(log_a.to(exponent_dtype(p) if p.dtype in EXACT else p.accumulate))
-            logs["rows"] = _sums(d, scan.causal, scan.row_inclusive)
-            logs["cols"] = _sums(d, not scan.causal, not scan.col_inclusive)
+        for slot, (of_row, of_col) in {"log_a": ("rows", "cols"), "channel": ("q", "k")}.items():
+            if (log := self.slots.get(slot)) is not None:
+                d = self.cut(log.to(exponent_dtype(p) if p.dtype in EXACT else p.accumulate))
+                logs[of_row] = _sums(d, scan.causal, scan.row_inclusive)
+                logs[of_col] = _sums(d, not scan.causal, not scan.col_inclusive)
         if (late := self.slots.get("log_cols")) is not None:
             logs["cols"] = _joint(torch.add, logs.get("cols"), self.cut(late.to(p.accumulate)))
-        for name in ("rows", "cols"):
+        for name in self.pairs:
             if name in logs:
                 out[name] = logs[name].exp().to(p.accumulate)
-            if name in self.slots:
-                out[name] = _joint(torch.mul, out.get(name), self.cut(self.slots[name].to(p.accumulate)))
-        return out
+            if name in self.leaves:
+                out[name] = _joint(torch.mul, out.get(name), self.cut(self.leaves[name].to(p.accumulate)))
+        return {name: repeat_heads(x, p.nheads, 3) if name in ("q", "k") else x for name, x in out.items()}
 
     def adds(self, backend: Scans, direction: str) -> bool:
         """Whether the scan across adds to what that inside blocks has made."""
-        of_blocks = _problem(self.problem, self.problem.batch * (self.count - 1), self.size)
+        of_blocks = _across(self.side, self.problem, self.problem.batch * (self.count - 1), self.size)
         return self.count > 1 and isinstance(backend, Adder) and backend.adds(self.side.across, of_blocks, direction)
 
     def inputs(self, slots: Mapping[str, Tensor], rows: slice, cols: slice, out: torch.dtype) -> Inputs:
         """Of a scan of those blocks of rows and of columns."""
-        x = self.x
-        q, k, v = self.cut(x.q)[:, rows], self.cut(x.k)[:, cols], self.cut(x.v)[:, cols]
-        problem = _problem(self.problem, q.shape[0] * q.shape[1], self.size)
-        values = {name: slot.detach().flatten(0, 1) for name, slot in slots.items()}
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        x, v = self.x, self.cut(self.x.v)[:, cols]
+        count, values = v.shape[0] * v.shape[1], {name: slot.detach().flatten(0, 1) for name, slot in slots.items()}
+        v = v.flatten(0, 1)
+        if "q" in values:
+            problem, q, k = _across(self.side, self.problem, count, self.size), values.pop("q"), values.pop("k")
+            v = v.to(problem.dtype)
+        else:
+            problem = _inside(self.problem, count, self.size)
+            q, k = self.cut(x.q)[:, rows].flatten(0, 1), self.cut(x.k)[:, cols].flatten(0, 1)
         return Inputs(problem, q, k, v, values, {}, None, None, x.scale, out, wants_state=False)
 
     def scans(self, out: torch.dtype) -> Iterator[tuple[Linear, Inputs, slice, slice]]:
@@ -249,34 +277,38 @@ class Blocks:
                 totals = {name: self.apart(grad, rows) for name, grad in of_inputs.items()} | found
                 continue
             for name, there in blocks.items():
-                if adds:
+                if name in self.factors:
+                    found[name] = self.apart(of_inputs[name], there)
+                elif adds:
                     self._put(totals[name], there, of_inputs[name])
                 else:
                     totals[name][:, there] += self.apart(of_inputs[name], there)
             through = self._through_factors(found)
         totals = {name: self.joined(grad) for name, grad in totals.items()}
+        for name in self.leaves.keys() - self.slots.keys():
+            totals[name] = totals[name] + through[name]
         for name, slot in self.slots.items():
             own = reduce_to(totals[name], slot.shape, 2)
             totals[name] = own + through[name] if name in through else own
         return totals
 
     def _through_factors(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of the factors → of the slots that they are made of."""
+        """Gradients of the factors → of what they are made of."""
         if not self.factors:
             return {}
         factors = {name: x for name, x in self.factors.items() if x.requires_grad}
         given = [grads[name].to(x.dtype) for name, x in factors.items()]
-        found = torch.autograd.grad(list(factors.values()), list(self.slots.values()), given)
-        return dict(zip(self.slots, found, strict=True))
+        found = torch.autograd.grad(list(factors.values()), list(self.leaves.values()), given)
+        return dict(zip(self.leaves, found, strict=True))
 
 
 def _sums(d: Tensor, from_left: bool, inclusive: bool) -> Tensor:
-    """Σ d over the tokens of a block up to each from one of its ends, itself among them or not; d is `(batch, n, B, heads)`."""
-    d = d.transpose(2, 3).contiguous()  # tokens last: a GPU sums these ten times as fast
-    sums = d.cumsum(3) if from_left else d.flip(3).cumsum(3).flip(3)
+    """Σ d, `(batch, n, B, heads, …)`, over the tokens of a block up to each from one of its ends, itself among them or not."""
+    d = d.movedim(2, -1).contiguous()  # tokens last: a GPU sums these ten times as fast
+    sums = d.cumsum(-1) if from_left else d.flip(-1).cumsum(-1).flip(-1)
     if not inclusive:
         sums = pad(sums[..., :-1], (1, 0)) if from_left else pad(sums[..., 1:], (0, 1))
-    return sums.transpose(2, 3)
+    return sums.movedim(-1, 2)
 
 
 def _joint(both: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ STRUCTURES: dict[str, Callable[[Make], Mask]] = {
     "decay.T * documents": lambda s: m.decay(s.log()).strict().T * s.cu,
     "trapezoidal * documents": lambda s: m.trapezoidal(s.log(), s.factor(), s.factor().flip(1)) * s.cu,
     "channel_decay * documents": lambda s: m.channel_decay(-s.ranked(s.dstate).abs()) * s.cu,
+    "channel_decay * window": lambda s: m.channel_decay(-s.ranked(s.dstate).abs()) * m.window(3),
     "channel_decay T": lambda s: m.channel_decay(-s.ranked(s.dstate).abs()).T,
 }
 """Name → a mask of that structure."""

@@ -29,7 +29,7 @@ def kind_of(term: Term) -> str | None:
         return None  # it would run by gradients, autograd's here, and a forward pass runs where that keeps no record
     if found is None or found.levels is not None or found.coeffs is not None:
         return None if found is None else "lags" if found.levels is None else "fenwick"
-    return "scans" if banded.sides(found) else "band"
+    return "scans" if banded.sides(found) else "band" if found.scan.channel is None else None
 
 
 def has_chunks(term: Term) -> bool:

@@ -65,7 +65,7 @@ def _read(mask: n.Node) -> Structure | None:
     except _Unstructured:
         return None
     scan = read_term(_completed(rest))
-    if not isinstance(scan, Linear) or scan.channel is not None:
+    if not isinstance(scan, Linear):
         return None
     return taker.around(scan, directed=rest is not None and _has_direction(rest))
 
@@ -183,6 +183,8 @@ class _Taker:
         if directed and (high is not None or self.coeffs is not None):
             low = 0 if low is None else max(low, 0)
         if self.first and (self.low is None or self.low < self.first):  # else i − j ≥ first, and no row before it has entries
+            return None
+        if scan.channel is not None and (self.levels is not None or self.coeffs is not None):
             return None
         if self.levels is not None and (high is not None or self.coeffs is not None or not scan.col_inclusive):
             return None
