@@ -28,6 +28,7 @@ def _against_naive(quick: bool) -> Iterator[Figure]:
         "decay in a window of 64": (_window(63), 1024, 64, 128, 5.0),
         "decay in a window of 512": (_window(511), 1024, 64, 128, 5.0),
         "toeplitz": (_toeplitz, 1024, 4, 4, 2.0),
+        "decay per channel in a window of 64": (_window(63, _channels, 16), 256, 16, 16, 5.0),
         "causal toeplitz": (lambda seqlen: _toeplitz(seqlen) * masks.causal(), 1024, 4, 4, 2.0),
     }
     for name, (make, seqlen, headdim, dstate, target) in cases.items():
@@ -40,14 +41,18 @@ def _against_naive(quick: bool) -> Iterator[Figure]:
 
 
 def _against_decay(quick: bool) -> Iterator[Figure]:
-    windows = ((f"decay in a window of {width}", _window(width - 1), 2.5) for width in (64, 512))
-    for name, make, target in (("fenwick", _fenwick, 4.0), *windows):
+    windows = (
+        (f"decay{kind} in a window of {width}", alone, _window(width - 1, alone), target)
+        for kind, alone, target in (("", _decay, 2.5), (" per channel", _channels, 3.0))
+        for width in (64, 512)
+    )
+    for name, alone, make, target in (("fenwick", _decay, _fenwick, 4.0), *windows):
         seqlen = 4096
         inputs = _inputs(seqlen, 64, 128)
         for direction in PASSES:
-            plain, ours = (_call("chunked", m, inputs, direction) for m in (masks.decay(_log(seqlen)), make(seqlen)))
+            plain, ours = (_call("chunked", m(seqlen), inputs, direction) for m in (alone, make))
             times = paired(plain, ours, rounds=3 if quick else 9)
-            size = f"{name}, {seqlen} tokens, {direction}: time against decay's"
+            size = f"{name}, {seqlen} tokens, {direction}: time against the decay's"
             yield Figure(size, times.ratio, "×", "at most", target, _milliseconds(times, "decay", "this"))
 
 
@@ -55,12 +60,21 @@ def _log(seqlen: int) -> Tensor:
     return -0.1 * torch.rand(1, seqlen, HEADS)
 
 
+def _decay(seqlen: int, dstate: int = 128) -> Mask:
+    """A scalar one, whatever dstate is."""
+    return masks.decay(_log(seqlen))
+
+
+def _channels(seqlen: int, dstate: int = 128) -> Mask:
+    return masks.channel_decay(-0.1 * torch.rand(1, seqlen, HEADS, dstate))
+
+
 def _fenwick(seqlen: int) -> Mask:
     return masks.fenwick(_log(seqlen), torch.rand(1, seqlen, HEADS, fenwick_levels(seqlen)))
 
 
-def _window(left: int) -> Callable[[int], Mask]:
-    return lambda seqlen: masks.decay(_log(seqlen)) * masks.window(left)
+def _window(left: int, alone: Callable[..., Mask] = _decay, dstate: int = 128) -> Callable[[int], Mask]:
+    return lambda seqlen: alone(seqlen, dstate) * masks.window(left)
 
 
 def _toeplitz(seqlen: int) -> Mask:
