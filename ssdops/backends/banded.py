@@ -108,9 +108,7 @@ def band_of(term: Term) -> Structure | None:
 
 @lru_cache(maxsize=4096)  # likewise
 def _problem(p: Problem, rows: int, size: int, q_heads: int, k_heads: int, dtype: torch.dtype) -> Problem:
-    return replace(
-        p, batch=rows, seqlen=size, n_states=rows, has_state=False, q_heads=q_heads, k_heads=k_heads, dtype=dtype
-    )  # fmt: skip
+    return replace(p, batch=rows, seqlen=size, n_states=rows, has_state=False, q_heads=q_heads, k_heads=k_heads, dtype=dtype)
 
 
 def _inside(p: Problem, rows: int, size: int) -> Problem:
@@ -165,12 +163,8 @@ class Blocks:
         self.filling = self.size * self.count - self.problem.seqlen
         self.slots = {name: values.tensors[name].detach() for name in SLOTS if getattr(side.scan, name) is not None}
         later, earlier = (slice(1, None), slice(None, -1)) if side.scan.causal else (slice(None, -1), slice(1, None))
-        self.pairs = {
-            "rows": later,
-            "q": later,
-            "cols": earlier,
-            "k": earlier,
-        }  # of blocks across: those read, and those before
+        # of blocks across: those read, and those before them
+        self.pairs = {"rows": later, "q": later, "cols": earlier, "k": earlier}
         self.factors: dict[str, Tensor] = {}
         self.leaves = dict(self.slots)  # what factors are made of
         if self.count > 1:
