@@ -167,6 +167,7 @@ READ = {
     "lags": (masks.toeplitz(COEFFS) * masks.causal(), (0, None)),
     "levels by column": (-masks.fenwick(LOG, LEVELS).strict().T * masks.documents(segment_ids=IDS), (None, None)),
 }
+CHANNELS = masks.channel_decay(torch.zeros(1, 9, 2, 3))
 NOT_READ = {
     "cut rows": masks.window(3, 1).shift(1),
     "levels of a row, gates of a column": masks.fenwick(LOG, LEVELS).T.scale(log_cols=LOG),
@@ -175,7 +176,8 @@ NOT_READ = {
     "lags in documents": masks.toeplitz(COEFFS) * masks.documents(segment_ids=IDS),
     "two kinds of lags": masks.toeplitz(COEFFS) * masks.toeplitz(COEFFS.clone()),
     "dense": masks.dense(torch.zeros(9, 9)) * masks.window(2),
-    "channels": masks.channel_decay(torch.zeros(1, 9, 2, 3)) * masks.window(2),
+    "levels of channels": masks.fenwick(LOG, LEVELS) * CHANNELS,
+    "lags of channels": masks.toeplitz(COEFFS) * CHANNELS,
 }
 
 
@@ -192,6 +194,16 @@ def test_what_is_not_structured_is_refused_by_chunked(name: str) -> None:
     mask = NOT_READ[name]
     (term,) = terms_of(mask.tree)
     assert structure_of(term.node()) is None
+    q = torch.zeros(1, 9, 2, 3)
+    with pytest.raises(UnsupportedError, match="naive"):
+        ssd(q, q, q, mask, backend="chunked")
+
+
+@pytest.mark.parametrize(
+    "mask", [CHANNELS * masks.window(2) * masks.documents(segment_ids=IDS), CHANNELS * masks.window(4, -2)]
+)
+def test_bands_of_channels_that_are_no_scans_are_refused_by_chunked(mask: Mask) -> None:
+    """In documents, and apart from the diagonal."""
     q = torch.zeros(1, 9, 2, 3)
     with pytest.raises(UnsupportedError, match="naive"):
         ssd(q, q, q, mask, backend="chunked")
