@@ -86,7 +86,7 @@ def test_a_model_is_tuned_as_its_blocks_call_it(monkeypatch: pytest.MonkeyPatch,
     result = ssdops("tune", "--model", "mamba2-130m", "--batch", 2, "--seqlen", seqlen, "--direction", "backward")
     assert result.exit_code == 0, result.output
     log = tmp_path / "shapes.jsonl"
-    monkeypatch.setenv("SSDOPS_LOG_SHAPES", str(log))
+    monkeypatch.setattr(config, "shape_log", lambda: log)  # the environment is read once in a process
     Mamba2(768, device=torch.device("cpu"))(torch.randn(2, seqlen, 768)).sum().backward()
     (met,), _ = read_log(log)
     ((_, record),) = store.every()

@@ -29,7 +29,7 @@ from ..ir.passes.structure import Structure, structure_of
 from ..ir.problem import Problem
 from ..ir.resolve import reduce_to, repeat_heads
 from ..ir.terms import Linear, Quadratic, Term
-from .base import Adder, Config, Cotangents, Gradients, Inputs, Output, Work, exponent_dtype
+from .base import Adder, Config, Cotangents, Gradients, Inputs, Output, Support, Work, exponent_dtype
 from .structured import Values
 
 LEAST = 128
@@ -104,6 +104,15 @@ def band_of(term: Term) -> Structure | None:
     """The structure of a term that is a band and runs as scans; None if it is another."""
     found = structure_of(term.mask) if isinstance(term, Quadratic) else None
     return found if found is not None and sides(found) else None
+
+
+def reject_channels(found: Structure, name: str) -> Support | None:
+    """Why a backend whose scans share no chunk size cannot run a band of a decay per channel; None if the band is another."""
+    if found.scan.channel is None:
+        return None
+    return Support.no(
+        f"'{name}' has no windows of a channel_decay; 'chunked' runs them as two scans, and 'naive' runs any mask"
+    )
 
 
 @lru_cache(maxsize=4096)  # likewise

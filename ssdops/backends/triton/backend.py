@@ -43,9 +43,7 @@ class Triton:
         if isinstance(term, Diagonal):
             return Support.yes()
         if (band := banded.band_of(term)) is not None:
-            if band.scan.channel is not None:  # whose two scans have no chunk size in common
-                return Support.no("'triton' has no windows of a decay per channel; 'chunked' runs them as two scans")
-            return self.supports(banded.sides(band)[0].scan, p)
+            return banded.reject_channels(band, self.name) or self.supports(banded.sides(band)[0].scan, p)
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
             return tiles.supports(term, p) if found is None else fenwick.supports(found, p)
