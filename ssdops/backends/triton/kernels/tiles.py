@@ -29,8 +29,7 @@ import triton
 import triton.language as tl
 
 from . import formula
-
-LN2 = tl.constexpr(0.6931471805599453)
+from .formula import LN2
 
 
 @triton.jit
