@@ -28,7 +28,7 @@ from ssdops.testing.laws import noise, part
 from ssdops.testing.structures import STRUCTURES, Make
 from ssdops.testing.tolerance import assert_close
 
-REFUSED = {"window", "toeplitz", "dense", "fenwick", "shift(2)", "decay * window"}
+REFUSED = {"window", "toeplitz", "dense", "fenwick", "shift(2)", "decay * window", "channel_decay * window"}
 """Structures that carry no state."""
 MORE: dict[str, Callable[[Make], Mask]] = {
     "trapezoidal reverse": lambda s: masks.trapezoidal(s.log(), s.factor(), s.factor().flip(1)).reverse(),
