@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ssdops import explain, masks, ssd
 from ssdops.backends import banded, registry
-from ssdops.backends.base import Config, Inputs, Output
+from ssdops.backends.base import Config, Inputs, Output, Support, Work
 from ssdops.backends.chunked import structured
 from ssdops.backends.tvm.backend import installed
+from ssdops.ir.problem import Problem, Target
 from ssdops.ir.terms import Term
 from ssdops.masks import Mask
 from ssdops.plan import terms_of
@@ -108,10 +109,13 @@ def case_of(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) 
         return torch.randn(shape, generator=generator)
 
     band = masks.window(width - 1) * masks.decay(-normal(batch, seqlen, 4).abs())
+    per_channel = masks.window(width - 1) * masks.channel_decay(-normal(batch, seqlen, 4, 16).abs())
     mask = {
         "causal": band,
         "turned": band.scale(normal(batch, seqlen, 2), normal(batch, seqlen, 4), normal(batch, seqlen, 1)).T,
         "both sides": masks.window(width - 1, width // 2),
+        "per channel": per_channel,
+        "per channel, turned": per_channel.scale(normal(batch, seqlen, 2), normal(batch, seqlen, 4)).T,
     }[name]
     q, k, v = (normal(batch, seqlen, heads, dim).to(dtype) for heads, dim in ((1, 16), (2, 16), (4, 16)))
     return replace(Case(q, k, v, mask, 0.5), operands=dtype)
@@ -126,6 +130,9 @@ def case_of(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) 
         (1, 21, 9, "both sides", torch.float32),
         (0, 4, 2, "causal", torch.float32),
         (1, 0, 2, "both sides", torch.bfloat16),
+        (2, 40, 20, "per channel", torch.bfloat16),
+        (1, 33, 12, "per channel, turned", torch.float32),
+        (1, 20, 9, "per channel", torch.float16),
     ],
 )
 def test_triton_equals_oracle(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) -> None:
@@ -133,6 +140,33 @@ def test_triton_equals_oracle(batch: int, seqlen: int, width: int, name: str, dt
     case = case_of(batch, seqlen, width, name, dtype)
     laws.equals_oracle(Runner("triton", 16), case)
     laws.gradients_equal_oracle(Runner("triton", 16), case)
+
+
+@pytest.mark.parametrize(("capability", "across"), [((9, 0), 64), ((10, 0), 32)])
+def test_the_scan_across_has_chunks_of_its_own_where_those_inside_are_none_of_its(
+    capability: tuple[int, int], across: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per channel it is of float32, of which tiles of 64 tokens and headdim 128 do not fit tensor memory."""
+    pytest.importorskip("triton")
+    ran: list[int | None] = []
+    triton = registry.get("triton")
+    work = triton.work
+
+    def noted(term: Term, problem: Problem, config: Config, direction: str = "forward") -> Work:
+        ran.append(config.chunk_size)
+        return work(term, problem, config, direction)
+
+    monkeypatch.setattr(triton, "work", noted)
+    q, v = torch.zeros(1, 600, 2, 64, dtype=torch.bfloat16), torch.zeros(1, 600, 2, 128, dtype=torch.bfloat16)
+    mask = masks.channel_decay(torch.zeros(1, 600, 2, 64)) * masks.window(200)
+    problem = replace(Case(q, q, v, mask, 1.0).problem, target=Target("cuda", "", capability))
+    (term,) = terms_of(mask.tree)
+    assert triton.supports(term, problem).ok
+    configs = triton.configs(term, problem)
+    assert not isinstance(configs, Support)
+    for config in configs:
+        triton.work(term, problem, config)
+    assert ran == [64, 64, across]  # the window, the scan inside blocks, and the one across
 
 
 @pytest.mark.tvm

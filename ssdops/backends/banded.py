@@ -15,7 +15,7 @@ Shapes: n blocks of B tokens (W, or the row if that is shorter), so a scan has b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm
@@ -42,6 +42,14 @@ ALL = slice(None)
 
 class Scans(Protocol):
     """What runs scans: a backend, as `Backend` says."""
+
+    def __hash__(self) -> int:
+        """By identity."""
+        ...
+
+    def configs(self, term: Linear, problem: Problem, chunk_size: int | None = None) -> Iterable[Config] | Support:
+        """What it can be run with."""
+        ...
 
     def work(self, term: Linear, problem: Problem, config: Config, direction: str) -> Work:
         """What a scan costs."""
@@ -106,15 +114,6 @@ def band_of(term: Term) -> Structure | None:
     return found if found is not None and sides(found) else None
 
 
-def reject_channels(found: Structure, name: str) -> Support | None:
-    """Why a backend whose scans share no chunk size cannot run a band of a decay per channel; None if the band is another."""
-    if found.scan.channel is None:
-        return None
-    return Support.no(
-        f"'{name}' has no windows of a channel_decay; 'chunked' runs them as two scans, and 'naive' runs any mask"
-    )
-
-
 @lru_cache(maxsize=4096)  # likewise
 def _problem(p: Problem, rows: int, size: int, q_heads: int, k_heads: int, dtype: torch.dtype) -> Problem:
     return replace(p, batch=rows, seqlen=size, n_states=rows, has_state=False, q_heads=q_heads, k_heads=k_heads, dtype=dtype)
@@ -130,6 +129,19 @@ def _across(side: Side, p: Problem, rows: int, size: int) -> Problem:
     return _inside(p, rows, size) if side.scan.channel is None else _problem(p, rows, size, p.nheads, p.nheads, p.accumulate)
 
 
+@lru_cache(maxsize=4096)  # likewise
+def _across_config(backend: Scans, side: Side, p: Problem, config: Config) -> Config:
+    """Of the scan across, which need not have the chunks of a decay per channel: those if it has, or else its own."""
+    if side.scan.channel is None:
+        return config
+    size, count = side.blocks(p.seqlen)
+    of_scan = _across(side, p, p.batch * (count - 1), size)
+    same = backend.configs(side.across, of_scan, config.chunk_size)
+    found = backend.configs(side.across, of_scan) if isinstance(same, Support) else same
+    assert not isinstance(found, Support)  # supports() has looked
+    return next(iter(found))
+
+
 def work(backend: Scans, found: Structure, p: Problem, config: Config, direction: str) -> Work:
     """What its scans cost, and beside them factors and sums."""
     total, tokens = Work(0.0, 0.0, 0.0, 0.0), float(p.batch * p.seqlen * p.nheads)
@@ -137,7 +149,8 @@ def work(backend: Scans, found: Structure, p: Problem, config: Config, direction
         size, count = side.blocks(p.seqlen)
         total = total.plus(backend.work(side.scan, _inside(p, p.batch * count, size), config, direction))
         if count > 1:
-            total = total.plus(backend.work(side.across, _across(side, p, p.batch * (count - 1), size), config, direction))
+            of_scan, across = _across(side, p, p.batch * (count - 1), size), _across_config(backend, side, p, config)
+            total = total.plus(backend.work(side.across, of_scan, across, direction))
             total = total.plus(Work(0.0, tokens * (12 + p.headdim), 12 * tokens * p.headdim, 20.0))
     return total
 
@@ -216,7 +229,9 @@ class Blocks:
         return {name: repeat_heads(x, p.nheads, 3) if name in ("q", "k") else x for name, x in out.items()}
 
     def adds(self, backend: Scans, direction: str) -> bool:
-        """Whether the scan across adds to what that inside blocks has made."""
+        """Whether the scan across adds to what that inside blocks has made; per channel its q and k are others."""
+        if self.side.scan.channel is not None:
+            return False
         of_blocks = _across(self.side, self.problem, self.problem.batch * (self.count - 1), self.size)
         return self.count > 1 and isinstance(backend, Adder) and backend.adds(self.side.across, of_blocks, direction)
 
@@ -233,12 +248,14 @@ class Blocks:
             q, k = self.cut(x.q)[:, rows].flatten(0, 1), self.cut(x.k)[:, cols].flatten(0, 1)
         return Inputs(problem, q, k, v, values, {}, None, None, x.scale, out, wants_state=False)
 
-    def scans(self, out: torch.dtype) -> Iterator[tuple[Linear, Inputs, slice, slice]]:
+    def scans(self, backend: Scans, config: Config, out: torch.dtype) -> Iterator[tuple[Linear, Inputs, Config, slice, slice]]:
         """The scan inside blocks, and that across, each with its blocks of rows and of columns."""
-        yield self.side.scan, self.inputs({name: self.cut(slot) for name, slot in self.slots.items()}, ALL, ALL, out), ALL, ALL
+        slots = {name: self.cut(slot) for name, slot in self.slots.items()}
+        yield self.side.scan, self.inputs(slots, ALL, ALL, out), config, ALL, ALL
         if self.count > 1:
             rows, cols = self.pairs["rows"], self.pairs["cols"]
-            yield self.side.across, self.inputs(self.factors, rows, cols, out), rows, cols
+            across = _across_config(backend, self.side, self.problem, config)
+            yield self.side.across, self.inputs(self.factors, rows, cols, out), across, rows, cols
 
     def _out(self, adds: bool, alone: bool) -> torch.dtype:
         """What scans are to give: rounded, as sums of two terms are (`run.py`), where there is nothing else to be added."""
@@ -254,13 +271,13 @@ class Blocks:
     def forward(self, backend: Scans, config: Config, alone: bool) -> Tensor:
         """Y of this side, the only one or not."""
         adds, total = self.adds(backend, "forward"), None
-        for scan, x, rows, _ in self.scans(self._out(adds, alone)):
+        for scan, x, run, rows, _ in self.scans(backend, config, self._out(adds, alone)):
             if total is None:
-                total = self.apart(backend.forward(scan, x, config).y, rows)
+                total = self.apart(backend.forward(scan, x, run).y, rows)
             elif adds:
-                self._put(total, rows, backend.forward(scan, replace(x, onto=total[:, rows].flatten(0, 1)), config).y)
+                self._put(total, rows, backend.forward(scan, replace(x, onto=total[:, rows].flatten(0, 1)), run).y)
             else:
-                total[:, rows] += self.apart(backend.forward(scan, x, config).y, rows)
+                total[:, rows] += self.apart(backend.forward(scan, x, run).y, rows)
         assert total is not None  # there is a scan inside blocks
         return self.joined(total)
 
@@ -268,12 +285,12 @@ class Blocks:
         """Gradients of q, k, v and the slots, by name."""
         adds, cotangent = self.adds(backend, "backward"), self.cut(dy)
         totals, through = dict[str, Tensor](), dict[str, Tensor]()
-        for scan, x, rows, cols in self.scans(self._out(adds, alone)):
+        for scan, x, run, rows, cols in self.scans(backend, config, self._out(adds, alone)):
             onto, blocks = None, {"q": rows, "k": cols, "v": cols}
             if totals and adds:
                 q, k, v = (totals[name][:, there].flatten(0, 1) for name, there in blocks.items())
                 onto = Gradients(q, k, v)
-            grads = backend.backward(scan, x, config, Cotangents(cotangent[:, rows].flatten(0, 1), onto=onto))
+            grads = backend.backward(scan, x, run, Cotangents(cotangent[:, rows].flatten(0, 1), onto=onto))
             of_inputs = {"q": grads.q, "k": grads.k, "v": grads.v}
             found = {name: self.apart(grad, rows) for name, grad in grads.values.items()}
             if not totals:

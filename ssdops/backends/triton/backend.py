@@ -43,7 +43,7 @@ class Triton:
         if isinstance(term, Diagonal):
             return Support.yes()
         if (band := banded.band_of(term)) is not None:
-            return banded.reject_channels(band, self.name) or self.supports(banded.sides(band)[0].scan, p)
+            return self.supports(banded.sides(band)[0].scan, p)
         if isinstance(term, Quadratic):
             found = fenwick.structure(term)
             return tiles.supports(term, p) if found is None else fenwick.supports(found, p)
@@ -79,7 +79,8 @@ class Triton:
         band = banded.band_of(term)
         if isinstance(term, Diagonal) or (isinstance(term, Quadratic) and band is None):
             return (Config(),)
-        channel = isinstance(term, Linear) and term.channel is not None
+        scan = term if band is None else banded.sides(band)[0].scan
+        channel = isinstance(scan, Linear) and scan.channel is not None
         sizes_of = channel_chunks if channel else chunks
         if chunk_size is not None and chunk_size not in sizes_of(problem):
             known = ", ".join(map(str, sorted(sizes_of(problem))))
@@ -88,7 +89,7 @@ class Triton:
         if chunk_size is not None and problem.state_every is not None and problem.state_every % chunk_size:
             return _between_chunks(problem.state_every, chunk_size)
         if band is not None:
-            return (Config(self._chunk(problem, chunk_size)),)
+            return (Config(chunk_size or (channel_chunks(problem)[0] if channel else self._chunk(problem, None))),)
         return self._whole(problem, chunk_size) if channel else self._splits(problem, chunk_size)
 
     def _whole(self, problem: Problem, chunk_size: int | None) -> Iterator[Config]:

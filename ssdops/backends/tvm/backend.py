@@ -41,7 +41,7 @@ class Tvm:
         """Scans with scalar decay, diagonals, and masks by tiles."""
         p = problem
         if (band := banded.band_of(term)) is not None:
-            return banded.reject_channels(band, self.name) or self.supports(banded.sides(band)[0].scan, p)
+            return self.supports(banded.sides(band)[0].scan, p)
         if isinstance(term, Linear) and term.channel is not None:
             return Support.no(
                 "'tvm' has scalar decays only, and this one is per channel; 'chunked', 'recurrent' and 'naive' run it"
