@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 from measure import Call, Paired, paired
@@ -41,11 +42,12 @@ def _against_naive(quick: bool) -> Iterator[Figure]:
 
 
 def _against_decay(quick: bool) -> Iterator[Figure]:
-    windows = (
+    windows = [
         (f"decay{kind} in a window of {width}", alone, _window(width - 1, alone), target)
         for kind, alone, target in (("", _decay, 2.5), (" per channel", _channels, 3.0))
         for width in (64, 512)
-    )
+    ]
+    windows.append(("decay in documents in a window of 512", _documents, _window(511, _documents), 2.5))
     for name, alone, make, target in (("fenwick", _decay, _fenwick, 4.0), *windows):
         seqlen = 4096
         inputs = _inputs(seqlen, 64, 128)
@@ -67,6 +69,12 @@ def _decay(seqlen: int, dstate: int = 128) -> Mask:
 
 def _channels(seqlen: int, dstate: int = 128) -> Mask:
     return masks.channel_decay(-0.1 * torch.rand(1, seqlen, HEADS, dstate))
+
+
+def _documents(seqlen: int, dstate: int = 128) -> Mask:
+    """Four of 64 to 2,560 tokens, over and over."""
+    lengths = [64, 960, 512, 2560] * (seqlen // 4096)
+    return _decay(seqlen, dstate) * masks.documents(torch.tensor([0, *accumulate(lengths)]))
 
 
 def _fenwick(seqlen: int) -> Mask:

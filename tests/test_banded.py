@@ -68,10 +68,6 @@ class TestChannelsInWindows(Conformance):
     def make_mask(s: Source) -> Mask:  # type: ignore[misc]  # likewise
         return channels(s)
 
-    def _packed(self, data: st.DataObject) -> tuple[Case, Mask]:
-        """Of scalar decays: in documents those per channel run by entries."""
-        return TestBanded()._packed(data)
-
 
 NEEDS = {
     "chunked": (),
@@ -110,7 +106,12 @@ def case_of(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) 
 
     band = masks.window(width - 1) * masks.decay(-normal(batch, seqlen, 4).abs())
     per_channel = masks.window(width - 1) * masks.channel_decay(-normal(batch, seqlen, 4, 16).abs())
+    counted = (torch.arange(seqlen).expand(batch, -1) * 5 // max(seqlen, 1)).div(2, rounding_mode="floor")
     mask = {
+        "in documents": band * masks.documents(torch.tensor([0, seqlen // 9, seqlen // 2, seqlen // 2, seqlen])),
+        "in documents, turned": (
+            band.scale(rows=normal(batch, seqlen, 4)) * masks.documents(segment_ids=counted, n_segments=3)
+        ).T,
         "causal": band,
         "turned": band.scale(normal(batch, seqlen, 2), normal(batch, seqlen, 4), normal(batch, seqlen, 1)).T,
         "both sides": masks.window(width - 1, width // 2),
@@ -133,6 +134,8 @@ def case_of(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) 
         (2, 40, 20, "per channel", torch.bfloat16),
         (1, 33, 12, "per channel, turned", torch.float32),
         (1, 20, 9, "per channel", torch.float16),
+        (1, 45, 16, "in documents", torch.bfloat16),
+        (2, 40, 13, "in documents, turned", torch.float32),
     ],
 )
 def test_triton_equals_oracle(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) -> None:
@@ -171,9 +174,9 @@ def test_the_scan_across_has_chunks_of_its_own_where_those_inside_are_none_of_it
 
 @pytest.mark.tvm
 @pytest.mark.skipif(not installed().ok, reason="no TVM, whose programs these are; `chunked` has all of this above")
-@pytest.mark.parametrize("name", ["causal", "turned", "both sides"])
+@pytest.mark.parametrize("name", ["causal", "turned", "both sides", "in documents, turned", "in documents"])
 def test_tvm_equals_oracle(name: str) -> None:
-    case = case_of(2, 75, 20, name, torch.float32)
+    case = case_of(1 if name == "in documents" else 2, 75, 20, name, torch.float32)
     laws.equals_oracle(Runner("tvm", 16), case)
     laws.gradients_equal_oracle(Runner("tvm", 16), case)
 
@@ -197,13 +200,14 @@ AS_SCANS = {
     "wide on both sides": masks.window(200, 127),
     "turned": (masks.window(127) * masks.decay(LOG)).strict().T,
     "wider than the row": masks.window(1000) * masks.decay(LOG),
+    "in documents": masks.window(127) * masks.documents(torch.tensor([0, 200, 600])),
     "narrow, per channel": masks.window(20) * masks.channel_decay(LOG[..., None].expand(-1, -1, -1, 3)),
 }
 AS_PAIRS = {
     "narrow": masks.window(126) * masks.decay(LOG),
     "narrow on one side": masks.window(200, 126),
     "apart from the diagonal": masks.window(300, -150) * masks.decay(LOG),
-    "in documents": masks.window(127) * masks.documents(torch.tensor([0, 200, 600])),
+    "in documents that nobody counted": masks.window(127) * masks.documents(segment_ids=torch.zeros(1, 600, dtype=torch.int64)),
 }
 
 

@@ -28,6 +28,9 @@ MASKS: dict[str, Callable[[Make], Mask]] = {
     "T": lambda s: (m.decay(s.log(1)) * m.window(150)).T,
     "strict": lambda s: (m.decay(s.log() / 30) * m.window(130)).strict(),
     "shift": lambda s: m.decay(s.log() / 30).shift(1) * m.window(200),
+    "documents": lambda s: (
+        m.decay(s.log() / 30) * m.window(130) * m.documents(torch.tensor([0, 40, 40, s.seqlen], device="cuda"))
+    ),
     "per channel": lambda s: m.channel_decay(-s.ranked(s.dstate).abs() / 30) * m.window(127),
     "per channel, T": lambda s: (m.channel_decay(-s.ranked(s.dstate).abs() / 30) * m.window(150)).T,
     "scale": lambda s: (m.decay(s.log() / 30) * m.window(129)).scale(rows=s.factor(), cols=s.factor(1), log_cols=s.log()),

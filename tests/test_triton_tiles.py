@@ -185,7 +185,7 @@ def test_a_log_that_is_not_finite_spoils_what_it_spans() -> None:
     "mask, reason",
     [
         (lambda s: m.fenwick(s.log(), s.ranked(4)).T.scale(log_cols=s.log()), "fenwick"),
-        (lambda s: m.channel_decay(-s.ranked(s.dstate).abs()) * m.window(3), "channel_decay"),
+        (lambda s: m.channel_decay(-s.ranked(s.dstate).abs()) * m.window(4, -2), "channel_decay"),
         (lambda s: m.window(4, 4).strict() * m.window(5, 5).shift(1).strict().shift(1), "2 diagonals"),
     ],
 )
