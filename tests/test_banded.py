@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssdops import explain, masks, ssd
 from ssdops.backends import banded, registry
+from ssdops.backends.banded import side
 from ssdops.backends.base import Config, Inputs, Output, Support, Work
 from ssdops.backends.chunked import structured
 from ssdops.backends.tvm.backend import installed
@@ -34,7 +35,7 @@ LOG = torch.zeros(1, 600, 2)
 def narrow_ones_too() -> Iterator[None]:
     """Windows of a few tokens as scans: what is drawn is small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(banded, "LEAST", 1)
+        patch.setattr(side, "LEAST", 1)
         banded.sides.cache_clear()
         yield
     banded.sides.cache_clear()
@@ -214,7 +215,7 @@ AS_PAIRS = {
 @pytest.fixture
 def as_shipped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No narrow ones."""
-    monkeypatch.setattr(banded, "LEAST", 128)
+    monkeypatch.setattr(side, "LEAST", 128)
     banded.sides.cache_clear()
     yield
     banded.sides.cache_clear()
