@@ -40,7 +40,7 @@ class Tvm:
     def supports(self, term: Term, problem: Problem) -> Support:
         """Scans with scalar decay, diagonals, and masks by tiles."""
         p = problem
-        if (band := banded.band_of(term)) is not None:
+        if (band := banded.band_of(term)) is not None and band.scan.channel is None:
             return self.supports(banded.sides(band)[0].scan, p)
         if isinstance(term, Linear) and term.channel is not None:
             return Support.no(
