@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 import torch
@@ -180,6 +181,37 @@ def test_tvm_equals_oracle(name: str) -> None:
     case = case_of(1 if name == "in documents" else 2, 75, 20, name, torch.float32)
     laws.equals_oracle(Runner("tvm", 16), case)
     laws.gradients_equal_oracle(Runner("tvm", 16), case)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_gradients_of_a_document_meet_nothing_of_another(per_channel: bool, turned: bool) -> None:
+    """Whatever is NaN in a document, gradients of others are what they were; documents begin and end in blocks, and at ends."""
+    cuts, generator = [0, 5, 16, 30, 48], torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, 48, *shape, generator=generator, dtype=torch.float64)
+
+    log = -normal(2, 3).abs() if per_channel else -normal(2).abs()
+    tensors = {"q": normal(1, 3), "k": normal(2, 3), "v": normal(2, 4), "log": log, "rows": normal(2), "cols": normal(1)}
+    tensors["dy"] = normal(2, 4)
+
+    def gradients(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {name: x.clone().requires_grad_(name != "dy") for name, x in given.items()}
+        decay = (masks.channel_decay if per_channel else masks.decay)(leaves["log"])
+        mask = (decay * masks.window(7)).scale(leaves["rows"], leaves["cols"]) * masks.documents(torch.tensor(cuts))
+        y = ssd(leaves["q"], leaves["k"], leaves["v"], mask.T if turned else mask, backend="chunked", chunk_size=4)
+        y.backward(leaves.pop("dy"))
+        return {name: x.grad for name, x in leaves.items() if x.grad is not None}
+
+    clean = gradients(tensors)
+    for poisoned in ("q", "k", "v", "log", "rows", "cols", "dy"):
+        for start, stop in pairwise(cuts):
+            own = torch.arange(start, stop)
+            found = gradients({**tensors, poisoned: tensors[poisoned].index_fill(1, own, torch.nan)})
+            for name, grad in found.items():
+                grad, wanted = (x.index_fill(1, own, 0.0) for x in (grad, clean[name]))
+                torch.testing.assert_close(grad, wanted, msg=f"{name}, with NaN in {poisoned} of tokens {start} to {stop}")
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

@@ -40,12 +40,10 @@ class Packing:
         self.counts = {"rows": rows, "q": rows, "y": rows, "cols": cols, "k": cols, "v": cols}
 
     def _document_around(self, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the document with tokens on both sides of a block's end begins and ends; both are that end if there is none."""
-        last = self.starts.numel() - 1
+        """Where the document of the token behind a block's end begins and ends: at that end, if none goes on across it."""
         later = torch.searchsorted(self.starts, ends.contiguous(), right=True)
-        begin, stop = self.starts[(later - 1).clamp(min=0)], self.starts[later.clamp(max=last)]
-        around = (later > 0) & (later <= last) & (begin < ends)
-        return torch.where(around, begin, ends)[..., None], torch.where(around, stop, ends)[..., None]
+        begin, stop = self.starts[(later - 1).clamp(min=0)], self.starts[later.clamp(max=self.starts.numel() - 1)]
+        return begin[..., None], stop[..., None]
 
     def kept(self, name: str, x: Tensor, blocks: slice = ALL) -> Tensor:
         """`(batch, blocks, B, …)` of those blocks, 0 where a token does not count across."""
