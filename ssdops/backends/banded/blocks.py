@@ -169,7 +169,7 @@ class Blocks:
                     found[name] = self.apart(of_inputs[name], there)
                 else:
                     totals[name][:, there] += self.kept(name, self.apart(of_inputs[name], there), there)
-            through = self._through_factors({name: self.kept(name, x, self.pairs[name]) for name, x in found.items()})
+            through = self._through_factors(found)
         totals = {name: self.joined(grad) for name, grad in totals.items()}
         for name in self.leaves.keys() - self.slots.keys():
             totals[name] = totals[name] + through[name]
