@@ -133,11 +133,10 @@ def case_of(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) 
         (1, 21, 9, "both sides", torch.float32),
         (0, 4, 2, "causal", torch.float32),
         (1, 0, 2, "both sides", torch.bfloat16),
-        (2, 40, 20, "per channel", torch.bfloat16),
+        (2, 24, 10, "per channel", torch.bfloat16),
         (1, 33, 12, "per channel, turned", torch.float32),
-        (1, 20, 9, "per channel", torch.float16),
-        (1, 45, 16, "in documents", torch.bfloat16),
-        (2, 40, 13, "in documents, turned", torch.float32),
+        (1, 29, 11, "in documents", torch.bfloat16),
+        (1, 20, 9, "in documents, turned", torch.float32),
     ],
 )
 def test_triton_equals_oracle(batch: int, seqlen: int, width: int, name: str, dtype: torch.dtype) -> None:
