@@ -43,11 +43,12 @@ def test_they_are_those_of_the_whole_pass(backend: str, name: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")
+@pytest.mark.parametrize(("seqlen", "segments"), [(330, 3), (1300, 20)])
 @pytest.mark.parametrize("name", ["decay", "scale T", "decay * documents(segment_ids)"])
-def test_triton_sums_what_segments_make(name: str) -> None:
+def test_triton_sums_what_segments_make(name: str, seqlen: int, segments: int) -> None:
     from ssdops.backends.triton.replay import final_state
 
-    make = Make(seqlen=330, dstate=16, headdim=16, dtype=torch.float32)
+    make = Make(seqlen=seqlen, dstate=16, headdim=16, dtype=torch.float32)
     mask = STRUCTURES[name](make)
     slow = masks.Mask(mask.tree, {n: 0.01 * x if n.startswith("log") else x for n, x in mask.operands.items()})
     case = make.case(slow)
@@ -57,7 +58,7 @@ def test_triton_sums_what_segments_make(name: str) -> None:
     (term,) = terms_of(case.mask.tree)
     assert isinstance(term, Linear)
     x = bind(term, p, case.q, case.k, case.v, case.mask.operands, case.initial[0], case.scale)
-    found = final_state(term, x, Config(segments=3))
+    found = final_state(term, x, Config(segments=segments))
     assert_close(found, outputs(case, True)["state[0]"], output_bounds(case, True)["state[0]"], "the final state")
     backend = get("triton")
     assert isinstance(backend, Summarizer)

@@ -85,7 +85,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         monkeypatch.setattr(replay, name, counted(getattr(replay, name)))
     monkeypatch.setattr(replay, "_replays", {})
     monkeypatch.setattr(run, "_prepared", {})
-    for module, names in ((launch, ("PREPARE", "STATES", "SCAN")), (backward, ("GRADIENTS", "FINISH", "TOKENS", "DIAGONAL"))):
+    backwards = ("GRADIENTS", "FINISH", "TOKENS", "DIAGONAL")
+    for module, names in ((launch, ("PREPARE", "STATES", "SCAN", "LEAVING")), (backward, backwards)):
         for name in names:
             monkeypatch.setattr(module, name, Kernel(Interpreted(getattr(module, name)._fn, seen.streams)))
     return seen

@@ -16,15 +16,18 @@ from ...ir.problem import common_heads
 from ...ir.terms import Linear
 from ..base import Config, Inputs, Output
 from .calls import Grid, Kernel
+from .kernels.leaving import leaving
 from .kernels.prepare import prepare
 from .kernels.scan import scan
 from .kernels.states import states
 from .segments import Parts, Segments, segments
 from .sizes import padded, relay_of, sizes
 
-PREPARE, SCAN, STATES = Kernel(prepare), Kernel(scan), Kernel(states)
+PREPARE, SCAN, STATES, LEAVING = Kernel(prepare), Kernel(scan), Kernel(states), Kernel(leaving)
 SPAN = 60.0
 """How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
+LEAVING_AT_ONCE = 128
+"""Numbers of a state that a program of `leaving` sums."""
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -289,11 +292,18 @@ class Scan:
             maxnreg=z.registers if blocks is None and not narrow else None,
         )  # fmt: skip
 
-    def begin(self) -> Parts:
-        """What each segment makes from no state, the last one too: of a config with as many segments as fill the device."""
-        parts = self._parts(1)
+    def begin(self) -> tuple[Parts, Tensor, Tensor]:
+        """What each segment makes from no state, the last one too, in a config with as many segments as fill the device; what
+        rows leave from no state, and the factor on one that enters, `[rows, nheads, 1, 1]`."""
+        p, parts, cut = self.problem, self._parts(1), self.segments
         self._walk(self.prepare(chunks=False, blocks=True).blocks, Side(self.v), None, parts, first=True, last=True)
-        return parts
+        state, decay = self.empty(self.rows, p.nheads, p.headdim, p.dstate), self.empty(self.rows, p.nheads, 1, 1)
+        self.run(
+            LEAVING, (self.rows * p.nheads, ceil_div(p.headdim * p.dstate, LEAVING_AT_ONCE), 1),
+            (*parts, or_else(self.cu, self.q), state, decay), (max(p.seqlen, 1), self.tokens, p.nheads, cut.number, cut.tokens),
+            SIZE=p.headdim * p.dstate, AT_ONCE=LEAVING_AT_ONCE, PACKED=cut.packed, num_warps=4,
+        )  # fmt: skip
+        return parts, state, decay
 
     def _blocks(self, size: int) -> Tensor:
         """Room for the state that enters each block of that many tokens, and for one more: [blocks + 1, nheads, P, N]."""

@@ -20,7 +20,7 @@ from ..base import Begun, Config, Cotangents, Gradients, Inputs, Output
 from .backward import Backward, Results, in_turns, in_whole
 from .calls import Grid, Kernel, Launch, Launching, stream_of
 from .launch import Scan, ceil_div
-from .segments import Parts, passed
+from .segments import Parts
 
 ALIGNMENT = 256
 """Bytes that every part of the room begins at a multiple of: no less than kernels were compiled for."""
@@ -118,29 +118,30 @@ def begin(term: Linear, x: Inputs, config: Config, reads: Config) -> Begun:
     Args:
         config: of these segments; reads: of the scan, which goes on from them if it has segments, as these are its own then.
     """
-    parts = _parts(term, x, config)
+    parts, state, decay = _begun(term, x, config)
     kept = parts if reads.segments > 1 else None
-    return Begun(*passed(parts, x, config), lambda save, arrive: forward(term, x, reads, kept, arrive))
+    return Begun(state, decay, lambda save, arrive: forward(term, x, reads, kept, arrive))
 
 
 def final_state(term: Linear, x: Inputs, config: Config) -> Tensor:
     """The final states alone, of a config with as many segments as fill the device: what each makes, summed."""
-    state, decay = passed(_parts(term, x, config), x, config)
+    _, state, decay = _begun(term, x, config)
     return state if x.initial is None else state + x.initial * decay
 
 
-def _parts(term: Linear, x: Inputs, config: Config) -> Parts:
+def _begun(term: Linear, x: Inputs, config: Config) -> tuple[Parts, Tensor, Tensor]:
+    """What `Scan.begin` gives."""
     with Launching(x.problem, x.q.device):
         key, addresses = _key(term, x, config, ())
         replay = _replays.get(("begin", *key))
         if replay is not None:
-            made, logs = replay(addresses, x.q.device)
-            assert made is not None and logs is not None  # they always are
-            return made, logs
+            made, logs, state, decay = replay(addresses, x.q.device)
+            assert made is not None and logs is not None and state is not None and decay is not None  # they always are
+            return (made, logs), state, decay
         scan = Notes(term, x, config)
-        parts = scan.begin()
-        _keep(("begin", *key), scan.replay(addresses, parts))
-        return parts
+        parts, state, decay = scan.begin()
+        _keep(("begin", *key), scan.replay(addresses, (*parts, state, decay)))
+        return parts, state, decay
 
 
 def forward(
