@@ -197,6 +197,7 @@ class Backward(Scan):
         u, w, wanted = self.slot("rows"), self.slot("cols"), self.exchanges
         scales = not {"rows", "cols", "log_cols"}.isdisjoint(x.values)
         kernel, parts, switches = self._kernel()
+        in_place = onto is not None and kernel is HOPPER and dv.dtype == torch.bfloat16 and onto.data_ptr() == dv.data_ptr()
         least = LEAST[self.dot]
         splits = split_heads(p.nheads // self.groups, parts * slots * self.groups, p.target.multiprocessors)
         tokens = (p.batch, p.seqlen)
@@ -219,7 +220,7 @@ class Backward(Scan):
                 ),
                 BLOCK=z.block, P=p.headdim, BP=max(z.rows_back, least), BN=max(padded(p.dstate), least),
                 CAUSAL=t.causal, STRICT=int(t.strict), ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales,
-                ONTO=onto is not None, **switches, num_warps=8,
+                ONTO=0 if onto is None else 2 if in_place else 1, **switches, num_warps=8,
             )  # fmt: skip
             columns = min(max(padded(p.dstate), least), 64)
             self.run(

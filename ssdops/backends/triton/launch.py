@@ -270,6 +270,8 @@ class Scan:
         self.wait()
         initial, onto = contiguous(self.x.initial), contiguous(self.x.onto)
         narrow = onto is not None and onto.dtype == torch.bfloat16  # it takes room that leaves two programs a multiprocessor
+        hopper = (p.target.capability or (0, 0))[0] == 9  # where adding in place is faster; on 10.x it would spill
+        in_place = onto is not None and narrow and hopper and onto.data_ptr() == y.data_ptr()
         u, w = self.slot("rows"), self.slot("cols")
         self.run(
             SCAN, (runners * self.rows, 1, relay) if relay > 1 else self._grid(runners, 1, parts),
@@ -285,11 +287,11 @@ class Scan:
             ),
             L=z.chunk, BLOCK=p.state_every or z.block, P=p.headdim, BP=z.rows, BN=z.state, BN2=padded(p.dstate) - z.state,
             CAUSAL=t.causal, ROWS=u is not None, COLS=w is not None, DIAGONAL=self.diagonal,
-            ONTO=0 if onto is None else 2 if narrow else 1,
+            ONTO=0 if onto is None else 3 if in_place else 2 if narrow else 1,
             ENTERING=initial is not None, LEAVING=state is not None, BLOCKS=blocks is not None, SEGMENTS=parts is not None,
             RELAY=relay > 1, ALIGN=z.block // z.chunk, FACTORED=self.factored, FACTORS=self.factors,
             NORMALIZE=self.dot == torch.float16, STAGES=z.stages, **self.common, num_warps=4,
-            maxnreg=z.registers if blocks is None and not narrow else None,
+            maxnreg=z.registers if blocks is None and (in_place or not narrow) else None,
         )  # fmt: skip
 
     def begin(self) -> tuple[Parts, Tensor, Tensor]:

@@ -319,7 +319,7 @@ def _pairs(
                     own_rows += met
                 gl.store(sums + (2 * ALL_PAIRS + 1) * area + at + jn, own_rows)
                 same_room.index(turn).store(met * own_scale)
-        if ONTO:
+        if ONTO == 1:
             p = gl.arange(0, BP, gl.SliceLayout(0, narrow))
             of_head = onto + h * P + jn[:, None] * (nheads * P) + p[None, :] + unmoved
             before = gl.load(of_head, mask=(jn < length + unmoved)[:, None] & (p < P)[None, :], other=0.0)
@@ -327,9 +327,13 @@ def _pairs(
         y = warpgroup_mma(operand_of(given, narrow), late, y)
         if COLS:
             y *= own_scale[:, None]
-        if ONTO:
+        if ONTO == 1:
             y += before
-        gl.store(dv + h * P + place, gl.convert_layout(y.to(dv.dtype.element_ty), whole), mask=inside)
+        found = gl.convert_layout(y.to(dv.dtype.element_ty), whole)
+        if ONTO == 2:  # dV itself: nobody waits for what is there
+            gl.atomic_add(dv + h * P + place, found, mask=inside, sem="relaxed")
+        else:
+            gl.store(dv + h * P + place, found, mask=inside)
     async_copy.wait_group(0)
     if SUMS:
         _add_up(early_sums, late_sums, u_room, same_room, sums, base, area, hi - 1, (hi - lo + 1) % 2, BLOCK, ROWS, ALL_SUMS)

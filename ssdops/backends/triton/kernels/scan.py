@@ -39,7 +39,8 @@ def scan(
         scale: the factor of Y.
         beside: what a DIAGONAL multiplies v with (`prepare`).
         reads, adds: out and into of every token, if they are FACTORED and not all alike (`prepare`).
-        onto: what Y is added to, laid out as Y is, and Y itself or no part of it: of float32 if ONTO is 1, of DOT if it is 2.
+        onto: what Y is added to, laid out as Y is, and Y itself or no part of it: of float32 if ONTO is 1, of DOT if it is 2;
+            if it is 3, Y itself, whose numbers are added to where they are.
         per_segment: chunks of a segment, a multiple of ALIGN, which segments begin at.
         parts, part_totals: the state that each segment makes from zero, `[slots of segments, nheads, P, N]`, and its E
             (`states`): read if SEGMENTS.
@@ -76,7 +77,7 @@ def scan(
         u += b * u_b + t0 * u_t + h * u_h
     if COLS:
         w += b * w_b + t0 * w_t + h * w_h
-    if ONTO:
+    if ONTO == 1 or ONTO == 2:
         onto += b * y_b + t0 * y_t + h * y_h
     state = (row * nheads64 + h) * P * N + p[:, None] * N
     inside_p, inside_n, inside_n2 = (p < P)[:, None], (n < N)[None, :], (n2 < N)[None, :]
@@ -174,7 +175,7 @@ def _chunks(
         inside = i < length - c * L
         if ONTO == 2:
             before = tokens_of(onto + c0 * y_t, i, inside, p, P, y_t, DOT)
-        elif ONTO:  # long before it is wanted; in branches, as what is loaded outside of one takes shared memory for two chunks
+        elif ONTO == 1:  # long before it is wanted; in branches, as outside one it would take shared memory for two chunks
             of_sum = onto + c0 * y_t
             if step < hi:
                 before = tokens_of(of_sum, i, inside, p, P, y_t, tl.float32)
@@ -238,12 +239,15 @@ def _chunks(
             yt = tl.dot(vt, weighted.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
         if DIAGONAL:
             yt += vt.to(tl.float32) * tl.load(beside + base * L + i)[None, :]
+        place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
         if ONTO == 2:  # exact: a product with 1, which the tensor cores read from where it has been loaded to
             yt = tl.dot(tl.trans(before), eye, acc=yt, input_precision=PRECISION)
-        elif ONTO:
+        elif ONTO == 1:
             yt += tl.trans(before)
-        place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
-        tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
+        if ONTO == 3:  # where it is: nobody waits for what is there
+            tl.atomic_add(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :], sem="relaxed")
+        else:
+            tl.store(place, yt.to(y.dtype.element_ty), mask=inside_p & inside[None, :])
         if DECAY and not FACTORED:
             s *= tl.exp2(e).to(tl.float32)
             if BN2:
