@@ -43,6 +43,7 @@ def terms_of(mask: n.Node) -> tuple[Term, ...]:
     return normalize(mask)
 
 
+@lru_cache(maxsize=4096)
 def state_terms(mask: n.Node) -> tuple[Linear, ...]:
     """The scans of a mask, in the order in which their states are passed to operators (`carry.py` for what users pass).
 

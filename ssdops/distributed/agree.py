@@ -3,9 +3,9 @@
 Ranks tell one another what they are about to do at the job's own key-value store, and not by a collective: that asks nothing of
 the device, reads no tensor on the host, and says which rank did not come.
 
-What all have said before, word for word, they need only count: each adds one to what that text has at the store, begins what
-needs no other rank, and looks before its first collective (`settle`) whether as many have come as there are ranks. Who waits
-longer than `PATIENCE` says its text after all, and hears the others'.
+What all have said before, word for word, they need only count: each adds one to what that text has at the store, and begins
+what needs no other rank. The last to come says so, and before its first collective (`settle`) every other waits for that. Who
+waits longer than `PATIENCE` says its text after all, and hears the others'.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,8 +25,29 @@ import torch.distributed as dist
 
 from ..errors import DeviceError, RankError, SsdopsError
 
-PATIENCE, PAUSE = 0.05, 2e-5
-"""Seconds after which a rank no longer only counts who has come; and between two looks, as the store answers one at a time."""
+PATIENCE, PAUSE = 1.0, 1e-3
+"""Seconds after which a rank no longer only waits for the last to come, and torch warns; and between two looks from then on."""
+
+
+@dataclass(frozen=True)
+class Saying:
+    """What a rank is about to do.
+
+    Attributes:
+        facts: what must be the same on all ranks, but for `own`, which may differ.
+        shapes: this rank's tensors, for the message.
+        error: why this rank cannot go on; then none does.
+    """
+
+    facts: Mapping[str, Any]
+    shapes: str
+    error: SsdopsError | None = None
+
+    @cached_property
+    def text(self) -> str:
+        """As it goes to the store."""
+        error = None if self.error is None else f"{type(self.error).__name__}: {self.error}"
+        return json.dumps({"facts": dict(self.facts), "shapes": self.shapes, "error": error})
 
 
 @dataclass
@@ -50,15 +72,22 @@ class Counting:
     """A call whose text this rank has counted and others may not have yet.
 
     Attributes:
-        text: what it would say.
+        saying: what it would say.
         key: of the count at the store.
-        come, wanted: how many had come when it had, in this call and those before, and how many are to.
+        use: how often all are to have come by then, with this call.
+        come, wanted: how many times any had come when this rank had, and how many times they are to.
     """
 
-    text: str
+    saying: Saying
     key: str
+    use: int
     come: int
     wanted: int
+
+    @staticmethod
+    def complete(key: str, use: int) -> str:
+        """What the last to come puts at the store."""
+        return f"{key}/{use}"
 
 
 @dataclass
@@ -95,15 +124,11 @@ class Team:
                 "make a group that does (gloo for CPUs, nccl for CUDA GPUs)"
             ) from None
 
-    def agree(
-        self, facts: Mapping[str, Any], shapes: str, error: SsdopsError | None = None, later: bool = False
-    ) -> list[dict[str, Any]]:
+    def agree(self, saying: Saying, later: bool = False) -> list[dict[str, Any]]:
         """What every rank is about to do, once all have said so and it is the same.
 
         Args:
-            facts: what must be the same on all of them, but for `own`, which may differ.
-            shapes: this rank's tensors, for the message.
-            error: why this rank cannot go on; then none does.
+            saying: this rank's.
             later: what all have said before is enough for now: `settle` is called before anything is asked of another rank,
                 and what is then found of `own` does not matter.
 
@@ -113,14 +138,13 @@ class Team:
         Raises:
             RankError: a rank does something else, cannot go on, or does not come within the group's timeout.
         """
-        text = json.dumps({"facts": dict(facts), "shapes": shapes, "error": None if error is None else _say(error)})
         self.calls += 1
         self._counting = None
-        known = self.alike.get(text)
+        known = self.alike.get(saying.text)
         if known is not None:
-            self._count(known, text)
+            self._count(known, saying)
             return known.facts if later else self.settle() or known.facts
-        return self._told(text, error)
+        return self._told(saying)
 
     def settle(self) -> list[dict[str, Any]] | None:
         """Wait until all ranks have come to the call that this one has counted; their facts, if one says another text.
@@ -135,14 +159,15 @@ class Team:
             if counting.come >= counting.wanted or self._all_come(store, counting):
                 self._forget(store)
                 return None
-        return self._told(counting.text, None)
+        return self._told(counting.saying)
 
-    def _told(self, text: str, error: SsdopsError | None) -> list[dict[str, Any]]:
+    def _told(self, saying: Saying) -> list[dict[str, Any]]:
         """The facts of every rank, each of which says its text."""
+        text = saying.text
         with self._checked() as store:
             heard = self._exchange(store, text)
             said = {x: json.loads(x) for x in set(heard)}  # mostly of one text
-            self._compare([said[x] for x in heard], error)
+            self._compare([said[x] for x in heard], saying.error)
         found = [said[x]["facts"] for x in heard]
         if len(said) == 1:
             self.alike[text] = Alike(hashlib.sha256(text.encode()).hexdigest()[:16], found)
@@ -187,28 +212,34 @@ class Team:
             self.alike.clear()
             raise
 
-    def _count(self, known: Alike, text: str) -> None:
+    def _count(self, known: Alike, saying: Saying) -> None:
         """Say that this rank has come with a text that all have said before."""
         key = f"ssdops/{self.group.group_name}/{known.since}/{known.name}"
         known.uses += 1
         with self._checked() as store:
-            self._counting = Counting(text, key, store.add(key, 1), known.uses * self.size)
+            come, wanted = store.add(key, 1), known.uses * self.size
+            self._counting = Counting(saying, key, known.uses, come, wanted)
+            if come == wanted:
+                store.set(Counting.complete(key, known.uses), "")
+            elif come == wanted - 1 and known.uses > 2:  # and the last has gone on from the use before last
+                store.delete_key(Counting.complete(key, known.uses - 2))
 
     def _all_come(self, store: Any, counting: Counting) -> bool:
         """Whether as many have come with that text as there are ranks; not if one says another, or counts otherwise."""
         began, limit = time.monotonic(), self.timeout.total_seconds()
+        try:
+            store.wait([Counting.complete(counting.key, counting.use)], timedelta(seconds=PATIENCE))
+        except dist.DistStoreError:
+            self._say(store, counting.saying.text)
+        else:
+            return True
         while store.add(counting.key, 0) < counting.wanted:
-            waited = time.monotonic() - began
-            if waited <= PATIENCE:
-                time.sleep(PAUSE)
-                continue
-            self._say(store, counting.text)
             there = [rank for rank, name in enumerate(self._keys(self.calls)) if store.check([name])]
-            if len(there) == self.size or any(self._read(store, rank) != counting.text for rank in there):
+            if len(there) == self.size or any(self._read(store, rank) != counting.saying.text for rank in there):
                 return False
-            if waited > limit:
+            if time.monotonic() - began > limit:
                 raise self._missing([rank for rank in range(self.size) if rank not in there])
-            time.sleep(PATIENCE / 50)
+            time.sleep(PAUSE)
         return True
 
     def _read(self, store: Any, rank: int) -> str:
@@ -278,7 +309,3 @@ def team_of(group: dist.ProcessGroup | None) -> Team | None:
     if team is None or team.group is not group:
         team = _teams[key] = Team(group, dist.get_rank(group), size)
     return team
-
-
-def _say(error: SsdopsError) -> str:
-    return f"{type(error).__name__}: {error}"

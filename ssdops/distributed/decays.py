@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ class Slice:
     """One rank's part of a call.
 
     Attributes:
-        q, k, v: its tokens; operands: of the mask, by name.
+        q, k, v: its tokens; operands: of the mask, by name, in the order of its tree.
         problem: the facts of the whole call, here.
         options: backend, chunk_size and tune, as a contraction has them.
         scale: of Y.
@@ -43,10 +43,10 @@ class Slice:
         assert p.n_states is not None  # a mask whose documents are not counted has been refused
         return p.n_states, p.nheads, p.headdim, p.dstate
 
-    def without_tensors(self, names: Sequence[str]) -> Slice:
-        """The same, of operands of these names, without any tensors."""
+    def without_tensors(self) -> Slice:
+        """The same, without any tensors."""
         nothing = self.q.new_empty(0)
-        return replace(self, q=nothing, k=nothing, v=nothing, operands=dict.fromkeys(names, nothing))
+        return replace(self, q=nothing, k=nothing, v=nothing, operands=dict.fromkeys(self.operands, nothing))
 
     def total_decay(self, term: Linear) -> Tensor:
         """exp(E) for every state, `(n_states, nheads, 1, 1)`, or with dstate for the last axis; ones where nothing decays."""

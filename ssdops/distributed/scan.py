@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
@@ -18,10 +18,10 @@ from ..ir.contraction import Contraction
 from ..ir.problem import Problem, check_states, problem_of
 from ..masks import Mask
 from ..plan import state_terms
-from .agree import Team, team_of
+from .agree import Saying, Team, team_of
 from .decays import Slice
 from .settle import is_plain, settled
-from .split import Context, Split
+from .split import Context, Split, forward
 
 
 @overload
@@ -155,16 +155,15 @@ class Given:
 def _agreed(team: Team, given: Given, options: Options) -> tuple[Slice, list[int], bool]:
     """Once all ranks have found theirs to be in order and of one call: this rank's part, seqlen of every rank's, and whether
     gradients are wanted."""
-    facts: dict[str, Any] = {}
-    part = error = None
+    part = None
     try:
-        part, facts = _described(team, given, options)
+        part, saying = _described(team, given, options)
     except SsdopsError as found:  # which the others must hear of before they wait for this rank
-        error = found
+        saying = Saying({}, _shapes(given), found)
     exchanges = part is not None and bool(state_terms(given.mask.tree))
-    everyone = team.agree(facts, _shapes(given), error, later=exchanges and is_plain(given.mask.tree))
+    everyone = team.agree(saying, later=exchanges and is_plain(given.mask.tree))
     assert part is not None  # or else all have raised
-    return part, [one["own"] for one in everyone], facts["whether gradients are wanted"]
+    return part, [one["own"] for one in everyone], saying.facts["whether gradients are wanted"]
 
 
 def _shapes(given: Given) -> str:
@@ -173,50 +172,60 @@ def _shapes(given: Given) -> str:
     return ", ".join(f"{name} {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}" for name, x in named.items())
 
 
-_problems: dict[tuple[Any, ...], Problem] = {}
-"""Of calls whose tensors have been found to fit: looking again takes a tenth of a millisecond."""
-_MAX_PROBLEMS = 4096
+_known: dict[tuple[Any, ...], tuple[Problem, Saying]] = {}
+"""Of calls whose tensors have been found to fit, and what ranks say of them: to work it out takes a fifth of a millisecond."""
+_MAX_KNOWN = 4096
 
 
-def _described(team: Team, given: Given, options: Options) -> tuple[Slice, dict[str, Any]]:
+def _described(team: Team, given: Given, options: Options) -> tuple[Slice, Saying]:
     """This rank's part of the call, checked, and what must be the same on all ranks."""
-    mask, return_state = given.mask, given.return_state
+    mask = given.mask
     arguments.check_types(given.q, given.k, given.v, mask)
-    arguments.check_options(options.scale, return_state, options.state_dtype, options.backend)
+    arguments.check_options(options.scale, given.return_state, options.state_dtype, options.backend)
     arguments.check_counts(options.chunk_size, None)
     if options.tune is not None:
         policy.checked(options.tune, "tune")
     team.check_device(given.q.device)
     q, k, v = arguments.autocast(given.q, given.k, given.v)
     states = arguments.states(given.initial, "initial_state")
-    terms = state_terms(mask.tree)
-    if (given.initial is not None or return_state) and any(isinstance(x, n.Trapezoidal) for x in n.walk(mask.tree)):
+    program, names = options.program(mask.tree)
+    operands = {name: mask.operands[name] for name in names}
+    learnt = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands.values(), *states))
+    call = run.Call(q, k, v, list(operands.values()), states, program, 1.0)
+    key = (call.signature(), options.state_name, given.initial is not None, given.return_state, learnt)
+    if key not in _known:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        _known[key] = _checked(given, call, options.state_name, learnt)
+    problem, saying = _known[key]
+    return Slice(q, k, v, operands, problem, options.of_states(mask.tree), float(options.scale)), saying
+
+
+def _checked(given: Given, call: run.Call, state_name: str | None, learnt: bool) -> tuple[Problem, Saying]:
+    """The call's sizes, if the tensors fit one another and the mask can be split, and what to say of it."""
+    tree, terms = given.mask.tree, state_terms(given.mask.tree)
+    if (given.initial is not None or given.return_state) and any(isinstance(x, n.Trapezoidal) for x in n.walk(tree)):
         raise UnsupportedError(
             "the state of trapezoidal() holds the last token's k and v, and is not passed into or out of a split sequence; "
             "split the whole of it, or write it as decays with scaled columns"
         )
-    program, names = options.program(mask.tree)
-    signature = (run.Call(q, k, v, [mask.operands[x] for x in names], states, program, 1.0).signature(), options.state_name)
-    p = _problems.get(signature)
-    if p is None:
-        if len(_problems) >= _MAX_PROBLEMS:
-            _problems.clear()
-        p = _problems[signature] = problem_of(mask.tree, q, k, v, mask.operands, states, options.state_name)
+    p = problem_of(tree, call.q, call.k, call.v, given.mask.operands, call.states, state_name)
     if terms and p.n_states is None:
         raise UnsupportedError(
             "documents that are split over ranks pass states on by their number: documents(segment_ids=…, n_segments=…)"
         )
-    if given.initial is not None and len(states) != len(terms):
-        raise ShapeError(f"initial_state has {len(states)} states; this mask carries {len(terms)}, one per linear term")
-    check_states(states, len(terms), p, given=given.initial is not None and bool(terms))
-    part = Slice(q, k, v, mask.operands, p, options.of_states(mask.tree), float(options.scale))
-    learnt = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *mask.operands.values(), *states))
-    return part, {
-        "mask": str(mask.tree), "batch": p.batch, "nheads": p.nheads, "headdim": p.headdim, "dstate": p.dstate,
-        "states": p.n_states, "accumulation dtype": str(p.accumulate), "device": q.device.type,
-        "initial_state": given.initial is not None, "return_state": return_state, "whether gradients are wanted": learnt,
-        "own": p.seqlen,
-    }  # fmt: skip
+    if given.initial is not None and len(call.states) != len(terms):
+        raise ShapeError(f"initial_state has {len(call.states)} states; this mask carries {len(terms)}, one per linear term")
+    check_states(call.states, len(terms), p, given=given.initial is not None and bool(terms))
+    return p, Saying(
+        {
+            "mask": str(tree), "batch": p.batch, "nheads": p.nheads, "headdim": p.headdim, "dstate": p.dstate,
+            "states": p.n_states, "accumulation dtype": str(p.accumulate), "device": call.q.device.type,
+            "initial_state": given.initial is not None, "return_state": given.return_state,
+            "whether gradients are wanted": learnt, "own": p.seqlen,
+        },
+        _shapes(given),
+    )  # fmt: skip
 
 
 def _run(team: Team, part: Slice, given: Given, mask: Mask, options: Options, learnt: bool) -> tuple[Tensor, State]:
@@ -226,7 +235,12 @@ def _run(team: Team, part: Slice, given: Given, mask: Mask, options: Options, le
         return options.ssd(part.q, part.k, part.v, mask, None, False)
     program, names = options.program(mask.tree)
     initial = arguments.states(given.initial, "initial_state")
-    tensors = (part.q, part.k, part.v, *(mask.operands[name] for name in names), *initial)
-    context = Context(team, part.without_tensors(names), terms, program, len(initial), given.return_state, learnt)
-    y, *finals = Split.apply(context, *tensors)  # type: ignore[no-untyped-call]  # as torch has it
+    if mask is not given.mask:
+        part = replace(part, operands={name: mask.operands[name] for name in names})
+    if learnt:
+        context = Context(team, part.without_tensors(), terms, program, len(initial), given.return_state, learnt)
+        tensors = (part.q, part.k, part.v, *part.operands.values(), *initial)
+        y, *finals = Split.apply(context, *tensors)  # type: ignore[no-untyped-call]  # as torch has it
+    else:
+        y, finals, *_ = forward(Context(team, part, terms, program, len(initial), given.return_state, learnt), part, initial)
     return y, finals[0] if len(finals) == 1 else tuple(finals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,35 @@ class Context:
         return initial.to(dtype) if self.enters(term) else torch.zeros_like(initial, dtype=dtype)
 
 
+class Passed(NamedTuple):
+    """What a forward pass gives: Y, the final states; the states that entered, the slice's decays, what is kept besides."""
+
+    y: Tensor
+    finals: list[Tensor]
+    states: list[Tensor]
+    decays: list[Tensor]
+    saved: list[Tensor]
+
+
+def forward(c: Context, part: Slice, initial: Sequence[Tensor]) -> Passed:
+    """The slice's `ssd`, begun before the states that enter it have come."""
+    q, acc = part.q, part.problem.accumulate
+    with ops.no_autocast(q):
+        states = [q.new_empty(part.state_shape, dtype=acc) for _ in c.terms]
+        begun = run.begin(c.call(part, states), c.learnt)
+        decays = [part.total_decay(term) if x.decay is None else x.decay for term, x in zip(c.terms, begun.begun, strict=True)]
+        ends = [c.end(term, x, acc) for term, x in zip(c.terms, initial, strict=False)]
+        pairs = [
+            Pair(decays[i], x.state, term.causal, ends[i] if ends else None)
+            for i, (term, x) in enumerate(zip(c.terms, begun.begun, strict=True))
+        ]
+        exchange = Exchange(pairs, c.team, states, whole=c.return_state)
+        y, *others = begun.finish(c.learnt and ops.worth_saving(q), exchange.arrive)
+        exchange.arrive()  # a slice of no documents has asked for none
+    finals = [x.to(part.problem.state_dtype, copy=True) for x in exchange.last]
+    return Passed(y, finals, states, decays, others[len(c.terms) :])
+
+
 class Split(torch.autograd.Function):
     """A slice's `ssd`, begun before the states that enter it have come, and its backward pass before their cotangents have."""
 
@@ -61,28 +90,11 @@ class Split(torch.autograd.Function):
     def forward(ctx: Any, c: Context, *tensors: Tensor) -> tuple[Tensor, ...]:
         q, k, v, *rest = tensors
         operands, initial = rest[: len(rest) - c.n_initial], rest[len(rest) - c.n_initial :]
-        part, acc = c.with_tensors(q, k, v, operands), c.part.problem.accumulate
-        save = c.learnt and ops.worth_saving(q)
-        with ops.no_autocast(q):
-            states = [q.new_empty(c.part.state_shape, dtype=acc) for _ in c.terms]
-            begun = run.begin(c.call(part, states), c.learnt)
-            decays = [
-                part.total_decay(term) if x.decay is None else x.decay for term, x in zip(c.terms, begun.begun, strict=True)
-            ]
-            ends = [c.end(term, x, acc) for term, x in zip(c.terms, initial, strict=False)]
-            pairs = [
-                Pair(decays[i], x.state, term.causal, ends[i] if ends else None)
-                for i, (term, x) in enumerate(zip(c.terms, begun.begun, strict=True))
-            ]
-            exchange = Exchange(pairs, c.team, states, whole=c.return_state)
-            y, *others = begun.finish(save, exchange.arrive)
-            exchange.arrive()  # a slice of no documents has asked for none
-        finals = [x.to(c.part.problem.state_dtype, copy=True) for x in exchange.last]
-        if c.learnt:
-            ctx.context, ctx.mode, ctx.initial = c, policy.current(), [x.dtype for x in initial]
-            ctx.counts = len(operands), len(c.terms)
-            ctx.save_for_backward(q, k, v, *operands, *states, *decays, *others[len(c.terms) :])
-        return y, *finals
+        passed = forward(c, c.with_tensors(q, k, v, operands), initial)
+        ctx.context, ctx.mode, ctx.initial = c, policy.current(), [x.dtype for x in initial]
+        ctx.counts = len(operands), len(c.terms)
+        ctx.save_for_backward(q, k, v, *operands, *passed.states, *passed.decays, *passed.saved)
+        return passed.y, *passed.finals
 
     @staticmethod
     @torch.autograd.function.once_differentiable

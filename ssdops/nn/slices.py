@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from ..distributed.agree import Team
+from ..distributed.agree import Saying, Team
 from ..distributed.halo import halo
 from ..errors import SsdopsError
 from ..ir.resolve import segment_ids
@@ -32,7 +32,7 @@ def agree_on_input(team: Team, u: Tensor, weight: Tensor, d_model: int) -> list[
     learnt = torch.is_grad_enabled() and (u.requires_grad or weight.requires_grad)
     facts = {} if error else {"batch": u.shape[0], "dtype": str(u.dtype), "gradients": learnt, "own": u.shape[1]}
     shape = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
-    return [facts["own"] for facts in team.agree(facts, f"u {shape}", error)]
+    return [facts["own"] for facts in team.agree(Saying(facts, f"u {shape}", error))]
 
 
 def conv_on_slice(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from math import log
 
@@ -209,7 +209,7 @@ class Triton:
             return state
         from .replay import final_state  # imports triton, which need not be there
 
-        return final_state(term, x, self._filling(x, config))
+        return final_state(term, x, _filling(x.problem, self._rows(x), config.chunk_size))
 
     def begin(self, term: Linear, x: Inputs, config: Config) -> Begun | None:
         """What `final_state` launches; the scan goes on from it if it has segments, which are then its own."""
@@ -217,19 +217,12 @@ class Triton:
             return None
         from .replay import begin  # imports triton, which need not be there
 
-        return begin(term, x, config if config.segments > 1 else self._filling(x, config), config)
+        return begin(term, x, config if config.segments > 1 else _filling(x.problem, self._rows(x), config.chunk_size), config)
 
     def _rows(self, x: Inputs) -> int:
         """How many rows there are to walk; 0 where there are no tokens."""
         rows = x.problem.batch if x.boundaries is None else x.boundaries.numel() - 1
         return rows if x.problem.batch * x.problem.seqlen else 0
-
-    def _filling(self, x: Inputs, config: Config) -> Config:
-        """With as many segments as fill the device."""
-        programs = self._rows(x) * self._programs(replace(x.problem, batch=1))
-        segments = 2 * RESIDENT * x.problem.target.multiprocessors // programs
-        blocks = -(-x.problem.seqlen // sizes(x.problem, config.chunk_size).block)
-        return _config(config.chunk_size, max(min(segments, blocks // 4), 1))
 
     def supports_step(self, terms: tuple[Term, ...], problem: Problem) -> Support:
         """Causal scans, with a diagonal beside each at most, up to float32."""
@@ -250,6 +243,15 @@ class Triton:
         from .step import run  # imports triton, which need not be there
 
         run(terms, problem, x)
+
+
+@lru_cache(maxsize=4096)
+def _filling(problem: Problem, rows: int, chunk_size: int | None) -> Config:
+    """With as many segments as fill the device."""
+    programs = rows * problem.nheads * -(-problem.headdim // 64)
+    segments = 2 * RESIDENT * problem.target.multiprocessors // max(programs, 1)
+    blocks = -(-problem.seqlen // sizes(problem, chunk_size).block)
+    return _config(chunk_size, max(min(segments, blocks // 4), 1))
 
 
 @cache
