@@ -2,8 +2,9 @@
 
 Each figure is the time of a forward pass, or of both passes with gradients of q, k, v and all of the mask's operands, over
 that of a plain decay on the same q, k and v just before it, in bfloat16, by the backends that "auto" takes; and of a user's
-formula over the same mask built in, both by the tile kernels. A side that raises says so in its figure. Exits with status 1
-if a target is missed. `--device cpu --tiny` tries the script out where there is no GPU.
+formula over the same mask built in, both by the tile kernels. Toeplitz masks are timed by FFT and by tiles, and "auto" is held
+to the faster. A side that raises says so in its figure. Exits with status 1 if a target is missed. `--device cpu --tiny` tries
+the script out where there is no GPU.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -48,14 +50,27 @@ class Formula:
         return (sums[i] - sums[j]).exp()
 
 
+@register_mask("benchmarked_tanh")
+class NoProduct:
+    """A formula that is no product of factors: each entry is worked out by itself, in float64."""
+
+    u = operand("batch seqlen nheads")
+    w = operand("batch seqlen nheads")
+    causal = True
+
+    def entries(self, i: Tensor, j: Tensor) -> Tensor:
+        """tanh(u_i w_j / 2)."""
+        return torch.tanh(self.u[i] * self.w[j] / 2)
+
+
 @dataclass(frozen=True)
 class Case:
-    """A mask, the one that it is measured against, and how many times as long it may take."""
+    """A mask, the one that it is measured against, and how many times as long it may take, if that is asked."""
 
     name: str
     shape: Shape
     make: Make
-    target: float
+    target: float | None
     than: Make
     backend: str = "auto"
 
@@ -113,6 +128,18 @@ def traced(x: Inputs) -> Mask:
     return Formula(x.log_a) * masks.window(NARROW - 1)
 
 
+def no_product(x: Inputs) -> Mask:
+    """A narrow window of a formula that is no product."""
+    return NoProduct(x.log_a, x.log_a) * masks.window(NARROW - 1)
+
+
+def toeplitz(x: Inputs) -> Mask:
+    """A weight for each lag, either way."""
+    generator = torch.Generator(x.log_a.device).manual_seed(0)
+    seqlen, nheads = x.log_a.shape[1:]
+    return masks.toeplitz(torch.randn(nheads, 2 * seqlen - 1, device=x.log_a.device, generator=generator))
+
+
 CASES = (
     Case("retention", S1, retention, 1.1, plain),
     Case(f"documents of {DOCUMENT} tokens", S1, documents, 1.15, plain),
@@ -120,8 +147,16 @@ CASES = (
     Case("trapezoidal", S1, trapezoidal, 1.25, plain),
     Case(f"decay in a window of {WINDOW}", S3, window, 1.5, plain),
     Case(f"a traced decay in a window of {NARROW}, against one built in", S4, traced, 1.3, narrow, "triton"),
+    Case("a formula that is no product in that window, against the traced decay", S4, no_product, None, traced, "triton"),
     Case("log-linear attention", LONG, log_linear, 4.0, plain),
 )
+CONVOLUTIONS = tuple(
+    Shape(1, seqlen, 8, headdim, 1, dstate)
+    for seqlen, headdim, dstate in ((65536, 1, 1), (65536, 4, 4), (65536, 16, 16), (8192, 1, 1), (8192, 4, 4), (8192, 64, 64))
+)
+"""Shapes of Toeplitz masks."""
+BY_FFT, BY_TILES = "chunked", "triton"
+REGRET = 1.15
 
 
 def figures(machine: Machine, wanted: Sequence[str]) -> Iterator[Figure]:
@@ -143,6 +178,24 @@ def figures(machine: Machine, wanted: Sequence[str]) -> Iterator[Figure]:
                 row.notes["plan"] = reason(error)
             title = f"{case.name} {shape} {direction}{runs_by}"
             yield Figure(title, row.ratio("this ms", "against ms"), "×", "at most", case.target, row.parts, row.notes)
+
+
+def convolutions(machine: Machine, wanted: Sequence[str]) -> Iterator[Figure]:
+    """Toeplitz masks by FFT, by tiles and by what "auto" takes, over the faster of the two."""
+    name = "a Toeplitz mask"
+    if wanted and not any(word in name for word in wanted):
+        return
+    for shape in map(tiny, CONVOLUTIONS) if machine.tiny else CONVOLUTIONS:
+        inputs = ssd_inputs(draw(shape, machine))
+        for direction in DIRECTIONS:
+            row = Row()
+            for by, backend in (("FFT", BY_FFT), ("tiles", BY_TILES), ("auto", "auto")):
+                row.measure(by, "ms", partial(_ms, machine, toeplitz, inputs, backend, direction))
+                machine.free()
+            least = min((row.parts[x] for x in ("FFT ms", "tiles ms") if row.parts.get(x) is not None), default=None)
+            ratio = None if least is None or row.parts.get("auto ms") is None else row.parts["auto ms"] / least
+            title = f"{name} {shape} {direction}, by {backends(toeplitz, inputs, 'auto')}, over the faster way"
+            yield Figure(title, ratio, "×", "at most", REGRET, row.parts, row.notes)
 
 
 def backends(make: Make, inputs: Inputs, backend: str) -> str:
@@ -201,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts |= {"quick": options.quick, "tiny": options.tiny}
     console.print(facts)
     found: list[Figure] = []
-    for figure in figures(machine, options.only):
+    for figure in chain(figures(machine, options.only), convolutions(machine, options.only)):
         found.append(replace(figure, target=None) if machine.tiny else figure)
         print_figure(console, found[-1])
         if path:
