@@ -82,8 +82,11 @@ def _moved(x: Tensor, seqlen: int, by: int) -> Tensor:
     x = x.expand(x.shape[0], seqlen, *x.shape[2:])
     if seqlen == 0:
         return x
-    zero = torch.zeros_like(x[:, :1])
-    return torch.cat([zero, x[:, :-1]], 1) if by > 0 else torch.cat([x[:, 1:], zero], 1)
+    into, read, rest = (slice(1, None), slice(-1), slice(1)) if by > 0 else (slice(-1), slice(1, None), slice(-1, None))
+    moved = torch.empty_like(x, memory_format=torch.contiguous_format)  # on a GPU `cat` takes twice as long as a copy
+    moved[:, into] = x[:, read]
+    moved[:, rest] = 0
+    return moved
 
 
 def _aligned(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

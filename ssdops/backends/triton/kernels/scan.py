@@ -200,7 +200,7 @@ def _chunks(
         kap = r
         if FACTORED:
             if FACTORS:
-                into, out = tl.load(adds + base * L + i) * one, tl.load(reads + base * L + i)
+                into = tl.load(adds + base * L + i) * one
             if DECAY:
                 middle = tl.load(center + base)
                 s *= tl.exp2(pending + middle)
@@ -233,11 +233,17 @@ def _chunks(
             qt2 = tl.load(q + c0 * q_t + i[:, None] * q_t + n2[None, :], mask=inside[:, None] & inside_n2, other=0.0).to(DOT)
             yt = tl.dot((s2 / size if NORMALIZE else s2).to(DOT), tl.trans(qt2), acc=yt, input_precision=PRECISION)
         if FACTORED:
-            yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION) * out[None, :]
+            yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION)
+            if FACTORS:  # read only now: until here it would take registers of the products
+                out = tl.load(reads + base * L + i)
+            yt *= out[None, :]
         else:
             weighted = _weighted(pairs, r, kap, ut, wt, scale, i, L, CAUSAL, DECAY, ROWS, COLS)
             yt = tl.dot(vt, weighted.to(DOT), acc=yt * out[None, :], input_precision=PRECISION)  # [BP, L]
-        if DIAGONAL:
+        if DIAGONAL and FACTORED:  # a product: v as Y is laid out would be read from one bank
+            own = tl.where(i[:, None] == i[None, :], tl.load(beside + base * L + i)[None, :], 0.0).to(DOT)
+            yt = tl.dot(vt, own, acc=yt, input_precision=PRECISION)
+        elif DIAGONAL:
             yt += vt.to(tl.float32) * tl.load(beside + base * L + i)[None, :]
         place = y + c0 * y_t + i[None, :] * y_t + p[:, None]
         if ONTO == 2:  # exact: a product with 1, which the tensor cores read from where it has been loaded to
