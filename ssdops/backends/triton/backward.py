@@ -176,22 +176,25 @@ class Backward(Scan):
             if entering is not None and leaving is not None:
                 entering, leaving = alike(entering, leaving, torch.float32)
             self.walk(logs, Side(v, entering, None, states), Side(dout, leaving, dinitial, dstates))
-        made = dv if not self.diagonal else self.empty(*dv.shape)
-        narrow = onto is None and not self.diagonal
+        dd = self.empty(p.batch, p.seqlen, p.nheads) if self.slot("diagonal") is not None else None
+        apart = self.diagonal and self._kernel()[0] is not HOPPER  # by a kernel of its own
+        made, narrow = self.empty(*dv.shape) if apart else dv, onto is None and not apart
         dq, dk, *exchanged = self._gradients(
-            logs, dy, states, dstates, made, None if onto is None else contiguous(onto.v), narrow
+            logs, dy, states, dstates, made, None if onto is None else contiguous(onto.v), narrow, dd
         )
         by_token = self._by_token(*exchanged) if self.exchanges else (None, None, None)
-        dq, dk, diagonal = self._with_diagonal(dq, dk, made, dv, dy, onto is None) if self.diagonal else (dq, dk, None)
-        return Results(dq, dk, dv, dinitial, *by_token, diagonal)
+        dq, dk = self._with_diagonal(dq, dk, made, dv, dy, onto is None, dd) if apart else (dq, dk)
+        return Results(dq, dk, dv, dinitial, *by_token, dd)
 
     def _gradients(
-        self, logs: Sums, dy: Tensor, states: Tensor, dstates: Tensor, dv: Tensor, onto: Tensor | None, narrow: bool
-    ) -> tuple[Tensor, ...]:
+        self, logs: Sums, dy: Tensor, states: Tensor, dstates: Tensor, dv: Tensor, onto: Tensor | None, narrow: bool,
+        dd: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """dQ and dK by groups of heads that share them, what tokens exchange, ⟨dS, exp(E) S⟩ of blocks; dV on the way.
 
         Args:
             onto: what dV is added to; narrow: whether nothing is added to dQ and dK any more.
+            dd: gradients of a diagonal's values, where the kernel is one that takes the diagonal along.
         """
         p, t, z, x, nothing, slots = self.problem, self.term, self.sizes, self.x, self.q, len(states)
         u, w, wanted = self.slot("rows"), self.slot("cols"), self.exchanges
@@ -207,16 +210,23 @@ class Backward(Scan):
         kinds = 0 if not wanted else KINDS.value if scales else KINDS.value // 2
         sums, through = self.empty(kinds, 2, slots, p.nheads, z.block), self.empty(slots if wanted else 0, p.nheads)
         shares = (p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads)
+        beside: tuple[Tensor, ...] = ()
+        factors: tuple[float, ...] = ()
+        if kernel is HOPPER:
+            d = self.slot("diagonal")
+            beside, factors = (or_else(d, nothing), or_else(dd, nothing)), (self.diagonal_scale, *strides(d))
+            switches |= {"DIAGONAL": self.diagonal, "VALUES": d is not None}
         if self.tokens and slots:
             self.run(
                 kernel, (parts * slots, self.groups, splits),
                 (
                     self.q, self.k, self.v, dy, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *logs,
                     states, dstates, dq_states, dk_states, dv, dg, sums, through, or_else(onto, nothing),
+                    *beside,
                 ),
                 (
                     *self.packing, self.groups, *shares, self.scale, ceil_div(p.nheads, self.groups * splits),
-                    *(n for x in (self.q, self.k, self.v, dy, u, w) for n in strides(x)),
+                    *(n for x in (self.q, self.k, self.v, dy, u, w) for n in strides(x)), *factors,
                 ),
                 BLOCK=z.block, P=p.headdim, BP=max(z.rows_back, least), BN=max(padded(p.dstate), least),
                 CAUSAL=t.causal, STRICT=int(t.strict), ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales,
@@ -239,12 +249,11 @@ class Backward(Scan):
         return self.empty(p.batch, p.seqlen, self.groups, p.dstate, dtype=dtype)
 
     def _with_diagonal(
-        self, dq: Tensor, dk: Tensor, dv_scan: Tensor, dv: Tensor, dy: Tensor, narrow: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """dQ and dK with what the diagonal adds, and the gradient of its values; dV, of what the scan makes, on the way."""
+        self, dq: Tensor, dk: Tensor, dv_scan: Tensor, dv: Tensor, dy: Tensor, narrow: bool, dd: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """dQ and dK with what the diagonal adds; dV, of what the scan makes, and the gradient of its values on the way."""
         p, d = self.problem, self.slot("diagonal")
         out = [self._by_group(heads, narrow) for heads in (p.q_heads, p.k_heads)]
-        dd = None if d is None else self.empty(p.batch, p.seqlen, p.nheads)
         columns = padded(max(p.headdim, p.dstate))
         tile = max(16, min(32, 4096 // columns))
         if self.tokens:
@@ -258,7 +267,7 @@ class Backward(Scan):
                 TILE=tile, P=p.headdim, BP=padded(p.headdim), N=p.dstate, BN=padded(p.dstate), VALUES=d is not None, STAGES=2,
                 num_warps=4,
             )  # fmt: skip
-        return out[0], out[1], dd
+        return out[0], out[1]
 
     def _kernel(self) -> tuple[Kernel, int, dict[str, Any]]:
         """What makes gradients by blocks, into how many parts it takes a block, and the switches that are its own."""

@@ -45,17 +45,21 @@ LARGE = gl.constexpr(126.0)
 
 @gluon.jit
 def hopper_gradients(
-    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through, onto,
+    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through, onto, d, dd,
     n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h, d_scale, d_b, d_t, d_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr,
     CAUSAL: gl.constexpr, STRICT: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr,
     COLS: gl.constexpr, PACKED: gl.constexpr, SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, ONTO: gl.constexpr,
-    STAGES: gl.constexpr,
+    DIAGONAL: gl.constexpr, VALUES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks · parts, groups, splits of a group's heads), with 3 parts if BN > 128, else 2.
 
-    Arguments are those of `gradients.gradients`; STAGES heads have their tiles in shared memory at once.
+    Arguments are those of `gradients.gradients`, but for
+
+        d, dd: of a DIAGONAL beside the scan its values and their gradients, `[tokens, nheads]`, if it has VALUES, else 1;
+            d_scale is its factor. dV and dG have in them what is its own (`diagonal.py`).
+        STAGES: heads that have their tiles in shared memory at once.
     """
     parts: gl.constexpr = 3 if BN > 128 else 2  # dQ and dK have registers in one program, or not
     blocks = gl.num_programs(0) // parts
@@ -69,15 +73,17 @@ def hopper_gradients(
         dy += batch * y_b + t * y_t
         u += batch * u_b + t * u_t
         w += batch * w_b + t * w_t
+        d += batch * d_b + t * d_t
         place = ((split * tokens + first) * groups + g) * N
         base, length, area = slot.to(gl.int64) * nheads, (stop - first).to(gl.int32), blocks.to(gl.int64) * nheads * BLOCK
         lo, hi = g * share + split * per_split, g * share + gl.minimum((split + 1) * per_split, share)
         if part == 0:
             _pairs(
-                q, k, v, dy, u, w, rho, kappa, total, dstates, dv + first * nheads * P, onto + first * nheads * P,
-                dg + ((split * blocks + slot).to(gl.int64) * groups + g) * BLOCK * BLOCK, sums, base, area, length, lo, hi,
-                nheads, v_share, scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
-                BLOCK, P, BP, N, BN, CAUSAL, STRICT, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, ONTO, STAGES,
+                q, k, v, dy, u, w, d, rho, kappa, total, dstates, dv + first * nheads * P, onto + first * nheads * P,
+                dd + first * nheads, dg + ((split * blocks + slot).to(gl.int64) * groups + g) * BLOCK * BLOCK, sums, base, area,
+                length, lo, hi, nheads, v_share, scale, d_scale,
+                q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
+                BLOCK, P, BP, N, BN, CAUSAL, STRICT, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, ONTO, DIAGONAL, VALUES, STAGES,
             )  # fmt: skip
         elif part == 1:
             _states(
@@ -192,13 +198,14 @@ def _states(
 
 @gluon.jit
 def _pairs(
-    q, k, v, dy, u, w, rho, kappa, total, dstates, dv, onto, dg, sums, base, area, length, lo, hi, nheads, v_share, scale,
-    q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+    q, k, v, dy, u, w, d, rho, kappa, total, dstates, dv, onto, dd, dg, sums, base, area, length, lo, hi, nheads, v_share,
+    scale, d_scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr,
     STRICT: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
-    SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, ONTO: gl.constexpr, STAGES: gl.constexpr,
+    SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, ONTO: gl.constexpr, DIAGONAL: gl.constexpr, VALUES: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dV, dG, and the sums of pairs and through dS."""
+    """dV, dG, and the sums of pairs and through dS; with a DIAGONAL, what is its own in dV and dG, and the gradient of d."""
     HALF: gl.constexpr = BLOCK // 2
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, HALF, 16])  # [j, i], half of the i
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BP, 16])  # [j, p]
@@ -229,10 +236,11 @@ def _pairs(
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
-        full = warpgroup_mma(own, q_room.permute((1, 0)), nothing, use_acc=False) * scale
+        full = warpgroup_mma(own, q_room.permute((1, 0)), nothing, use_acc=False)
         apart = half * HALF + i[None, :] - j[:, None]
         same += gl.convert_layout(gl.sum(gl.where(apart == 0, full, 0.0), 1), row)
-        scores.index(half).store(gl.where((apart > 0) if CAUSAL else (apart < 0), full, 0.0).to(gl.bfloat16))
+        scores.index(half).store(gl.where((apart > 0) if CAUSAL else (apart < 0), full * scale, 0.0).to(gl.bfloat16))
+    beside, same, of_diagonal = same * d_scale, same * scale, gl.zeros([BLOCK], gl.float32, row)
     for ahead in gl.static_range(AHEAD):
         fetch_head(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
     if SINGLE:
@@ -245,6 +253,7 @@ def _pairs(
     place, inside = jv[:, None] * (nheads * P) + pv[None, :], (jv < length)[:, None] & (pv < P)[None, :]
     early_out, late_out = nothing, nothing
     log = gl.load(total + base + lo) if DECAY else 0.0
+    value = gl.load(d + jn * d_t + lo * d_h, mask=jn < length, other=0.0).to(gl.float32) if VALUES else 1.0
     for h in range(lo, hi):
         stage, turn, unmoved = (h - lo) % STAGES, (h - lo) % 2, h >> 30
         own_log, at = log, (base + h) * BLOCK
@@ -327,6 +336,14 @@ def _pairs(
         y = warpgroup_mma(operand_of(given, narrow), late, y)
         if COLS:
             y *= own_scale[:, None]
+        if DIAGONAL:
+            yt = rows_of(ys, narrow)
+            along = gl.sum(rows_of(vs, narrow) * yt, 1)
+            of_diagonal += along * value
+            y += (beside * value)[:, None] * yt
+            if VALUES:
+                gl.store(dd + h + jn * nheads, beside * along, mask=jn < length)
+                value = gl.load(d + jn * d_t + gl.minimum(h + 1, hi - 1) * d_h, mask=jn < length, other=0.0).to(gl.float32)
         if ONTO == 1:
             y += before
         found = gl.convert_layout(y.to(dv.dtype.element_ty), whole)
@@ -340,6 +357,8 @@ def _pairs(
     for half in gl.static_range(2):
         after = half * HALF + i[None, :] - j[:, None] if CAUSAL else j[:, None] - half * HALF - i[None, :]
         out = gl.where(after >= STRICT, (late_out if half else early_out) * scale, 0.0)
+        if DIAGONAL:
+            out += gl.where(after == 0, gl.convert_layout(of_diagonal * d_scale, wide_row)[:, None], 0.0)
         gl.store(dg + (half * HALF + i[None, :]) * BLOCK + j[:, None], out.to(dg.dtype.element_ty))
 
 
