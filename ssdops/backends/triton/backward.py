@@ -177,7 +177,7 @@ class Backward(Scan):
                 entering, leaving = alike(entering, leaving, torch.float32)
             self.walk(logs, Side(v, entering, None, states), Side(dout, leaving, dinitial, dstates))
         dd = self.empty(p.batch, p.seqlen, p.nheads) if self.slot("diagonal") is not None else None
-        apart = self.diagonal and self._kernel()[0] is not HOPPER  # by a kernel of its own
+        apart = self.diagonal and not self._takes_diagonal  # by a kernel of its own
         made, narrow = self.empty(*dv.shape) if apart else dv, onto is None and not apart
         dq, dk, *exchanged = self._gradients(
             logs, dy, states, dstates, made, None if onto is None else contiguous(onto.v), narrow, dd
@@ -212,10 +212,11 @@ class Backward(Scan):
         shares = (p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads)
         beside: tuple[Tensor, ...] = ()
         factors: tuple[float, ...] = ()
+        taken, d = self.diagonal and self._takes_diagonal, self.slot("diagonal")
+        met = self.empty(splits, slots, self.groups, z.block) if taken else nothing
         if kernel is HOPPER:
-            d = self.slot("diagonal")
-            beside, factors = (or_else(d, nothing), or_else(dd, nothing)), (self.diagonal_scale, *strides(d))
-            switches |= {"DIAGONAL": self.diagonal, "VALUES": d is not None}
+            beside, factors = (or_else(d, nothing), or_else(dd, nothing), met), (self.diagonal_scale, *strides(d))
+            switches |= {"DIAGONAL": taken, "VALUES": taken and d is not None}
         if self.tokens and slots:
             self.run(
                 kernel, (parts * slots, self.groups, splits),
@@ -235,10 +236,10 @@ class Backward(Scan):
             columns = min(max(padded(p.dstate), least), 64)
             self.run(
                 FINISH, (slots, self.groups * ceil_div(p.dstate, columns), 2),
-                (self.q, self.k, or_else(self.cu, nothing), dg, dq_states, dk_states, dq, dk),
+                (self.q, self.k, or_else(self.cu, nothing), dg, dq_states, dk_states, met, dq, dk),
                 (*self.packing, self.groups, *shares[:2], splits, *strides(self.q), *strides(self.k)),
-                BLOCK=z.block, BN=columns, **{name: self.common[name] for name in ("N", "PACKED", "DOT", "PRECISION")},
-                num_warps=8,
+                BLOCK=z.block, BN=columns, DIAGONAL=taken, num_warps=8,
+                **{name: self.common[name] for name in ("N", "PACKED", "DOT", "PRECISION")},
             )  # fmt: skip
         return dq, dk, sums, through
 
@@ -268,6 +269,12 @@ class Backward(Scan):
                 num_warps=4,
             )  # fmt: skip
         return out[0], out[1]
+
+    @property
+    def _takes_diagonal(self) -> bool:
+        """Whether the kernel by blocks has the diagonal's gradients in it: where a program has both dQ and dK."""
+        kernel, parts, _ = self._kernel()
+        return kernel is HOPPER and parts == 2
 
     def _kernel(self) -> tuple[Kernel, int, dict[str, Any]]:
         """What makes gradients by blocks, into how many parts it takes a block, and the switches that are its own."""

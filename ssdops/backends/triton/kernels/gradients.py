@@ -265,15 +265,16 @@ def _decayed(x, gap, i, j, CAUSAL: tl.constexpr, STRICT: tl.constexpr, DECAY: tl
 
 @triton.jit
 def finish(
-    q, k, cu, dg, dq_states, dk_states, dq, dk,
+    q, k, cu, dg, dq_states, dk_states, met, dq, dk,
     n_rows, seqlen, tokens, nheads, groups, q_share, k_share, splits,
     q_b, q_t, q_h, k_b, k_t, k_h,
-    BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr, DIAGONAL: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = Σ dQ through states + dG K, and dK likewise with dGᵀ Q. Grid: (blocks, groups · tiles of N, 2: dQ or dK).
 
     Args:
-        dg, dq_states, dk_states: what `gradients` leaves, in splits.
+        dg, dq_states, dk_states: what `gradients` leaves, in splits; met: with a DIAGONAL, its m (`hopper.py`), likewise.
         dq, dk: `[tokens, groups, N]`.
     """
     tiles: tl.constexpr = (N + BN - 1) // BN
@@ -283,29 +284,32 @@ def finish(
         return
     batch, t, share = first // seqlen, first % seqlen, nheads // groups
     dg += (slot.to(tl.int64) * groups + g) * BLOCK * BLOCK
-    step = tl.num_programs(0).to(tl.int64) * groups * BLOCK * BLOCK
+    met += (slot.to(tl.int64) * groups + g) * BLOCK
+    step = tl.num_programs(0).to(tl.int64) * groups * BLOCK
     place, area = (first * groups + g) * N, tl.cast(tokens, tl.int64) * groups * N
     if tl.program_id(2) == 0:
         k += batch * k_b + t * k_t + (g * share // k_share) * k_h
-        _finish(dq + place, dq_states + place, dg, k, stop - first, tile, area, step, groups, splits, k_t,
-                BLOCK, 1, BLOCK, N, BN, DOT, PRECISION)  # fmt: skip
+        _finish(dq + place, dq_states + place, dg, met, k, stop - first, tile, area, step, groups, splits, k_t,
+                BLOCK, 1, BLOCK, N, BN, DIAGONAL, DOT, PRECISION)  # fmt: skip
     else:
         q += batch * q_b + t * q_t + (g * share // q_share) * q_h
-        _finish(dk + place, dk_states + place, dg, q, stop - first, tile, area, step, groups, splits, q_t,
-                1, BLOCK, BLOCK, N, BN, DOT, PRECISION)  # fmt: skip
+        _finish(dk + place, dk_states + place, dg, met, q, stop - first, tile, area, step, groups, splits, q_t,
+                1, BLOCK, BLOCK, N, BN, DIAGONAL, DOT, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    out, through_states, dg, b, length, tile, area, step, groups, splits, b_t,
+    out, through_states, dg, met, b, length, tile, area, step, groups, splits, b_t,
     STRIDE_I: tl.constexpr, STRIDE_J: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i, j, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tile * BN + tl.arange(0, BN)
     pairs, total = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK, BN], tl.float32)
     place, inside = i.to(tl.int64)[:, None] * groups * N + n[None, :], (i < length)[:, None] & (n < N)[None, :]
     for split in range(splits):
-        pairs += tl.load(dg + split * step + i[:, None] * STRIDE_I + j[None, :] * STRIDE_J).to(tl.float32)
+        pairs += tl.load(dg + split * step * BLOCK + i[:, None] * STRIDE_I + j[None, :] * STRIDE_J).to(tl.float32)
+        if DIAGONAL:
+            pairs += tl.where(i[:, None] == j[None, :], tl.load(met + split * step + i)[:, None], 0.0)
         total += tl.load(through_states + split * area + place, mask=inside, other=0.0).to(tl.float32)
     total = tl.dot(pairs.to(DOT), tokens_of(b, j, j < length, n, N, b_t, DOT), acc=total, input_precision=PRECISION)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

@@ -45,7 +45,7 @@ LARGE = gl.constexpr(126.0)
 
 @gluon.jit
 def hopper_gradients(
-    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through, onto, d, dd,
+    q, k, v, dy, u, w, cu, rho, kappa, total, states, dstates, dq, dk, dv, dg, sums, through, onto, d, dd, met,
     n_rows, seqlen, tokens, nheads, groups, q_share, k_share, v_share, scale, per_split,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, y_b, y_t, y_h, u_b, u_t, u_h, w_b, w_t, w_h, d_scale, d_b, d_t, d_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr,
@@ -58,7 +58,8 @@ def hopper_gradients(
     Arguments are those of `gradients.gradients`, but for
 
         d, dd: of a DIAGONAL beside the scan its values and their gradients, `[tokens, nheads]`, if it has VALUES, else 1;
-            d_scale is its factor. dV and dG have in them what is its own (`diagonal.py`).
+            d_scale is its factor. dV has in it what is its own (`diagonal.py`). There are 2 parts then.
+        met: its m, `[splits, blocks, groups, BLOCK]`.
         STAGES: heads that have their tiles in shared memory at once.
     """
     parts: gl.constexpr = 3 if BN > 128 else 2  # dQ and dK have registers in one program, or not
@@ -80,40 +81,49 @@ def hopper_gradients(
         if part == 0:
             _pairs(
                 q, k, v, dy, u, w, d, rho, kappa, total, dstates, dv + first * nheads * P, onto + first * nheads * P,
-                dd + first * nheads, dg + ((split * blocks + slot).to(gl.int64) * groups + g) * BLOCK * BLOCK, sums, base, area,
-                length, lo, hi, nheads, v_share, scale, d_scale,
-                q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
+                dg + ((split * blocks + slot).to(gl.int64) * groups + g) * BLOCK * BLOCK, sums, base, area, length, lo, hi,
+                nheads, v_share, scale, d_scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
                 BLOCK, P, BP, N, BN, CAUSAL, STRICT, DECAY, APART, ROWS, COLS, SUMS, ALL_SUMS, ONTO, DIAGONAL, VALUES, STAGES,
             )  # fmt: skip
         elif part == 1:
             _states(
-                q, v, dy, u, w, rho, kappa, total, states, dstates, dq + place, dk + place, sums, through, base, area, length,
-                lo, hi, groups, v_share, scale, q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+                q, k, v, dy, u, w, d, rho, kappa, total, states, dstates, dq + place, dk + place, sums, through,
+                dd + first * nheads, met + ((split * blocks + slot).to(gl.int64) * groups + g) * BLOCK, base, area, length,
+                lo, hi, nheads, groups, v_share, scale, d_scale,
+                q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
                 BLOCK, P, BP, N, BN, True, parts == 2, DECAY, APART and parts == 2, ROWS, COLS and parts == 2, SUMS,
-                ALL_SUMS, STAGES,
+                ALL_SUMS, DIAGONAL, VALUES, STAGES,
             )  # fmt: skip
         else:
             _states(
-                q, v, dy, u, w, rho, kappa, total, states, dstates, dq + place, dk + place, sums, through, base, area, length,
-                lo, hi, groups, v_share, scale, q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
-                BLOCK, P, BP, N, BN, False, True, DECAY, APART, False, COLS, False, False, STAGES,
+                q, k, v, dy, u, w, d, rho, kappa, total, states, dstates, dq + place, dk + place, sums, through, dd, met, base,
+                area, length, lo, hi, nheads, groups, v_share, scale, d_scale,
+                q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
+                BLOCK, P, BP, N, BN, False, True, DECAY, APART, False, COLS, False, False, False, False, STAGES,
             )  # fmt: skip
 
 
 @gluon.jit
 def _states(
-    q, v, dy, u, w, rho, kappa, total, states, dstates, dq, dk, sums, through, base, area, length, lo, hi, groups, v_share,
-    scale, q_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h,
+    q, k, v, dy, u, w, d, rho, kappa, total, states, dstates, dq, dk, sums, through, dd, met, base, area, length, lo, hi,
+    nheads, groups, v_share, scale, d_scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr,
     DK: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SUMS: gl.constexpr,
-    ALL_SUMS: gl.constexpr, STAGES: gl.constexpr,
+    ALL_SUMS: gl.constexpr, DIAGONAL: gl.constexpr, VALUES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dQ and dK through the states, or one of them; with dQ, the sums of rows and what passes the block."""
+    """dQ and dK through the states, or one of them; with dQ, the sums of rows and what passes the block.
+
+    With both and a DIAGONAL, m and the gradients of d, as ⟨dY, V⟩ is at hand here, and registers are.
+    """
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BN, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BP, 16])
     row: gl.constexpr = gl.SliceLayout(1, narrow)
     whole: gl.constexpr = coalesced(BP, BN)
     AHEAD: gl.constexpr = STAGES - 1
+    i = gl.arange(0, BLOCK, row)
+    if DIAGONAL:  # before there are the rooms, which leave no room for sums
+        beside, of_diagonal = _beside(q, k, length, q_t, k_t, row, BLOCK, N, BN) * d_scale, gl.zeros([BLOCK], gl.float32, row)
+        value = gl.load(d + i * d_t + lo * d_h, mask=i < length, other=0.0).to(gl.float32) if VALUES else 1.0
     v_room, y_room = tiles(STAGES, BLOCK, BP) if DK else None, tiles(STAGES, BLOCK, BP) if DQ else None
     s_room, ds_room = tiles(STAGES, BP, BN) if DQ else None, tiles(STAGES, BP, BN) if DK or SUMS else None
     r_room, c_room = lines(STAGES, BLOCK) if DECAY else None, lines(STAGES, BLOCK) if APART else None
@@ -126,7 +136,6 @@ def _states(
         fetch_head(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
     us = first_lines(u_room, u, length, lo, hi, u_t, u_h, ROWS)
     ws = first_lines(w_room, w, length, lo, hi, w_t, w_h, COLS)
-    i = gl.arange(0, BLOCK, row)
     dq_out, dk_out = gl.zeros([BLOCK, BN], gl.float32, wide), gl.zeros([BLOCK, BN], gl.float32, wide)
     log, decay = gl.load(total + base + lo) if DECAY else 0.0, 1.0
     for h in range(lo, hi):
@@ -165,7 +174,7 @@ def _states(
                 crossed = gl.sum(y * yt, 1)
                 at = (base + h) * BLOCK + i
                 gl.store(sums + 2 * IN_STATES * area + at, crossed * scaled)
-                if ALL_SUMS:
+                if ALL_SUMS and ROWS:
                     gl.store(sums + 2 * ALL_STATES * area + at, crossed * a)
         if DK:
             c = r
@@ -176,6 +185,12 @@ def _states(
                 b *= w_room.index(turn).load(row)
             vt = rows_of(v_room.index(stage), narrow)
             dk_out = warpgroup_mma(operand_of(vt * b[:, None], wide), ds_room.index(stage), dk_out, is_async=True)
+            if DIAGONAL:
+                along = gl.sum(vt * yt, 1)
+                of_diagonal += along * value
+                if VALUES:
+                    gl.store(dd + h + i * nheads, beside * along, mask=i < length)
+                    value = gl.load(d + i * d_t + gl.minimum(h + 1, hi - 1) * d_h, mask=i < length, other=0.0).to(gl.float32)
         if SUMS:
             passed = s.load(whole).to(gl.float32) * ds_room.index(stage).load(whole).to(gl.float32)
             passed_room.index(turn).store(gl.sum(passed, 1))
@@ -188,6 +203,8 @@ def _states(
     async_copy.wait_group(0)
     if SUMS:
         _pass_on(passed_room.index((hi - lo + 1) % 2), through + base + hi - 1, decay)
+    if DIAGONAL:
+        gl.store(met + i, of_diagonal * d_scale)
     i, n = gl.arange(0, BLOCK, gl.SliceLayout(1, wide)), gl.arange(0, BN, gl.SliceLayout(0, wide))
     place, inside = i.to(gl.int64)[:, None] * groups * N + n[None, :], (i < length)[:, None] & (n < N)[None, :]
     if DQ:
@@ -198,14 +215,14 @@ def _states(
 
 @gluon.jit
 def _pairs(
-    q, k, v, dy, u, w, d, rho, kappa, total, dstates, dv, onto, dd, dg, sums, base, area, length, lo, hi, nheads, v_share,
+    q, k, v, dy, u, w, d, rho, kappa, total, dstates, dv, onto, dg, sums, base, area, length, lo, hi, nheads, v_share,
     scale, d_scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, CAUSAL: gl.constexpr,
     STRICT: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
     SUMS: gl.constexpr, ALL_SUMS: gl.constexpr, ONTO: gl.constexpr, DIAGONAL: gl.constexpr, VALUES: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dV, dG, and the sums of pairs and through dS; with a DIAGONAL, what is its own in dV and dG, and the gradient of d."""
+    """dV, with what is a DIAGONAL's own, dG, and the sums of pairs and through dS."""
     HALF: gl.constexpr = BLOCK // 2
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, HALF, 16])  # [j, i], half of the i
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BP, 16])  # [j, p]
@@ -240,7 +257,7 @@ def _pairs(
         apart = half * HALF + i[None, :] - j[:, None]
         same += gl.convert_layout(gl.sum(gl.where(apart == 0, full, 0.0), 1), row)
         scores.index(half).store(gl.where((apart > 0) if CAUSAL else (apart < 0), full * scale, 0.0).to(gl.bfloat16))
-    beside, same, of_diagonal = same * d_scale, same * scale, gl.zeros([BLOCK], gl.float32, row)
+    beside, same = same * d_scale, same * scale
     for ahead in gl.static_range(AHEAD):
         fetch_head(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
     if SINGLE:
@@ -327,7 +344,8 @@ def _pairs(
                 else:
                     own_rows += met
                 gl.store(sums + (2 * ALL_PAIRS + 1) * area + at + jn, own_rows)
-                same_room.index(turn).store(met * own_scale)
+                if ROWS:
+                    same_room.index(turn).store(met * own_scale)
         if ONTO == 1:
             p = gl.arange(0, BP, gl.SliceLayout(0, narrow))
             of_head = onto + h * P + jn[:, None] * (nheads * P) + p[None, :] + unmoved
@@ -337,12 +355,8 @@ def _pairs(
         if COLS:
             y *= own_scale[:, None]
         if DIAGONAL:
-            yt = rows_of(ys, narrow)
-            along = gl.sum(rows_of(vs, narrow) * yt, 1)
-            of_diagonal += along * value
-            y += (beside * value)[:, None] * yt
+            y += (beside * value)[:, None] * rows_of(ys, narrow)
             if VALUES:
-                gl.store(dd + h + jn * nheads, beside * along, mask=jn < length)
                 value = gl.load(d + jn * d_t + gl.minimum(h + 1, hi - 1) * d_h, mask=jn < length, other=0.0).to(gl.float32)
         if ONTO == 1:
             y += before
@@ -357,8 +371,6 @@ def _pairs(
     for half in gl.static_range(2):
         after = half * HALF + i[None, :] - j[:, None] if CAUSAL else j[:, None] - half * HALF - i[None, :]
         out = gl.where(after >= STRICT, (late_out if half else early_out) * scale, 0.0)
-        if DIAGONAL:
-            out += gl.where(after == 0, gl.convert_layout(of_diagonal * d_scale, wide_row)[:, None], 0.0)
         gl.store(dg + (half * HALF + i[None, :]) * BLOCK + j[:, None], out.to(dg.dtype.element_ty))
 
 
@@ -395,6 +407,17 @@ def _weigh(
 
 
 @gluon.jit
+def _beside(q, k, length, q_t, k_t, row: gl.constexpr, BLOCK: gl.constexpr, N: gl.constexpr, BN: gl.constexpr):
+    """⟨q_i, k_i⟩."""
+    layout: gl.constexpr = coalesced(BLOCK, BN)
+    i, n = gl.arange(0, BLOCK, gl.SliceLayout(1, layout)), gl.arange(0, BN, gl.SliceLayout(0, layout))
+    inside = (i < length)[:, None] & (n < N)[None, :]
+    qt = gl.load(q + i[:, None] * q_t + n[None, :], mask=inside, other=0.0).to(gl.float32)
+    kt = gl.load(k + i[:, None] * k_t + n[None, :], mask=inside, other=0.0).to(gl.float32)
+    return gl.convert_layout(gl.sum(qt * kt, 1), row)
+
+
+@gluon.jit
 def _add_up(early, late, u, same, sums, base, area, h, turn, BLOCK: gl.constexpr, ROWS: gl.constexpr, ALL_SUMS: gl.constexpr):
     """The sums of R by rows i, from those of each warp."""
     HALF: gl.constexpr = BLOCK // 2
@@ -407,7 +430,7 @@ def _add_up(early, late, u, same, sums, base, area, h, turn, BLOCK: gl.constexpr
         if ROWS:
             own *= u.index(turn).slice(half * HALF, HALF).load(line)
         gl.store(sums + 2 * IN_PAIRS * area + at, own)
-        if ALL_SUMS:
+        if ALL_SUMS and ROWS:
             met = same.index(turn).slice(half * HALF, HALF).load(line)
             gl.store(sums + 2 * ALL_PAIRS * area + at, total + met)
 
