@@ -201,6 +201,8 @@ def _chunks(
         if FACTORED:
             if FACTORS:
                 into = tl.load(adds + base * L + i) * one
+                if not DIAGONAL:
+                    out = tl.load(reads + base * L + i)
             if DECAY:
                 middle = tl.load(center + base)
                 s *= tl.exp2(pending + middle)
@@ -234,7 +236,7 @@ def _chunks(
             yt = tl.dot((s2 / size if NORMALIZE else s2).to(DOT), tl.trans(qt2), acc=yt, input_precision=PRECISION)
         if FACTORED:
             yt = tl.dot(added, pairs, acc=yt, input_precision=PRECISION)
-            if FACTORS:  # read only now: until here it would take registers of the products
+            if FACTORS and DIAGONAL:  # read only now: until here it would take registers that are not there
                 out = tl.load(reads + base * L + i)
             yt *= out[None, :]
         else:
