@@ -73,6 +73,7 @@ class Blocks:
         for slot, (of_row, of_col) in {"log_a": ("rows", "cols"), "channel": ("q", "k")}.items():
             if (log := self.slots.get(slot)) is not None:
                 d = self.cut(log.to(exponent_dtype(p) if p.dtype in EXACT else p.accumulate))
+                d = d.movedim(2, -1).contiguous()  # tokens last: a GPU sums these ten times as fast
                 logs[of_row] = self.kept(of_row, _sums(d, scan.causal, scan.row_inclusive))
                 logs[of_col] = self.kept(of_col, _sums(d, not scan.causal, not scan.col_inclusive))
         if (late := self.slots.get("log_cols")) is not None:
@@ -189,8 +190,8 @@ class Blocks:
 
 
 def _sums(d: Tensor, from_left: bool, inclusive: bool) -> Tensor:
-    """Σ d, `(batch, n, B, heads, …)`, over the tokens of a block up to each from one of its ends, itself among them or not."""
-    d = d.movedim(2, -1).contiguous()  # tokens last: a GPU sums these ten times as fast
+    """Σ d over tokens of a block up to each from one of its ends, itself among them or not: of `(batch, n, heads, …, B)`, as
+    `(batch, n, B, heads, …)`."""
     sums = d.cumsum(-1) if from_left else d.flip(-1).cumsum(-1).flip(-1)
     if not inclusive:
         sums = pad(sums[..., :-1], (1, 0)) if from_left else pad(sums[..., 1:], (0, 1))
