@@ -187,8 +187,21 @@ def calls_in_a_row(rank: int, world: int) -> None:
         else:
             raise AssertionError("unlike slices ran")
         assert call(7) == 1 and call(7) == 0
+        assert kept_at_the_store(lambda: call(7)) <= 2, "counts leave more and more at the store"
     finally:
         del team._exchange
+
+
+def kept_at_the_store(call: Callable[[], object]) -> int:
+    """How many keys ten calls leave there that five have not."""
+    at_the_store, kept = dist.distributed_c10d._get_default_store(), list[int]()
+    for _ in range(2):
+        for _ in range(5):
+            call()
+        dist.barrier()  # all have come to the last call
+        kept.append(at_the_store.num_keys())
+        dist.barrier()
+    return kept[1] - kept[0]
 
 
 def bad_slice(rank: int, world: int) -> None:
