@@ -274,7 +274,7 @@ def finish(
     """dQ = Σ dQ through states + dG K, and dK likewise with dGᵀ Q. Grid: (blocks, groups · tiles of N, 2: dQ or dK).
 
     Args:
-        dg, dq_states, dk_states: what `gradients` leaves, in splits; met: with a DIAGONAL, its m (`hopper_states.py`), likewise.
+        dg, dq_states, dk_states: what `gradients` leaves, in splits; met: with a DIAGONAL, its m (`hopper_states.py`).
         dq, dk: `[tokens, groups, N]`.
     """
     tiles: tl.constexpr = (N + BN - 1) // BN
