@@ -73,21 +73,15 @@ class Counting:
 
     Attributes:
         saying: what it would say.
-        key: of the count at the store.
-        use: how often all are to have come by then, with this call.
+        key: of the count at the store; last: of what the last to come puts there.
         come, wanted: how many times any had come when this rank had, and how many times they are to.
     """
 
     saying: Saying
     key: str
-    use: int
+    last: str
     come: int
     wanted: int
-
-    @staticmethod
-    def complete(key: str, use: int) -> str:
-        """What the last to come puts at the store."""
-        return f"{key}/{use}"
 
 
 @dataclass
@@ -218,17 +212,17 @@ class Team:
         known.uses += 1
         with self._checked() as store:
             come, wanted = store.add(key, 1), known.uses * self.size
-            self._counting = Counting(saying, key, known.uses, come, wanted)
+            self._counting = Counting(saying, key, f"{key}/{known.uses}", come, wanted)
             if come == wanted:
-                store.set(Counting.complete(key, known.uses), "")
+                store.set(self._counting.last, "")
             elif come == wanted - 1 and known.uses > 2:  # and the last has gone on from the use before last
-                store.delete_key(Counting.complete(key, known.uses - 2))
+                store.delete_key(f"{key}/{known.uses - 2}")
 
     def _all_come(self, store: Any, counting: Counting) -> bool:
         """Whether as many have come with that text as there are ranks; not if one says another, or counts otherwise."""
         began, limit = time.monotonic(), self.timeout.total_seconds()
         try:
-            store.wait([Counting.complete(counting.key, counting.use)], timedelta(seconds=PATIENCE))
+            store.wait([counting.last], timedelta(seconds=PATIENCE))
         except dist.DistStoreError:
             self._say(store, counting.saying.text)
         else:

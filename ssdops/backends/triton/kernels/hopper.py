@@ -60,6 +60,7 @@ def hopper_gradients(
         d, dd: of a DIAGONAL beside the scan its values and their gradients, `[tokens, nheads]`, if it has VALUES, else 1;
             d_scale is its factor. dV has in it what is its own (`diagonal.py`). There are 2 parts then.
         met: its m, `[splits, blocks, groups, BLOCK]`.
+        sums: of rows, those for scales are left out without ROWS, which alone ask for them.
         STAGES: heads that have their tiles in shared memory at once.
     """
     parts: gl.constexpr = 3 if BN > 128 else 2  # dQ and dK have registers in one program, or not
