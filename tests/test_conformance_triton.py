@@ -142,6 +142,22 @@ def test_packed_rows_without_decay_leave_their_inputs_alone() -> None:
     assert all(torch.equal(x, y) for x, y in zip(inputs, given, strict=True))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_scales_without_decay_leave_their_inputs_alone_in_segments(causal: bool) -> None:
+    """What prepares the factors of tokens once put sums of no decay where q was, as segments want those of blocks."""
+    made = Make(seqlen=300, nheads=2, dstate=16, headdim=16, dtype=torch.bfloat16)
+    mask = masks.causal().scale(made.factor(), made.factor(1))
+    case = replace(made.case(mask if causal else mask.T), operands=torch.bfloat16)
+    (term,) = terms_of(case.mask.tree)
+    assert isinstance(term, Linear)
+    x = bind(term, case.problem, case.q, case.k, case.v, case.mask.operands, None, case.scale)
+    given = {name: tensor.clone() for name, tensor in case.tensors()}
+    y = Scan(term, x, Config(16, 3)).forward().y
+    assert_close(y, outputs(case, False)["y"], output_bounds(case, False)["y"], "y")
+    for name, tensor in case.tensors():
+        assert torch.equal(tensor, given[name]), name
+
+
 @pytest.mark.parametrize("v_heads", [1, 4])
 def test_rows_in_turns_have_the_gradients_of_all_at_once(v_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where states of a whole batch would take much memory; heads may share v, and rows a decay."""

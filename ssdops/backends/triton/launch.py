@@ -164,8 +164,8 @@ class Scan:
                 ),
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
                 ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None, CHUNKS=chunks,
-                BLOCKS=blocks, SPAN=SPAN, RUNNERS=0 if turns is None else turns.shape[1] // self.groups, DIAGONAL=diagonal,
-                VALUES=d is not None, ROWS=u is not None, COLS=w is not None, FACTORS=factors,
+                BLOCKS=blocks and self.decays, SPAN=SPAN, RUNNERS=0 if turns is None else turns.shape[1] // self.groups,
+                DIAGONAL=diagonal, VALUES=d is not None, ROWS=u is not None, COLS=w is not None, FACTORS=factors,
                 **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return Prepared(scores, beside, by_chunk, center, reads, adds, by_block)
