@@ -112,6 +112,7 @@ MASKS = {
     "everything": everything,
     "one": everything,
     "undecayed": undecayed,
+    "onto_undecayed": undecayed,
     "relay": plain,
     "onto": plain,
     "onto_documents": documents,
@@ -174,7 +175,8 @@ SETUPS = (
     Setup("bf16", 64, 128, mask="onto_documents", passes=("forward", "segments"), only=("scan",)),
     Setup("bf16", 64, 128, mask="onto_everything", **BLOCKWISE),
     Setup("bf16", 64, 128, mask="diagonal"),
-    Setup("bf16", 64, 128, mask="diagonal_onto", passes=("forward",), only=("scan",)),
+    Setup("bf16", 64, 128, mask="diagonal_onto", only=("scan", "hopper_gradients")),
+    Setup("bf16", 64, 128, mask="onto_undecayed", only=("scan", "hopper_gradients")),
     Setup("bf16", 64, 128, mask="everything"),
     Setup("bf16", 64, 128, mask="one", seqlen=1, nheads=1),
     Setup("bf16", 64, 128, mask="scaled", **BLOCKWISE),
@@ -257,10 +259,11 @@ HEADER = f"""\
 # What the kernels of scans take on GPUs. Written by: python tests/compile_scan.py > tests/triton_resources.txt
 # launch: pass, kernel, which of that kernel's launches; free: compiled with no limit on registers. tokens: of a chunk, or of
 # a block. shared, tensor: a program's bytes of shared memory and columns of tensor memory. stack: a thread's bytes of memory
-# for registers that it does not have. instructions: those of tensor cores. Numbers are one compiler's:
+# for registers that it does not have; reloads: instructions that read them, in loops around products. instructions: those
+# of tensor cores. Numbers are one compiler's:
 # triton {triton.__version__}
 """
-COLUMNS = ("sm", "dtype", "headdim", "dstate", "tokens", "mask", "launch", "shared", "tensor", "stack", "instructions")
+COLUMNS = tuple("sm dtype headdim dstate tokens mask launch shared tensor stack reloads instructions".split())
 
 
 def rows(arch: int, setups: int | None) -> Iterator[tuple[object, ...]]:
@@ -278,7 +281,8 @@ def rows(arch: int, setups: int | None) -> Iterator[tuple[object, ...]]:
                 tokens = next(launch.constants[name] for name in ("L", "C", "BLOCK", "TILE") if launch.constants.get(name))
                 yield (
                     arch, setup.dtype, setup.headdim, setup.dstate, tokens,
-                    setup.mask, launch.what + suffix, kernel.shared, kernel.tensor_memory, kernel.stack, kernel.tensor_cores,
+                    setup.mask, launch.what + suffix, kernel.shared, kernel.tensor_memory, kernel.stack, kernel.reloads,
+                    kernel.tensor_cores,
                 )  # fmt: skip
 
 

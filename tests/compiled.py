@@ -49,13 +49,26 @@ class Compiled:
     @cached_property
     def usage(self) -> dict[str, int]:
         """What the assembler says of a thread: REG is registers, STACK and LOCAL bytes that did not fit there."""
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = self._read("cuobjdump", "--dump-resource-usage")
+        return {name: int(x) for name, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+    @property
+    def reloads(self) -> int:
+        """Instructions that read registers back from memory, in the loops around products: each turn waits for them."""
+        lines = self._read("nvdisasm", "-c").splitlines()
+        labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
+        jumps = ((found[1], at) for at, line in enumerate(lines) if (found := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)))
+        loops = [range(labels[name], at) for name, at in jumps if labels.get(name, at) < at]
+        hot = {at for loop in loops if any("MMA" in lines[at] for at in loop) for at in loop}
+        return sum("LDL" in lines[at] for at in hot)
+
+    def _read(self, tool: str, option: str) -> str:
+        """What a tool that comes with Triton says of the binary."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.kernel.asm["cubin"])
             file.flush()
-            command = [str(tool), "--dump-resource-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return {name: int(x) for name, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+            command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / tool), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     @property
     def registers(self) -> int:

@@ -53,9 +53,9 @@ def resolve(x: Operand, tensors: Mapping[str, Tensor], axes: str, seqlen: int) -
         case ops.Flip(a):
             return resolve(a, tensors, axes, seqlen).flip(1)
         case ops.Advance(a):
-            return _moved(resolve(a, tensors, axes, seqlen), seqlen, -1)
+            return moved(resolve(a, tensors, axes, seqlen), seqlen, -1)
         case ops.Delay(a):
-            return _moved(resolve(a, tensors, axes, seqlen), seqlen, 1)
+            return moved(resolve(a, tensors, axes, seqlen), seqlen, 1)
         case ops.Select(a, index):
             return resolve(a, tensors, n.RANK, seqlen)[..., index]
         case ops.Centre(a):
@@ -77,16 +77,16 @@ def resolve(x: Operand, tensors: Mapping[str, Tensor], axes: str, seqlen: int) -
             return left * right
 
 
-def _moved(x: Tensor, seqlen: int, by: int) -> Tensor:
+def moved(x: Tensor, seqlen: int, by: int) -> Tensor:
     """x read `by` tokens earlier (later if negative), zero where nothing is read."""
     x = x.expand(x.shape[0], seqlen, *x.shape[2:])
     if seqlen == 0:
         return x
     into, read, rest = (slice(1, None), slice(-1), slice(1)) if by > 0 else (slice(-1), slice(1, None), slice(-1, None))
-    moved = torch.empty_like(x, memory_format=torch.contiguous_format)  # on a GPU `cat` takes twice as long as a copy
-    moved[:, into] = x[:, read]
-    moved[:, rest] = 0
-    return moved
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)  # on a GPU `cat` takes twice as long as a copy
+    out[:, into] = x[:, read]
+    out[:, rest] = 0
+    return out
 
 
 def _aligned(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

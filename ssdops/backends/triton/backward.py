@@ -16,7 +16,7 @@ from .calls import Kernel
 from .kernels.diagonal import diagonal_gradients
 from .kernels.gradients import KINDS, finish, gradients
 from .kernels.tokens import token_gradients
-from .launch import Scan, Side, Sums, alike, ceil_div, contiguous, dense_last, or_else, strides
+from .launch import Lines, Scan, Side, Sums, alike, ceil_div, contiguous, dense_last, or_else, strides
 from .sizes import hopper_stages, padded
 from .tile_mask import LEAST
 
@@ -169,7 +169,8 @@ class Backward(Scan):
         dv = self.room_for_dv(onto) if dv is None else dv
         states, dstates = (self.empty(slots, p.nheads, p.headdim, p.dstate, dtype=self.kept) for _ in range(2))
         dinitial = None if x.initial is None else self.empty(*x.initial.shape)
-        logs = self.prepare(chunks=False, blocks=True).blocks
+        prepared = self.prepare(chunks=False, blocks=True, lines=self._kernel()[0] is HOPPER)
+        logs = prepared.blocks
         if self.rows and (self.tokens or dinitial is not None):
             v, dout = alike(self.v, dy, p.dtype)
             entering, leaving = contiguous(x.initial), contiguous(cotangents.state)
@@ -180,15 +181,15 @@ class Backward(Scan):
         apart = self.diagonal and not self._takes_diagonal  # by a kernel of its own
         made, narrow = self.empty(*dv.shape) if apart else dv, onto is None and not apart
         dq, dk, *exchanged = self._gradients(
-            logs, dy, states, dstates, made, None if onto is None else contiguous(onto.v), narrow, dd
+            logs, prepared.lines, dy, states, dstates, made, None if onto is None else contiguous(onto.v), narrow, dd
         )
         by_token = self._by_token(*exchanged) if self.exchanges else (None, None, None)
         dq, dk = self._with_diagonal(dq, dk, made, dv, dy, onto is None, dd) if apart else (dq, dk)
         return Results(dq, dk, dv, dinitial, *by_token, dd)
 
     def _gradients(
-        self, logs: Sums, dy: Tensor, states: Tensor, dstates: Tensor, dv: Tensor, onto: Tensor | None, narrow: bool,
-        dd: Tensor | None,
+        self, logs: Sums, lines: Lines, dy: Tensor, states: Tensor, dstates: Tensor, dv: Tensor, onto: Tensor | None,
+        narrow: bool, dd: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """dQ and dK by groups of heads that share them, what tokens exchange, ⟨dS, exp(E) S⟩ of blocks; dV on the way.
 
@@ -211,23 +212,26 @@ class Backward(Scan):
         sums, through = self.empty(kinds, 2, slots, p.nheads, z.block), self.empty(slots if wanted else 0, p.nheads)
         shares = (p.nheads // p.q_heads, p.nheads // p.k_heads, p.nheads // p.v_heads)
         beside: tuple[Tensor, ...] = ()
+        weights: tuple[Tensor, ...] = (or_else(u, nothing), or_else(w, nothing))
+        strided: tuple[Tensor | None, ...] = (self.q, self.k, self.v, dy, u, w)
         factors: tuple[float, ...] = ()
         taken, d = self.diagonal and self._takes_diagonal, self.slot("diagonal")
         met = self.empty(splits, slots, self.groups, z.block) if taken else nothing
         if kernel is HOPPER:
-            beside, factors = (or_else(d, nothing), or_else(dd, nothing), met), (self.diagonal_scale, *strides(d))
+            weights, strided, beside = lines[:2], strided[:4], (lines.diagonal, or_else(dd, nothing), met)
+            factors = (self.diagonal_scale,)
             switches |= {"DIAGONAL": taken, "VALUES": taken and d is not None}
         if self.tokens and slots:
             self.run(
                 kernel, (parts * slots, self.groups, splits),
                 (
-                    self.q, self.k, self.v, dy, or_else(u, nothing), or_else(w, nothing), or_else(self.cu, nothing), *logs,
+                    self.q, self.k, self.v, dy, *weights, or_else(self.cu, nothing), *logs,
                     states, dstates, dq_states, dk_states, dv, dg, sums, through, or_else(onto, nothing),
                     *beside,
                 ),
                 (
                     *self.packing, self.groups, *shares, self.scale, ceil_div(p.nheads, self.groups * splits),
-                    *(n for x in (self.q, self.k, self.v, dy, u, w) for n in strides(x)), *factors,
+                    *(n for x in strided for n in strides(x)), *factors,
                 ),
                 BLOCK=z.block, P=p.headdim, BP=max(z.rows_back, least), BN=max(padded(p.dstate), least),
                 CAUSAL=t.causal, STRICT=int(t.strict), ROWS=u is not None, COLS=w is not None, SUMS=wanted, ALL_SUMS=scales,
@@ -280,8 +284,8 @@ class Backward(Scan):
         """What makes gradients by blocks, into how many parts it takes a block, and the switches that are its own."""
         z, t, c = self.sizes, self.term, self.common
         skips, apart = t.col_inclusive and not t.row_inclusive, self.decays and self.apart
-        lines = self.decays + apart, (self.slot("rows") is not None) + (self.slot("cols") is not None)
-        stages = 0 if hopper_gradients is None or skips else hopper_stages(self.problem, self.dot, *lines)
+        lines = self.decays + apart + sum(self.slot(name) is not None for name in ("rows", "cols", "diagonal"))
+        stages = 0 if hopper_gradients is None or skips else hopper_stages(self.problem, self.dot, lines)
         if stages:
             switches = {name: c[name] for name in ("N", "DECAY", "PACKED")}
             switches |= {"APART": apart, "STAGES": stages}
@@ -308,7 +312,7 @@ class Backward(Scan):
                 ),
                 self.packing, BLOCK=z.block, HEADS=heads, CAUSAL=t.causal, ROW_INCLUSIVE=t.row_inclusive,
                 COL_INCLUSIVE=t.col_inclusive, DLOG_A=log_a is not None, DU=rows is not None, DW=cols is not None,
-                PACKED=self.cu is not None, num_warps=4,
+                PACKED=self.cu is not None, JOINT=self._kernel()[0] is HOPPER, num_warps=4,
             )  # fmt: skip
         return log_a, rows, cols
 

@@ -39,6 +39,14 @@ class Sums(NamedTuple):
     total: Tensor
 
 
+class Lines(NamedTuple):
+    """Numbers of tokens by blocks, `[slots, nheads, size]`: scales of rows and of columns, and a diagonal's values."""
+
+    rows: Tensor
+    cols: Tensor
+    diagonal: Tensor
+
+
 class Prepared(NamedTuple):
     """What `prepare` gives; its docstring has the shapes."""
 
@@ -49,6 +57,7 @@ class Prepared(NamedTuple):
     reads: Tensor
     adds: Tensor
     blocks: Sums
+    lines: Lines
 
 
 @dataclass(frozen=True)
@@ -128,11 +137,11 @@ class Scan:
 
     # --- launches -------------------------------------------------------------------------------------------------------
 
-    def prepare(self, chunks: bool, blocks: bool, turns: Tensor | None = None) -> Prepared:
-        """Scores and sums of log decays of every chunk, and sums of every block, as far as they are wanted; turns at 0."""
+    def prepare(self, chunks: bool, blocks: bool, turns: Tensor | None = None, lines: bool = False) -> Prepared:
+        """Scores and sums of log decays of every chunk, sums and lines of every block, as far as wanted; turns at 0."""
         p, t, z, slots, coarse = self.problem, self.term, self.sizes, self.slots, self.slots_of(self.sizes.block)
         scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot) if chunks else self.q
-        diagonal, d = chunks and self.diagonal, self.slot("diagonal") if chunks else None
+        diagonal, d = chunks and self.diagonal, self.slot("diagonal") if chunks or lines else None
         beside = self.empty(slots, p.nheads, z.chunk) if diagonal else self.q
         by_chunk, center, by_block = Sums(*(self.q,) * 3), self.q, Sums(*(self.q,) * 3)
         if self.decays and chunks:
@@ -142,9 +151,11 @@ class Scan:
         factors = chunks and self.factors
         reads, adds = (self.empty(slots, p.nheads, z.chunk) if factors else self.q for _ in range(2))
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
-        u, w = (self.slot(name) if factors else None for name in ("rows", "cols"))
+        u, w = (self.slot(name) if factors or lines else None for name in ("rows", "cols"))
+        by_token = Lines(*(self.empty(coarse, p.nheads, z.block) if lines and x is not None else self.q for x in (u, w, d)))
+        lines = lines and not (u is None and w is None and d is None)
         heads, groups = min(16, padded(p.nheads)), self.groups if chunks else 0
-        parts = groups + (ceil_div(p.nheads, heads) if self.decays or factors else 0)
+        parts = groups + (ceil_div(p.nheads, heads) if self.decays or factors or lines else 0)
         if self.cu is not None:
             self.places = self.empty(self.segments.slots(self.rows, self.tokens), dtype=torch.int32)
             self.ends = self.empty(self.segments.cells(self.tokens), dtype=torch.int32)
@@ -154,7 +165,7 @@ class Scan:
                 PREPARE, (slots if chunks else coarse, parts, 1),
                 (
                     self.q, self.k, *(or_else(x, self.q) for x in (log_a, log_cols, d, u, w, self.cu)), scores, beside,
-                    *by_chunk, center, reads, adds, *by_block,
+                    *by_chunk, center, reads, adds, *by_block, *by_token,
                     *(or_else(x, self.q) for x in (turns, self.places, self.ends)),
                 ),
                 (
@@ -165,10 +176,10 @@ class Scan:
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
                 ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None, CHUNKS=chunks,
                 BLOCKS=blocks and self.decays, SPAN=SPAN, RUNNERS=0 if turns is None else turns.shape[1] // self.groups,
-                DIAGONAL=diagonal, VALUES=d is not None, ROWS=u is not None, COLS=w is not None, FACTORS=factors,
+                DIAGONAL=diagonal, VALUES=d is not None, ROWS=u is not None, COLS=w is not None, FACTORS=factors, LINES=lines,
                 **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
-        return Prepared(scores, beside, by_chunk, center, reads, adds, by_block)
+        return Prepared(scores, beside, by_chunk, center, reads, adds, by_block, by_token)
 
     def _places(self) -> tuple[int, int, int]:
         """How many slots of segments there are of packed rows, and cells that they end in, and the tokens of one."""

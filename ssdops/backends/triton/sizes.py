@@ -79,21 +79,20 @@ def _stages(head: int, room: int) -> int:
     return next((stages for stages in (3, 2) if stages * head <= room), 1)
 
 
-def hopper_stages(problem: Problem, dot: torch.dtype, logs: int, scales: int) -> int:
+def hopper_stages(problem: Problem, dot: torch.dtype, lines: int) -> int:
     """How many heads `kernels/hopper.py` has in shared memory at once, 0 where its tiles or registers do not suffice.
 
     Args:
-        logs, scales: how many of ρ and κ, and of u and w, there are.
+        lines: how many of ρ, κ, u, w and the values of a diagonal there are.
     """
     p, n = padded(problem.headdim), padded(problem.dstate)
     block, room = sizes(problem, None).block, shared_memory(problem.target.capability)
     if dot != torch.bfloat16 or _major(problem) != 9 or problem.target.capability is None or block < 128 or p > 64:
         return 0
-    token, state, lines = 2 * p * block, 2 * p * n, 4 * block
-    stays = 2 * n * block + 2 * lines * scales + 8 * p
+    token, state, line, stays = 2 * p * block, 2 * p * n, 4 * block, 2 * n * block + 8 * p
     if n > 128:  # dQ, dK and pairs by a program each: that of dQ has no V, no κ and no w
-        return 2 if stays - lines * scales + 2 * (token + 2 * state + lines) <= room else 0
-    return next((count for count in (3, 2) if stays + count * (2 * token + 2 * state + lines * logs) <= room), 0)
+        return 2 if stays + 2 * (token + 2 * state + 2 * line) <= room else 0
+    return next((count for count in (3, 2) if stays + count * (2 * token + 2 * state + line * lines) <= room), 0)
 
 
 def rounds(programs: int, multiprocessors: int) -> float:

@@ -6,13 +6,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .gradients import ALL_STATES, IN_STATES
-from .hopper_tiles import coalesced, fetch, fetch_head, first_lines, lines, next_line, operand_of, rows_of, tiles
+from .hopper_tiles import coalesced, fetch, fetch_head, lines, operand_of, rows_of, tiles
 
 
 @gluon.jit
 def through_states(
     q, k, v, dy, u, w, d, rho, kappa, total, states, dstates, dq, dk, sums, through, dd, met, base, area, length, lo, hi,
-    nheads, groups, v_share, scale, d_scale, q_t, k_t, v_t, v_h, y_t, y_h, u_t, u_h, w_t, w_h, d_t, d_h,
+    nheads, groups, v_share, scale, d_scale, q_t, k_t, v_t, v_h, y_t, y_h,
     BLOCK: gl.constexpr, P: gl.constexpr, BP: gl.constexpr, N: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr,
     DK: gl.constexpr, DECAY: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, SUMS: gl.constexpr,
     ALL_SUMS: gl.constexpr, DIAGONAL: gl.constexpr, VALUES: gl.constexpr, STAGES: gl.constexpr,
@@ -29,19 +29,21 @@ def through_states(
     i = gl.arange(0, BLOCK, row)
     if DIAGONAL:  # before there are the rooms, which leave no room for sums
         beside, of_diagonal = _beside(q, k, length, q_t, k_t, row, BLOCK, N, BN) * d_scale, gl.zeros([BLOCK], gl.float32, row)
-        value = gl.load(d + i * d_t + lo * d_h, mask=i < length, other=0.0).to(gl.float32) if VALUES else 1.0
     v_room, y_room = tiles(STAGES, BLOCK, BP) if DK else None, tiles(STAGES, BLOCK, BP) if DQ else None
     s_room, ds_room = tiles(STAGES, BP, BN) if DQ else None, tiles(STAGES, BP, BN) if DK or SUMS else None
     r_room, c_room = lines(STAGES, BLOCK) if DECAY else None, lines(STAGES, BLOCK) if APART else None
-    u_room, w_room, passed_room = lines(2, BLOCK), lines(2, BLOCK), lines(2, BP)
-    rooms, tensors = (s_room, v_room, y_room, ds_room, r_room, c_room), (states, v, dy, dstates, rho, kappa)
+    u_room, w_room = lines(STAGES, BLOCK) if DQ and ROWS else None, lines(STAGES, BLOCK) if DK and COLS else None
+    d_room, passed_room = lines(STAGES, BLOCK) if VALUES else None, lines(2, BP)
+    rooms, line_rooms = (s_room, v_room, y_room, ds_room), (r_room, c_room, u_room, w_room, d_room)
+    tensors, line_tensors = (states, v, dy, dstates), (rho, kappa, u, w, d)
     own = tiles(1, BLOCK, BN).index(0)
     if SUMS:
         fetch(own, q, length, q_t, N)
     for ahead in gl.static_range(AHEAD):
-        fetch_head(rooms, tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead, BLOCK, P, N)
-    us = first_lines(u_room, u, length, lo, hi, u_t, u_h, ROWS)
-    ws = first_lines(w_room, w, length, lo, hi, w_t, w_h, COLS)
+        fetch_head(
+            rooms, tensors, line_rooms, line_tensors, base, length, lo + ahead, hi, v_share, v_t, v_h, y_t, y_h, ahead,
+            BLOCK, P, N,
+        )  # fmt: skip
     dq_out, dk_out = gl.zeros([BLOCK, BN], gl.float32, wide), gl.zeros([BLOCK, BN], gl.float32, wide)
     log, decay = gl.load(total + base + lo) if DECAY else 0.0, 1.0
     for h in range(lo, hi):
@@ -54,11 +56,9 @@ def through_states(
         if SUMS:
             if h > lo:
                 _pass_on(passed_room.index(1 - turn), through + base + h - 1, before)
-        us = next_line(u_room, us, u, length, h, lo, hi, u_t, u_h, ROWS)
-        ws = next_line(w_room, ws, w, length, h, lo, hi, w_t, w_h, COLS)
         fetch_head(
-            rooms, tensors, base, length + unmoved, h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h, y_t + 16 * unmoved, y_h,
-            (h - lo + AHEAD) % STAGES, BLOCK, P, N,
+            rooms, tensors, line_rooms, line_tensors, base, length + unmoved, h + AHEAD, hi, v_share, v_t + 16 * unmoved, v_h,
+            y_t + 16 * unmoved, y_h, (h - lo + AHEAD) % STAGES, BLOCK, P, N,
         )  # fmt: skip
         fence_async_shared()
         r = gl.zeros([BLOCK], gl.float32, row)
@@ -72,7 +72,7 @@ def through_states(
             a = gl.exp2(r) * scale
             scaled = a
             if ROWS:
-                scaled = a * u_room.index(turn).load(row)
+                scaled = a * u_room.index(stage).load(row)
             yt = rows_of(y_room.index(stage), narrow)
             dq_out = warpgroup_mma(operand_of(yt * scaled[:, None], wide), s, dq_out, is_async=True)
             if SUMS:
@@ -88,15 +88,15 @@ def through_states(
                 c = c_room.index(stage).load(row)
             b = gl.exp2(own_log - c)
             if COLS:
-                b *= w_room.index(turn).load(row)
+                b *= w_room.index(stage).load(row)
             vt = rows_of(v_room.index(stage), narrow)
             dk_out = warpgroup_mma(operand_of(vt * b[:, None], wide), ds_room.index(stage), dk_out, is_async=True)
             if DIAGONAL:
                 along = gl.sum(vt * yt, 1)
-                of_diagonal += along * value
                 if VALUES:
                     gl.store(dd + h + i * nheads, beside * along, mask=i < length)
-                    value = gl.load(d + i * d_t + gl.minimum(h + 1, hi - 1) * d_h, mask=i < length, other=0.0).to(gl.float32)
+                    along *= d_room.index(stage).load(row)
+                of_diagonal += along
         if SUMS:
             passed = s.load(whole).to(gl.float32) * ds_room.index(stage).load(whole).to(gl.float32)
             passed_room.index(turn).store(gl.sum(passed, 1))

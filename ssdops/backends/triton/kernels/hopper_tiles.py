@@ -34,12 +34,12 @@ def fetch(tile, x, length, stride, SIZE: gl.constexpr):
 
 @gluon.jit
 def fetch_head(
-    rooms, tensors, base, length, h, hi, v_share, v_t, v_h, y_t, y_h, stage,
+    rooms, tensors, line_rooms, line_tensors, base, length, h, hi, v_share, v_t, v_h, y_t, y_h, stage,
     BLOCK: gl.constexpr, P: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
-    """Send for what there is room for, of S, V, dY, dS, ρ and κ of a head, if there is one."""
-    s_room, v_room, y_room, ds_room, r_room, c_room = rooms
-    states, v, dy, dstates, rho, kappa = tensors
+    """Send for what there is room for, of S, V, dY and dS, and of ρ, κ, u, w and d of a head, if there is one."""
+    s_room, v_room, y_room, ds_room = rooms
+    states, v, dy, dstates = tensors
     if h < hi:
         if s_room is not None:
             fetch(s_room.index(stage), states + (base + h) * P * N, P, N, N)
@@ -50,38 +50,10 @@ def fetch_head(
         if ds_room is not None:
             fetch(ds_room.index(stage), dstates + (base + h) * P * N, P, N, N)
         line = (base + h) * BLOCK + gl.arange(0, BLOCK, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
-        if r_room is not None:
-            async_copy.async_copy_global_to_shared(r_room.index(stage), rho + line)
-        if c_room is not None:
-            async_copy.async_copy_global_to_shared(c_room.index(stage), kappa + line)
+        for each in gl.static_range(5):
+            if line_rooms[each] is not None:
+                async_copy.async_copy_global_to_shared(line_rooms[each].index(stage), line_tensors[each] + line)
     async_copy.commit_group()
-
-
-@gluon.jit
-def load_line(x, length, h, hi, x_t, x_h, SIZE: gl.constexpr):
-    """u or w of a head, a token to a thread."""
-    t = gl.arange(0, SIZE, TOKEN)
-    return gl.load(x + t * x_t + gl.minimum(h, hi - 1) * x_h, mask=t < length, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def first_lines(room, x, length, lo, hi, x_t, x_h, THERE: gl.constexpr):
-    """Put the first head's u or w into its room; the second head's is on its way to registers."""
-    out = 0.0
-    if THERE:
-        room.index(0).store(load_line(x, length, lo, hi, x_t, x_h, room.shape[1]))
-        out = load_line(x, length, lo + 1, hi, x_t, x_h, room.shape[1])
-    return out
-
-
-@gluon.jit
-def next_line(room, x_ahead, x, length, h, lo, hi, x_t, x_h, THERE: gl.constexpr):
-    """Put the next head's u or w into its room, and send for the one after."""
-    out = x_ahead
-    if THERE:
-        room.index((h - lo + 1) % 2).store(x_ahead)
-        out = load_line(x, length, h + 2, hi, x_t, x_h, room.shape[1])
-    return out
 
 
 # --- registers --------------------------------------------------------------------------------------------------------------

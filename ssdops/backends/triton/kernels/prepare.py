@@ -9,7 +9,7 @@ from .rows import first_slot, row_of_end, row_of_slot, slot_bounds
 @triton.jit
 def prepare(
     q, k, log_a, log_cols, d, u, w, cu, scores, beside, rho, kappa, total, center, reads, adds,
-    block_rho, block_kappa, block_total, turns, places, ends,
+    block_rho, block_kappa, block_total, block_u, block_w, block_d, turns, places, ends,
     n_rows, seqlen, tokens, nheads, groups, blocks, n_places, n_ends, segment, q_share, k_share, scale, d_scale,
     q_b, q_t, q_h, k_b, k_t, k_h, a_b, a_t, a_h, z_b, z_t, z_h, d_b, d_t, d_h, u_b, u_t, u_h, w_b, w_t, w_h,
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
@@ -17,7 +17,7 @@ def prepare(
     DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
     PACKED: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, RUNNERS: tl.constexpr, DIAGONAL: tl.constexpr, VALUES: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, FACTORS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FACTORS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Scores K Qᵀ of chunks under the mask's triangle, if CHUNKS; sums of log decays of blocks, in units of log 2.
 
@@ -34,6 +34,7 @@ def prepare(
         reads, adds: `[chunks, nheads, L]`, if FACTORS: exp(ρ_i − center) u_i scale and exp(center − κ_j) w_j, what a token
             reads of a state and adds to one that are relative to the chunk's center (0 if nothing decays).
         block_rho, block_kappa, block_total: the same sums of blocks, if BLOCKS.
+        block_u, block_w, block_d: `[blocks, nheads, BLOCK]`, u, w and d of blocks, if LINES: by tokens, as ρ and κ are.
         turns: `[rows, groups, RUNNERS]`, put to 0 for a relay of as many programs of the scan for each row and group.
         places, n_places: whose the slots of segments of `segment` tokens are, of packed rows: `[n_places]`, no more than there
             are chunks or blocks.
@@ -79,7 +80,7 @@ def prepare(
                     of_group = runner + tl.arange(0, 64)
                     place = (row * groups + part) * RUNNERS + of_group
                     tl.store(turns + place, tl.zeros([64], tl.int32), mask=of_group < RUNNERS)
-    elif DECAY or LOG_COLS or FACTORS:
+    elif DECAY or LOG_COLS or FACTORS or LINES:
         if slot < blocks:
             row, start, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
             if first < stop:
@@ -87,47 +88,56 @@ def prepare(
                 b, t = first // seqlen, first % seqlen
                 _sum_logs(
                     log_a + b * a_b + t * a_t, log_cols + b * z_b + t * z_t, u + b * u_b + t * u_t, w + b * w_b + t * w_t,
-                    rho, kappa, total, center, reads, adds, block_rho, block_kappa, block_total, slot.to(tl.int64), chunk0,
-                    (stop - first).to(tl.int32), (part - groups) * HEADS, nheads, scale, a_t, a_h, z_t, z_h, u_t, u_h, w_t, w_h,
+                    d + b * d_b + t * d_t, rho, kappa, total, center, reads, adds, block_rho, block_kappa, block_total,
+                    block_u, block_w, block_d, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32), (part - groups) * HEADS,
+                    nheads, scale, a_t, a_h, z_t, z_h, u_t, u_h, w_t, w_h, d_t, d_h,
                     L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, CHUNKS, BLOCKS, SPAN,
-                    ROWS, COLS, FACTORS,
+                    ROWS, COLS, VALUES, FACTORS, LINES,
                 )  # fmt: skip
 
 
 @triton.jit
 def _sum_logs(
-    log_a, log_cols, u, w, rho, kappa, total, center, reads, adds, block_rho, block_kappa, block_total,
-    block, chunk0, length, h0, nheads, scale, a_t, a_h, z_t, z_h, u_t, u_h, w_t, w_h,
+    log_a, log_cols, u, w, d, rho, kappa, total, center, reads, adds, block_rho, block_kappa, block_total,
+    block_u, block_w, block_d, block, chunk0, length, h0, nheads, scale,
+    a_t, a_h, z_t, z_h, u_t, u_h, w_t, w_h, d_t, d_h,
     L: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
     COL_INCLUSIVE: tl.constexpr, DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, FACTORS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VALUES: tl.constexpr, FACTORS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens of a block and HEADS heads: sums of log decays, from where scans begin, and what follows from them."""
     chunks: tl.constexpr = BLOCK // L
     SUMS: tl.constexpr = DECAY or LOG_COLS
     i, h = tl.arange(0, BLOCK), h0 + tl.arange(0, HEADS)
     real = (i < length)[:, None] & (h < nheads)[None, :]
-    wide: tl.constexpr = (block_rho if BLOCKS else rho if SUMS else reads).dtype.element_ty
-    d = tl.zeros([BLOCK, HEADS], wide)
+    wide: tl.constexpr = (block_rho if BLOCKS else rho).dtype.element_ty if SUMS else tl.float32
+    logs = tl.zeros([BLOCK, HEADS], wide)
     if DECAY:
-        d = tl.load(log_a + i[:, None] * a_t + h[None, :] * a_h, mask=real, other=0.0).to(wide) * 1.4426950408889634
-    inclusive = tl.cumsum(d, 0, reverse=not CAUSAL)
-    r = inclusive if ROW_INCLUSIVE else inclusive - d
-    c = inclusive if COL_INCLUSIVE else inclusive - d
+        logs = tl.load(log_a + i[:, None] * a_t + h[None, :] * a_h, mask=real, other=0.0).to(wide) * 1.4426950408889634
+    inclusive = tl.cumsum(logs, 0, reverse=not CAUSAL)
+    r = inclusive if ROW_INCLUSIVE else inclusive - logs
+    c = inclusive if COL_INCLUSIVE else inclusive - logs
     if LOG_COLS:
         z = tl.load(log_cols + i[:, None] * z_t + h[None, :] * z_h, mask=real, other=0.0)
         c -= z.to(wide) * 1.4426950408889634
     inside = (h < nheads)[None, :] & (i < BLOCK)[:, None]
+    of_block = (block * nheads + h)[None, :] * BLOCK + i[:, None]
     if BLOCKS:
-        place = (block * nheads + h)[None, :] * BLOCK + i[:, None]
-        tl.store(block_rho + place, r, mask=inside)
+        tl.store(block_rho + of_block, r, mask=inside)
         if APART:
-            tl.store(block_kappa + place, c, mask=inside)
-        tl.store(block_total + block * nheads + h, tl.sum(d, 0), mask=h < nheads)
+            tl.store(block_kappa + of_block, c, mask=inside)
+        tl.store(block_total + block * nheads + h, tl.sum(logs, 0), mask=h < nheads)
+    if LINES:
+        if ROWS:
+            tl.store(block_u + of_block, _of_tokens(u, i, h, u_t, u_h, real), mask=inside)
+        if COLS:
+            tl.store(block_w + of_block, _of_tokens(w, i, h, w_t, w_h, real), mask=inside)
+        if VALUES:
+            tl.store(block_d + of_block, _of_tokens(d, i, h, d_t, d_h, real), mask=inside)
     if CHUNKS:
         m = tl.arange(0, chunks)
-        ends = tl.sum(tl.reshape(d, [chunks, L, HEADS]), 1)
+        ends = tl.sum(tl.reshape(logs, [chunks, L, HEADS]), 1)
         past = tl.cumsum(ends, 0, reverse=not CAUSAL) - ends
         r = tl.reshape(r, [chunks, L, HEADS]) - past[:, None, :]
         c = tl.reshape(c, [chunks, L, HEADS]) - past[:, None, :]
@@ -149,8 +159,14 @@ def _sum_logs(
             add = tl.exp2(tl.minimum(middle[:, None, :] - c.to(tl.float32), SPAN))
             read, add = tl.reshape(read, [BLOCK, HEADS]) * scale, tl.reshape(add, [BLOCK, HEADS])
             if ROWS:
-                read *= tl.load(u + i[:, None] * u_t + h[None, :] * u_h, mask=real, other=0.0).to(tl.float32)
+                read *= _of_tokens(u, i, h, u_t, u_h, real)
             if COLS:
-                add *= tl.load(w + i[:, None] * w_t + h[None, :] * w_h, mask=real, other=0.0).to(tl.float32)
+                add *= _of_tokens(w, i, h, w_t, w_h, real)
             tl.store(reads + place, read, mask=inside)
             tl.store(adds + place, add, mask=inside)
+
+
+@triton.jit
+def _of_tokens(x, i, h, x_t, x_h, real):
+    """A number of each token i and head h, 0 where there is none."""
+    return tl.load(x + i[:, None] * x_t + h[None, :] * x_h, mask=real, other=0.0).to(tl.float32)

@@ -19,8 +19,12 @@ def token_gradients(
     sums, through, cu, dlog_a, du, dw, n_rows, seqlen, tokens, nheads,
     BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
     COL_INCLUSIVE: tl.constexpr, DLOG_A: tl.constexpr, DU: tl.constexpr, DW: tl.constexpr, PACKED: tl.constexpr,
+    JOINT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of log_a, u and w, `[tokens, nheads]`, from the sums of both sides. Grid: (blocks, nheads / HEADS)."""
+    """Gradients of log_a, u and w, `[tokens, nheads]`, from the sums of both sides. Grid: (blocks, nheads / HEADS).
+
+    JOINT: those for w are one sum, ALL_PAIRS.
+    """
     slot = tl.program_id(0)
     _, _, stop, first = slot_bounds(cu, slot, n_rows, seqlen, tokens, tl.arange(0, 256), BLOCK, PACKED)
     if first >= stop:
@@ -54,7 +58,9 @@ def token_gradients(
         tl.store(du + out, both + _of(rows + 2 * ALL_STATES * area, i, h, i < length, nheads, BLOCK), mask=mask)
     if DW:
         both = _of(cols + 2 * ALL_PAIRS * area, i, h, i < length, nheads, BLOCK)
-        tl.store(dw + out, both + _of(cols + 2 * ALL_STATES * area, i, h, i < length, nheads, BLOCK), mask=mask)
+        if not JOINT:
+            both += _of(cols + 2 * ALL_STATES * area, i, h, i < length, nheads, BLOCK)
+        tl.store(dw + out, both, mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,48 @@
+"""Transposes of operand expressions are what autograd makes of their values."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssdops.ir import nodes as n
+from ssdops.ir import operands as ops
+from ssdops.ir.operands import Operand
+from ssdops.ir.resolve import resolve
+from ssdops.ir.transposed import transposed
+
+SHAPES = {"whole": (2, 5, 4), "token": (1, 5, 1), "head": (4,), "shared": (2, 5, 2), "one": (2, 1, 4)}
+LEAVES = st.sampled_from(sorted(SHAPES))
+LINEAR: st.SearchStrategy[Operand] = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.builds(ops.Add, inner, inner),
+        st.builds(ops.Scaled, inner, st.sampled_from([-1.0, 0.5, 3.0])),
+        *(st.builds(kind, inner) for kind in (ops.Flip, ops.Advance, ops.Delay)),
+    ),
+    max_leaves=5,
+)
+
+
+@given(LINEAR, st.integers(0, 3))
+def test_it_is_what_autograd_gives(x: Operand, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    value = resolve(x, leaves, n.TOKEN, 5)
+    grad = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    used = sorted(set(ops.names(x)))
+    wanted = torch.autograd.grad(value, [leaves[name] for name in used], grad)
+    found = transposed(x, grad, tensors, n.TOKEN)
+    assert found is not None and sorted(found) == used
+    for name, expected in zip(used, wanted, strict=True):
+        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
+    places = [t.data_ptr() for t in found.values()]
+    assert len(set(places)) == len(places)  # as they are outputs of an operator
+
+
+def test_what_is_not_linear_is_left_to_autograd() -> None:
+    tensors = {"a": torch.ones(1, 5, 1)}
+    for x in (ops.Mul("a", "a"), ops.Exp("a"), ops.Add("a", ops.Exp("a")), ops.Flip(ops.Mul("a", "a"))):
+        assert transposed(x, torch.ones(1, 5, 1), tensors, n.TOKEN) is None
