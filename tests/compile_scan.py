@@ -263,7 +263,8 @@ HEADER = f"""\
 # of tensor cores. Numbers are one compiler's:
 # triton {triton.__version__}
 """
-COLUMNS = tuple("sm dtype headdim dstate tokens mask launch shared tensor stack reloads instructions".split())
+RESOURCES = ("shared", "tensor", "stack", "reloads", "instructions")
+COLUMNS = ("sm", "dtype", "headdim", "dstate", "tokens", "mask", "launch", *RESOURCES)
 
 
 def rows(arch: int, setups: int | None) -> Iterator[tuple[object, ...]]:

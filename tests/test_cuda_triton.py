@@ -56,7 +56,7 @@ def results(inputs: list[Tensor], make: Callable[..., Mask], backend: str) -> li
 
 
 def assert_near(inputs: list[Tensor], make: Callable[..., Mask]) -> None:
-    found, wanted = results(inputs, make, "triton"), results(inputs, make, "naive")
+    wanted, found = results(inputs, make, "naive"), results(inputs, make, "triton")  # which could write to its inputs
     for name, x, y in zip(("y", "dq", "dk", "dv", "dlog_a", "dfactor")[: len(found)], found, wanted, strict=True):
         error, size = (x.double() - y).norm().item(), y.norm().item()
         assert error <= RELATIVE[inputs[0].dtype] * size, f"{name}: off by {error:.2e} of {size:.2e}"
@@ -93,9 +93,10 @@ SUMS: dict[str, Callable[[Tensor, Tensor], Mask]] = {
     "quasiseparable": lambda a, d: masks.decay(a).strict() + masks.decay(a).strict().T - masks.diagonal(d),
     "trapezoidal": lambda a, d: masks.trapezoidal(a, gamma=d, beta_over_a=d.cos()),
     "three scans": lambda a, d: masks.decay(a) - masks.decay(a).shift(1).T + masks.decay(a).scale(cols=d) + masks.diagonal(d),
+    "scales, no decay": lambda a, d: masks.causal().scale(rows=d, cols=d.cos()),
     "RWKV's bonus, of 1": lambda a, d: masks.decay(a).strict().scale(rows=d, cols=d.cos()) + masks.causal() * masks.causal().T,
 }
-"""Terms that add to one another, and diagonals that go along with scans."""
+"""Terms that add to one another, diagonals that go along with scans, and factors alone."""
 
 
 def with_factor(inputs: list[Tensor]) -> list[Tensor]:

@@ -33,6 +33,7 @@ def test_it_is_what_autograd_gives(x: Operand, seed: int) -> None:
     value = resolve(x, leaves, n.TOKEN, 5)
     grad = torch.randn(value.shape, generator=generator, dtype=torch.float64)
     used = sorted(set(ops.names(x)))
+    torch.testing.assert_close(resolve(x, tensors, n.TOKEN, 5), value.detach(), rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad(value, [leaves[name] for name in used], grad)
     found = transposed(x, grad, tensors, n.TOKEN)
     assert found is not None and sorted(found) == used

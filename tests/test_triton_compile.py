@@ -81,7 +81,7 @@ def test_kernels_fit_and_take_what_the_table_says() -> None:
             assert row["instructions"] == (best if made_of_products else "-"), row
             assert int(row["stack"]) <= (200 if kernel == "fenwick_inner" else 0), row
         if kernel == "hopper_gradients" and row["dstate"] == "128" and row["mask"] in FEW_RELOADS:
-            assert int(row["reloads"]) <= 16, row
+            assert int(row["reloads"]) <= 20, row
         if row["launch"].endswith(":free") and (row["sm"], row["tokens"]) not in SPILLING:
             assert row["stack"] == "0", row
     text = TABLE.read_text()

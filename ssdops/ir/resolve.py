@@ -40,6 +40,9 @@ def resolve(x: Operand, tensors: Mapping[str, Tensor], axes: str, seqlen: int) -
     match x:
         case str():
             return canonical(tensors[x], axes)
+        case ops.Add(a, ops.Advance(b) | ops.Delay(b) as late):
+            left, right = _aligned(resolve(a, tensors, axes, seqlen), resolve(b, tensors, axes, seqlen))
+            return moved(right, seqlen, -1 if isinstance(late, ops.Advance) else 1, onto=left)
         case ops.Add(a, b):
             left, right = _aligned(resolve(a, tensors, axes, seqlen), resolve(b, tensors, axes, seqlen))
             return left + right
@@ -77,15 +80,23 @@ def resolve(x: Operand, tensors: Mapping[str, Tensor], axes: str, seqlen: int) -
             return left * right
 
 
-def moved(x: Tensor, seqlen: int, by: int) -> Tensor:
-    """x read `by` tokens earlier (later if negative), zero where nothing is read."""
+def moved(x: Tensor, seqlen: int, by: int, onto: Tensor | None = None) -> Tensor:
+    """x read a token earlier, or later if `by` is −1, zero where nothing is read; and added to `onto`."""
     x = x.expand(x.shape[0], seqlen, *x.shape[2:])
     if seqlen == 0:
-        return x
+        return x if onto is None else onto + x
+    if onto is not None and torch.is_grad_enabled() and (x.requires_grad or onto.requires_grad):
+        return onto + moved(x, seqlen, by)
     into, read, rest = (slice(1, None), slice(-1), slice(1)) if by > 0 else (slice(-1), slice(1, None), slice(-1, None))
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)  # on a GPU `cat` takes twice as long as a copy
-    out[:, into] = x[:, read]
-    out[:, rest] = 0
+    if onto is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # on a GPU `cat` takes twice as long as a copy
+        out[:, into] = x[:, read]
+        out[:, rest] = 0
+        return out
+    shape = torch.broadcast_shapes(x.shape, onto.shape)
+    onto, out = onto.expand(shape), torch.empty(shape, dtype=torch.result_type(onto, x), device=x.device)
+    torch.add(onto[:, into], x[:, read], out=out[:, into])
+    out[:, rest] = onto[:, rest]
     return out
 
 
