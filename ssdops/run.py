@@ -16,11 +16,9 @@ from .backends import registry
 from .backends.base import Adder, Begun, Config, Cotangents, Gradients, Inputs, Output, Starter, Summarizer, bind
 from .ir import nodes as n
 from .ir.contraction import Contraction, parse_contraction
-from .ir.operands import Operand
 from .ir.problem import Problem, check_states, check_values, mask_needs_values_checked, problem_of
-from .ir.resolve import resolve
 from .ir.terms import Linear, factored_operands, term_operands
-from .ir.transposed import sums, transposed
+from .ir.transposed import through
 from .plan import plan, state_terms
 from .steps import Plan, Step
 
@@ -383,28 +381,4 @@ def _through_expressions(step: Step, grads: Gradients, named: Mapping[str, Tenso
     """Gradients of a term's slots → gradients of the operands whose expressions fill them."""
     operands = (factored_operands if registry.is_factored(step.backend) else term_operands)(step.term)
     slots = {slot: (x, axes) for slot, (x, axes) in operands.items() if slot in grads.values}
-    out, others = dict[str, Tensor](), {}
-    for slot, (x, axes) in slots.items():
-        if isinstance(x, str) and x not in out:
-            out[x] = grads.values[slot].reshape(named[x].shape)
-        elif (found := transposed(x, grads.values[slot], named, axes)) is not None:
-            out = sums(out, found)
-        else:
-            others[slot] = x, axes
-    return sums(out, _by_autograd(others, grads, named)) if others else out
-
-
-def _by_autograd(slots: Mapping[str, tuple[Operand, str]], grads: Gradients, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, of any expressions."""
-    with torch.enable_grad():
-        fresh = {name: t.detach().requires_grad_() for name, t in named.items() if t.is_floating_point()}
-        seqlen = grads.v.shape[1]
-        values = {slot: resolve(x, {**named, **fresh}, axes, seqlen) for slot, (x, axes) in slots.items()}
-    used = list(fresh)
-    found = torch.autograd.grad(
-        list(values.values()),
-        [fresh[name] for name in used],
-        [grads.values[slot].to(value.dtype) for slot, value in values.items()],
-        allow_unused=True,
-    )
-    return {name: grad for name, grad in zip(used, found, strict=True) if grad is not None}
+    return through(slots, grads.values, named, grads.v.shape[1])

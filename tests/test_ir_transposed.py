@@ -10,7 +10,7 @@ from ssdops.ir import nodes as n
 from ssdops.ir import operands as ops
 from ssdops.ir.operands import Operand
 from ssdops.ir.resolve import resolve
-from ssdops.ir.transposed import transposed
+from ssdops.ir.transposed import through, transposed
 
 SHAPES = {"whole": (2, 5, 4), "token": (1, 5, 1), "head": (4,), "shared": (2, 5, 2), "one": (2, 1, 4)}
 LEAVES = st.sampled_from(sorted(SHAPES))
@@ -44,6 +44,10 @@ def test_it_is_what_autograd_gives(x: Operand, seed: int) -> None:
 
 
 def test_what_is_not_linear_is_left_to_autograd() -> None:
-    tensors = {"a": torch.ones(1, 5, 1)}
-    for x in (ops.Mul("a", "a"), ops.Exp("a"), ops.Add("a", ops.Exp("a")), ops.Flip(ops.Mul("a", "a"))):
-        assert transposed(x, torch.ones(1, 5, 1), tensors, n.TOKEN) is None
+    """Beside a slot that is not: gradients of both are summed."""
+    tensors = {"a": torch.full((1, 5, 1), 3.0)}
+    ones = torch.ones(1, 5, 1)
+    for x, wanted in ((ops.Mul("a", "a"), 6.0), (ops.Add("a", ops.Mul("a", "a")), 7.0), (ops.Flip(ops.Mul("a", "a")), 6.0)):
+        assert transposed(x, ones, tensors, n.TOKEN) is None
+        found = through({"rows": ("a", n.TOKEN), "cols": (x, n.TOKEN)}, {"rows": ones, "cols": ones}, tensors, 5)
+        assert torch.equal(found["a"], (1.0 + wanted) * ones)
