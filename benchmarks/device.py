@@ -21,11 +21,15 @@ class Ceilings(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A device and how long to look at each figure; `tiny` says that sizes are for a trial, not for figures."""
+    """A device and how long to look at each figure; `tiny` says that sizes are for a trial, not for figures.
+
+    `dtype` is that of operands, where a benchmark has a choice.
+    """
 
     device: torch.device
     quick: bool = False
     tiny: bool = False
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def cuda(self) -> bool:

@@ -1,8 +1,9 @@
 """ssdops on a GPU beside mamba_ssm, fla and torch's attention: `PYTHONPATH=.:.peers python benchmarks/gpu.py`.
 
-All sides run in one process on the same operands in bfloat16; times are medians, and only ratios within a run mean
-anything. A side that is missing or refuses says so in its row. The figures go to a JSON file after every row, so that
-a run that is cut short leaves what it had. Exits with status 1 if a target is missed or ssdops itself refuses.
+All sides run in one process on the same operands, in bfloat16 unless `--dtype` says otherwise; times are medians, and only
+ratios within a run mean anything. A side that is missing or refuses says so in its row. The figures go to a JSON file after
+every row, so that a run that is cut short leaves what it had. Exits with status 1 if a target is missed or ssdops itself
+refuses.
 
 The peers tune their kernels at first use, mamba_ssm for about three minutes at each dstate: the sections in which they do
 come last, `--only` and `--shapes` split a run, and compiled kernels stay in Triton's cache for the next. `--quick` looks
@@ -37,7 +38,7 @@ WIDTH = 150  # of lines that no terminal shows
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections, print each figure as it comes, and say by the exit status whether all is well."""
     options = parse(argv)
-    machine = Machine(torch.device(options.device), options.quick, options.tiny)
+    machine = Machine(torch.device(options.device), options.quick, options.tiny, getattr(torch, options.dtype))
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     shapes = {name: tiny(SHAPES[name]) if machine.tiny else SHAPES[name] for name in options.shapes}
     bench = Bench(machine, options.backend, shapes, machine.ceilings())
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def complete(options: argparse.Namespace) -> bool:
     """Whether the run makes every figure, at the length at which it may be quoted."""
-    whole = options.only == list(SECTIONS) and options.shapes == list(SHAPES)
+    whole = (options.only, options.shapes, options.dtype) == (list(SECTIONS), list(SHAPES), "bfloat16")
     return whole and options.device == "cuda" and not options.quick and not options.tiny
 
 
@@ -72,7 +73,7 @@ def good(figure: Figure) -> bool:
 def describe(bench: Bench, options: argparse.Namespace) -> dict[str, object]:
     """The device, the versions of everything, the ceilings, and the floor of each shape."""
     facts: dict[str, object] = {**environment(options.commit), **bench.machine.facts(), **peers.versions()}
-    facts |= {"backend": bench.backend, "quick": bench.machine.quick, "tiny": bench.machine.tiny}
+    facts |= {"backend": bench.backend, "dtype": options.dtype, "quick": bench.machine.quick, "tiny": bench.machine.tiny}
     facts["copy TB/s"] = round(bench.ceilings.copy / 1e12, 4)
     facts["bf16 matmul TFLOP/s"] = round(bench.ceilings.matmul / 1e12, 2)
     floors = {f"{name} {shape}": round(floor_ms(shape, bench.ceilings), 4) for name, shape in bench.shapes.items()}
@@ -84,6 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", default="triton", help="the ssdops backend to measure (default: triton)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script out (default: cuda)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="of the operands")
     parser.add_argument("--only", type=_names(SECTIONS), default=list(SECTIONS), metavar="A,B", help=", ".join(SECTIONS))
     parser.add_argument("--shapes", type=_names(SHAPES), default=list(SHAPES), metavar="S1,S2", help="these alone")
     parser.add_argument(

@@ -52,7 +52,7 @@ def floor_ms(shape: Shape, ceilings: Ceilings) -> float:
 
 class Operands(NamedTuple):
     """In Mamba-2's words: x (batch, seqlen, nheads, headdim), dt (batch, seqlen, nheads), a (nheads), B and C
-    (batch, seqlen, ngroups, dstate); x, B and C in bfloat16, dt and a in float32."""
+    (batch, seqlen, ngroups, dstate); x, B and C in the machine's dtype, dt and a in float32."""
 
     x: Tensor
     dt: Tensor
@@ -66,8 +66,8 @@ def draw(shape: Shape, machine: Machine, seed: int = 0) -> Operands:
     generator = machine.generator(seed)
     options = {"device": machine.device, "generator": generator}
     tokens, groups = (shape.batch, shape.seqlen), (shape.ngroups, shape.dstate)
-    x = torch.randn(*tokens, shape.nheads, shape.headdim, dtype=torch.bfloat16, **options)
-    b, c = (torch.randn(*tokens, *groups, dtype=torch.bfloat16, **options) for _ in range(2))
+    x = torch.randn(*tokens, shape.nheads, shape.headdim, dtype=machine.dtype, **options)
+    b, c = (torch.randn(*tokens, *groups, dtype=machine.dtype, **options) for _ in range(2))
     low, high = math.log(1e-3), math.log(1e-1)
     usual = torch.rand(shape.nheads, **options) * (high - low) + low
     dt = (usual + 0.5 * torch.randn(*tokens, shape.nheads, **options)).clamp(low, high).exp()
@@ -75,7 +75,7 @@ def draw(shape: Shape, machine: Machine, seed: int = 0) -> Operands:
 
 
 def ssd_inputs(operands: Operands) -> Inputs:
-    """The same as ssdops reads it: q = C, k = B, v = x·dt rounded to bfloat16, log_a = a·dt in float32."""
+    """The same as ssdops reads it: q = C, k = B, v = x·dt rounded as x is, log_a = a·dt in float32."""
     x, dt, a, b, c = operands
     return Inputs(c, b, (x * dt[..., None]).to(x.dtype), a * dt)
 
