@@ -55,6 +55,8 @@ class Compiled:
     @property
     def reloads(self) -> int:
         """Instructions that read registers back from memory, in the loops around products: each turn waits for them."""
+        if not self.stack:
+            return 0
         lines = self._read("nvdisasm", "-c").splitlines()
         labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
         jumps = ((found[1], at) for at, line in enumerate(lines) if (found := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)))
