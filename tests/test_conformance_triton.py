@@ -15,7 +15,8 @@ from ssdops.backends.base import Config, Cotangents, bind
 from ssdops.backends.triton.backward import in_turns
 from ssdops.backends.triton.launch import Scan
 from ssdops.errors import UnsupportedError
-from ssdops.ir.terms import Linear
+from ssdops.ir.terms import Diagonal, Linear
+from ssdops.masks import Mask
 from ssdops.plan import terms_of
 from ssdops.testing import Conformance, laws
 from ssdops.testing.case import Case
@@ -142,14 +143,27 @@ def test_packed_rows_without_decay_leave_their_inputs_alone() -> None:
     assert all(torch.equal(x, y) for x, y in zip(inputs, given, strict=True))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_scales_without_decay_leave_their_inputs_alone_in_segments(causal: bool) -> None:
-    """What prepares the factors of tokens once put sums of no decay where q was, as segments want those of blocks."""
+IN_SEGMENTS: dict[str, Callable[[Make], Mask]] = {
+    "scales": lambda s: masks.causal().scale(s.factor(), s.factor(1)),
+    "scales, anticausal": lambda s: masks.causal().T.scale(s.factor(), s.factor(1)),
+    "scales in documents": lambda s: masks.causal().scale(s.factor(), s.factor(1)) * s.cu,
+    "late scales": lambda s: masks.causal().scale(log_cols=s.log()),
+    "neither": lambda s: masks.causal() * s.cu,
+    "trapezoidal": lambda s: masks.trapezoidal(s.log(), gamma=s.factor(), beta_over_a=s.factor().flip(1)),
+    "everything": lambda s: masks.decay(s.log()).shift(1).scale(s.factor(), s.factor(), s.log()) * s.cu,
+}
+
+
+@pytest.mark.parametrize("mask", IN_SEGMENTS)
+def test_segments_leave_their_inputs_alone(mask: str) -> None:
+    """With scales and no decay, what prepares factors once put the sums of blocks that there are not where q was."""
     made = Make(seqlen=300, nheads=2, dstate=16, headdim=16, dtype=torch.bfloat16)
-    mask = masks.causal().scale(made.factor(), made.factor(1))
-    case = replace(made.case(mask if causal else mask.T), operands=torch.bfloat16)
-    (term,) = terms_of(case.mask.tree)
+    case = replace(made.case(IN_SEGMENTS[mask](made)), operands=torch.bfloat16)
+    term, *beside = terms_of(case.mask.tree)
     assert isinstance(term, Linear)
+    for other in beside:
+        assert isinstance(other, Diagonal)
+        term = replace(term, diagonal=other)
     x = bind(term, case.problem, case.q, case.k, case.v, case.mask.operands, None, case.scale)
     given = {name: tensor.clone() for name, tensor in case.tensors()}
     y = Scan(term, x, Config(16, 3)).forward().y
