@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ssdops.ir import nodes as n
@@ -12,7 +12,7 @@ from ssdops.ir.operands import Operand
 from ssdops.ir.resolve import resolve
 from ssdops.ir.transposed import through, transposed
 
-SHAPES = {"whole": (2, 5, 4), "token": (1, 5, 1), "head": (4,), "shared": (2, 5, 2), "one": (2, 1, 4)}
+SHAPES = {"whole": (2, 5, 4), "other": (2, 5, 4), "token": (1, 5, 1), "head": (4,), "shared": (2, 5, 2), "one": (2, 1, 4)}
 LEAVES = st.sampled_from(sorted(SHAPES))
 LINEAR: st.SearchStrategy[Operand] = st.recursive(
     LEAVES,
@@ -26,6 +26,8 @@ LINEAR: st.SearchStrategy[Operand] = st.recursive(
 
 
 @given(LINEAR, st.integers(0, 3))
+@example(ops.Add("whole", "other"), 0)
+@example(ops.Add("whole", ops.Advance("other")), 0)
 def test_it_is_what_autograd_gives(x: Operand, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
