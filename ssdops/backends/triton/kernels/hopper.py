@@ -269,7 +269,7 @@ def _weigh(
     pairs, out, scores, r, c, u, w, sums, half: gl.constexpr, DECAY: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
     SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Of half of the columns i: dG with a head's pairs, (G ∘ W)ᵀ without w, and the sums of R over i without w.
+    """Of half of the columns i: dG with a head's pairs, (G ∘ W)ᵀ without w, and the sums of R over i.
 
     Those over j, without u, go to `sums`.
     """
