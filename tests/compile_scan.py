@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ssdops import masks as m
 from ssdops.backends.base import Config, Cotangents, Gradients, bind
-from ssdops.backends.triton import fenwick
+from ssdops.backends.triton import band, fenwick
 from ssdops.backends.triton.backward import Backward
 from ssdops.backends.triton.calls import Kernel
 from ssdops.backends.triton.channel import ChannelScan
@@ -158,6 +158,8 @@ class Launch:
 
 
 BLOCKWISE: dict[str, Any] = {"passes": ("backward",), "only": ("states", "gradients", "hopper_gradients")}
+WINDOW = 512
+"""Tokens, of the pass "band"."""
 FENWICK = ("fenwick_tree", "fenwick_output", "fenwick_cotangents", "fenwick_inner", "fenwick_across")
 CHANNEL = ("channel_states", "channel_output", "channel_gradients")
 SETUPS = (
@@ -170,6 +172,7 @@ SETUPS = (
     Setup("bf16", 64, 128, mask="undecayed", only=("scan", "gradients", "hopper_gradients")),
     Setup("bf16", 64, 128, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
     Setup("bf16", 64, 16, mask="relay", passes=("forward",), nheads=512, only=("scan",)),
+    Setup("bf16", 64, 128, passes=("band",), only=("hopper_band",)),
     Setup("bf16", 64, 128, mask="documents", passes=("forward", "segments"), only=("scan",)),
     Setup("bf16", 64, 128, mask="onto", only=("scan", "gradients", "hopper_gradients")),
     Setup("bf16", 64, 128, mask="onto_documents", passes=("forward", "segments"), only=("scan",)),
@@ -232,7 +235,10 @@ def launches(setup: Setup, arch: int) -> Iterator[Launch]:
         like_v = torch.empty(case.v.shape, device="meta", dtype=torch.bfloat16 if setup.dtype == "bf16" else torch.float32)
         x, onto = replace(x, onto=like_v), Gradients(like_q, like_q, like_v)
     for name in setup.passes:
-        if (found := fenwick.structure(term)) is not None:
+        if name == "band":
+            if band.takes(term, problem, WINDOW):
+                band.forward(term, x, WINDOW)
+        elif (found := fenwick.structure(term)) is not None:
             if name == "backward":
                 fenwick.backward(found, x, Config(setup.chunk), Cotangents(case.v))
             else:

@@ -297,3 +297,27 @@ def test_cost_does_not_grow_with_the_window(backend: str) -> None:
 
     for direction in ("forward", "backward"):
         assert work(1024, direction) < 1.2 * work(256, direction)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton, whose kernel this is; windows by scans as above")
+def test_what_hopper_has_in_one_pass() -> None:
+    """A decay or nothing in a window that its shared memory has room for, of heads that share scores, in bfloat16."""
+    from ssdops.backends.triton import band
+
+    def taken(width: int = 512, mask: Mask | None = None, capability: tuple[int, int] = (9, 0), **sizes: int) -> bool:
+        s = {"ngroups": 1, "headdim": 64, "dstate": 128, **sizes}
+        q, v = (torch.zeros(1, 700, h, d, dtype=torch.bfloat16) for h, d in ((s["ngroups"], s["dstate"]), (8, s["headdim"])))
+        of_scan = masks.decay(torch.zeros(1, 700, 8)) if mask is None else mask
+        case = Case(q, q, v, masks.window(width - 1) * of_scan)
+        problem = replace(case.problem, target=Target("cuda", "", capability))
+        (term,) = terms_of(case.mask.tree)
+        found = banded.band_of(term)
+        assert found is not None
+        return band.takes(banded.sides(found)[0].scan, problem, width)
+
+    assert taken() and taken(513) and taken(130) and taken(ngroups=4) and taken(headdim=16, width=256) and taken(dstate=256)
+    assert taken(mask=masks.causal())
+    assert not taken(514)  # shared memory
+    assert not taken(ngroups=8) and not taken(headdim=128) and not taken(capability=(8, 0)) and not taken(capability=(10, 0))
+    assert not taken(mask=masks.decay(torch.zeros(1, 700, 8)).scale(cols=torch.ones(1, 700, 8)))
+    assert not taken(mask=masks.channel_decay(torch.zeros(1, 700, 8, 128)))

@@ -23,7 +23,7 @@ from ...ir.problem import Problem
 from ..base import Config, Gradients, Inputs, Work
 from ..structured import Values
 from .blocks import Blocks
-from .side import Scans, across_config, across_of, band_of, inside_of, packed_of, sides
+from .side import Bands, Scans, Side, across_config, across_of, band_of, inside_of, packed_of, sides
 
 __all__ = ["Scans", "backward", "band_of", "forward", "sides", "work"]
 
@@ -32,6 +32,9 @@ def work(backend: Scans, found: Structure, p: Problem, config: Config, direction
     """What its scans cost, and beside them factors and sums."""
     total, tokens = Work(0.0, 0.0, 0.0, 0.0), float(p.batch * p.seqlen * p.nheads)
     for side in sides(found):
+        if direction == "forward" and isinstance(backend, Bands) and backend.takes_band(side.scan, p, side.width):
+            total = total.plus(backend.band_work(p, side.width))
+            continue
         size, count = side.blocks(p.seqlen)
         inside = inside_of(p, p.batch * count, size)
         if side.scan.documents is not None:
@@ -47,11 +50,19 @@ def work(backend: Scans, found: Structure, p: Problem, config: Config, direction
 def forward(backend: Scans, found: Structure, x: Inputs, config: Config) -> Tensor:
     """Y."""
     values = Values(found, x)
-    blocks = [Blocks(side, values) for side in sides(found)]
-    y = blocks[0].forward(backend, config, alone=len(blocks) == 1)
-    for side in blocks[1:]:
-        y = y.add_(side.forward(backend, config, alone=False))
+    first, *others = sides(found)
+    y = _forward(backend, first, values, config, alone=not others)
+    for side in others:
+        y = y.add_(_forward(backend, side, values, config, alone=False))
     return y
+
+
+def _forward(backend: Scans, side: Side, values: Values, config: Config, alone: bool) -> Tensor:
+    """Y of a side, the only one or not."""
+    x = values.scan
+    if x.out == x.problem.dtype and isinstance(backend, Bands) and backend.takes_band(side.scan, x.problem, side.width):
+        return backend.band(side.scan, x, side.width)
+    return Blocks(side, values).forward(backend, config, alone)
 
 
 def backward(backend: Scans, found: Structure, x: Inputs, config: Config, dy: Tensor) -> Gradients:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from ...ir import nodes as n
 from ...ir.passes.structure import Structure, structure_of
@@ -44,6 +45,23 @@ class Scans(Protocol):
 
     def backward(self, term: Linear, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
         """Its gradients."""
+        ...
+
+
+@runtime_checkable
+class Bands(Protocol):
+    """A backend that also has windows in one pass over their pairs, which are no scans."""
+
+    def takes_band(self, scan: Linear, problem: Problem, width: int) -> bool:
+        """Whether it has a window of so many tokens times this scan, and sooner so than by scans."""
+        ...
+
+    def band_work(self, problem: Problem, width: int) -> Work:
+        """What a forward pass costs."""
+        ...
+
+    def band(self, scan: Linear, x: Inputs, width: int) -> Tensor:
+        """Its Y, in the dtype of the inputs."""
         ...
 
 

@@ -219,6 +219,26 @@ class Triton:
 
         return begin(term, x, config if config.segments > 1 else _filling(x.problem, self._rows(x), config.chunk_size), config)
 
+    def takes_band(self, scan: Linear, problem: Problem, width: int) -> bool:
+        """On Hopper."""
+        if problem.target.device != "cuda":
+            return False
+        from .band import takes  # imports triton, which need not be there
+
+        return takes(scan, problem, width)
+
+    def band_work(self, problem: Problem, width: int) -> Work:
+        """Of both launches."""
+        from .band import work  # imports triton, which need not be there
+
+        return work(problem, width)
+
+    def band(self, scan: Linear, x: Inputs, width: int) -> Tensor:
+        """Two launches."""
+        from .band import forward  # imports triton, which need not be there
+
+        return forward(scan, x, width)
+
     def _rows(self, x: Inputs) -> int:
         """How many rows there are to walk; 0 where there are no tokens."""
         rows = x.problem.batch if x.boundaries is None else x.boundaries.numel() - 1

@@ -26,6 +26,8 @@ from .sizes import padded, relay_of, sizes
 PREPARE, SCAN, STATES, LEAVING = Kernel(prepare), Kernel(scan), Kernel(states), Kernel(leaving)
 SPAN = 60.0
 """How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
+BLOCK_SPAN = 75.0
+"""The same inside a block: there are more tokens in it, and what is multiplied may be no more than 2^52."""
 LEAVING_AT_ONCE = 128
 """Numbers of a state that a program of `leaving` sums."""
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -137,8 +139,11 @@ class Scan:
 
     # --- launches -------------------------------------------------------------------------------------------------------
 
-    def prepare(self, chunks: bool, blocks: bool, turns: Tensor | None = None, lines: bool = False) -> Prepared:
-        """Scores and sums of log decays of every chunk, sums and lines of every block, as far as wanted; turns at 0."""
+    def prepare(
+        self, chunks: bool, blocks: bool, turns: Tensor | None = None, lines: bool = False, centers: bool = False
+    ) -> Prepared:  # fmt: skip
+        """Scores and sums of log decays of every chunk, sums and lines of every block, as far as wanted, and without those of
+        chunks centers of blocks; turns at 0."""
         p, t, z, slots, coarse = self.problem, self.term, self.sizes, self.slots, self.slots_of(self.sizes.block)
         scores = self.empty(slots, self.groups, z.chunk, z.chunk, dtype=self.dot) if chunks else self.q
         diagonal, d = chunks and self.diagonal, self.slot("diagonal") if chunks or lines else None
@@ -148,6 +153,7 @@ class Scan:
             by_chunk, center = self._sums(slots, z.chunk), self.empty(slots, p.nheads)
         if self.decays and blocks:
             by_block = self._sums(coarse, z.block)
+            center = self.empty(coarse, p.nheads) if centers else center
         factors = chunks and self.factors
         reads, adds = (self.empty(slots, p.nheads, z.chunk) if factors else self.q for _ in range(2))
         log_a, log_cols = self.slot("log_a"), self.slot("log_cols")
@@ -175,8 +181,10 @@ class Scan:
                 ),
                 L=z.chunk, BLOCK=z.block, BN=z.state, HEADS=heads, CAUSAL=t.causal, STRICT=t.strict,
                 ROW_INCLUSIVE=t.row_inclusive, COL_INCLUSIVE=t.col_inclusive, LOG_COLS=log_cols is not None, CHUNKS=chunks,
-                BLOCKS=blocks and self.decays, SPAN=SPAN, RUNNERS=0 if turns is None else turns.shape[1] // self.groups,
-                DIAGONAL=diagonal, VALUES=d is not None, ROWS=u is not None, COLS=w is not None, FACTORS=factors, LINES=lines,
+                BLOCKS=blocks and self.decays, CENTERS=centers and self.decays,
+                SPAN=BLOCK_SPAN if centers else SPAN,
+                RUNNERS=0 if turns is None else turns.shape[1] // self.groups, DIAGONAL=diagonal, VALUES=d is not None,
+                ROWS=u is not None, COLS=w is not None, FACTORS=factors, LINES=lines,
                 **{**self.common, "DECAY": log_a is not None}, num_warps=4,
             )  # fmt: skip
         return Prepared(scores, beside, by_chunk, center, reads, adds, by_block, by_token)

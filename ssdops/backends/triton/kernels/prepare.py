@@ -15,8 +15,8 @@ def prepare(
     L: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, STRICT: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
     DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
-    PACKED: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, RUNNERS: tl.constexpr, DIAGONAL: tl.constexpr, VALUES: tl.constexpr,
+    PACKED: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, CENTERS: tl.constexpr, SPAN: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, RUNNERS: tl.constexpr, DIAGONAL: tl.constexpr, VALUES: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, FACTORS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Scores K Qᵀ of chunks under the mask's triangle, if CHUNKS; sums of log decays of blocks, in units of log 2.
@@ -30,7 +30,8 @@ def prepare(
         rho, kappa: `[chunks, nheads, L]`, from the chunk's start in local time; float64 where products are of float32, as
             differences of rounded sums lose digits.
         total: `[chunks, nheads]`, the sum of a chunk. These, and scores and center, only if CHUNKS.
-        center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is.
+        center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is. With CENTERS, which come
+            without CHUNKS, `[blocks, nheads]`, of blocks.
         reads, adds: `[chunks, nheads, L]`, if FACTORS: exp(ρ_i − center) u_i scale and exp(center − κ_j) w_j, what a token
             reads of a state and adds to one that are relative to the chunk's center (0 if nothing decays).
         block_rho, block_kappa, block_total: the same sums of blocks, if BLOCKS.
@@ -91,8 +92,8 @@ def prepare(
                     d + b * d_b + t * d_t, rho, kappa, total, center, reads, adds, block_rho, block_kappa, block_total,
                     block_u, block_w, block_d, slot.to(tl.int64), chunk0, (stop - first).to(tl.int32), (part - groups) * HEADS,
                     nheads, scale, a_t, a_h, z_t, z_h, u_t, u_h, w_t, w_h, d_t, d_h,
-                    L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, CHUNKS, BLOCKS, SPAN,
-                    ROWS, COLS, VALUES, FACTORS, LINES,
+                    L, BLOCK, HEADS, CAUSAL, ROW_INCLUSIVE, COL_INCLUSIVE, DECAY, LOG_COLS, APART, CHUNKS, BLOCKS, CENTERS,
+                    SPAN, ROWS, COLS, VALUES, FACTORS, LINES,
                 )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def _sum_logs(
     a_t, a_h, z_t, z_h, u_t, u_h, w_t, w_h, d_t, d_h,
     L: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr,
     COL_INCLUSIVE: tl.constexpr, DECAY: tl.constexpr, LOG_COLS: tl.constexpr, APART: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, CENTERS: tl.constexpr, SPAN: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, VALUES: tl.constexpr, FACTORS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens of a block and HEADS heads: sums of log decays, from where scans begin, and what follows from them."""
@@ -128,6 +129,8 @@ def _sum_logs(
         if APART:
             tl.store(block_kappa + of_block, c, mask=inside)
         tl.store(block_total + block * nheads + h, tl.sum(logs, 0), mask=h < nheads)
+        if CENTERS:
+            tl.store(center + block * nheads + h, _middle(r, c, SPAN, 0), mask=h < nheads)
     if LINES:
         if ROWS:
             tl.store(block_u + of_block, _of_tokens(u, i, h, u_t, u_h, real), mask=inside)
@@ -143,9 +146,7 @@ def _sum_logs(
         c = tl.reshape(c, [chunks, L, HEADS]) - past[:, None, :]
         place = ((chunk0 + i // L)[:, None] * nheads + h[None, :]) * L + (i % L)[:, None]
         inside = ((i // L) * L < length)[:, None] & (h < nheads)[None, :]
-        high = tl.maximum(tl.max(r, 1), tl.max(c, 1)).to(tl.float32)
-        low = tl.minimum(tl.min(r, 1), tl.min(c, 1)).to(tl.float32)
-        middle = tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30)
+        middle = _middle(r, c, SPAN, 1)
         if SUMS:
             tl.store(rho + place, tl.reshape(r, [BLOCK, HEADS]), mask=inside)
             if APART:
@@ -164,6 +165,14 @@ def _sum_logs(
                 add *= _of_tokens(w, i, h, w_t, w_h, real)
             tl.store(reads + place, read, mask=inside)
             tl.store(adds + place, add, mask=inside)
+
+
+@triton.jit
+def _middle(r, c, SPAN: tl.constexpr, AXIS: tl.constexpr):
+    """What ρ and κ along an axis are within SPAN of; 1e30 if nothing is."""
+    high = tl.maximum(tl.max(r, AXIS), tl.max(c, AXIS)).to(tl.float32)
+    low = tl.minimum(tl.min(r, AXIS), tl.min(c, AXIS)).to(tl.float32)
+    return tl.where(high - low <= 2 * SPAN, 0.5 * (high + low), 1e30)
 
 
 @triton.jit
