@@ -62,7 +62,7 @@ def _forward(backend: Scans, side: Side, values: Values, config: Config, alone: 
     x = values.scan
     if x.out == x.problem.dtype and isinstance(backend, Bands) and backend.takes_band(side.scan, x.problem, side.width):
         return backend.band(side.scan, x, side.width)
-    return Blocks(side, values).forward(backend, config, alone)
+    return Blocks(backend, side, values).forward(config, alone)
 
 
 def backward(backend: Scans, found: Structure, x: Inputs, config: Config, dy: Tensor) -> Gradients:
@@ -71,6 +71,6 @@ def backward(backend: Scans, found: Structure, x: Inputs, config: Config, dy: Te
     totals: dict[str, Tensor] = {}
     parts = sides(found)
     for side in parts:
-        for name, grad in Blocks(side, values, learnt=True).backward(backend, config, dy, alone=len(parts) == 1).items():
+        for name, grad in Blocks(backend, side, values, learnt=True).backward(config, dy, alone=len(parts) == 1).items():
             totals[name] = totals[name] + grad if name in totals else grad
     return Gradients(totals["q"], totals["k"], totals["v"], operands=values.operand_gradients(totals))

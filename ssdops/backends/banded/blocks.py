@@ -16,7 +16,7 @@ from ...ir.terms import Linear
 from ..base import Adder, Config, Cotangents, Gradients, Inputs, exponent_dtype
 from ..structured import Values
 from .packing import Packing
-from .side import ALL, SLOTS, Scans, Side, across_config, across_of, inside_of
+from .side import ALL, SLOTS, Factoring, Scans, Side, across_config, across_of, inside_of
 
 EXACT = (torch.float64, torch.float32)
 """Dtypes whose digits float32 sums of a block's logs would lose."""
@@ -25,8 +25,8 @@ EXACT = (torch.float64, torch.float32)
 class Blocks:
     """A side on its tensors, which are cut into blocks, `(batch, n, B, heads, …)`; `learnt` is for a backward pass."""
 
-    def __init__(self, side: Side, values: Values, learnt: bool = False) -> None:
-        self.side, self.x, self.problem = side, values.scan, values.scan.problem
+    def __init__(self, backend: Scans, side: Side, values: Values, learnt: bool = False) -> None:
+        self.backend, self.side, self.x, self.problem = backend, side, values.scan, values.scan.problem
         self.size, self.count = side.blocks(self.problem.seqlen)
         self.filling = self.size * self.count - self.problem.seqlen
         self.slots = {name: values.tensors[name].detach() for name in SLOTS if getattr(side.scan, name) is not None}
@@ -43,7 +43,7 @@ class Blocks:
             for leaf in self.leaves.values():
                 leaf.requires_grad_(learnt)
             with torch.set_grad_enabled(learnt):
-                self.factors = {name: x[:, self.pairs[name]] for name, x in self._factors().items()}
+                self.factors = self._factors()
 
     def cut(self, x: Tensor) -> Tensor:
         """`(batch | 1, seqlen | 1, heads, …)` in blocks; zeros, which change nothing, fill the last in the scan's direction."""
@@ -70,6 +70,9 @@ class Blocks:
     def _factors(self) -> dict[str, Tensor]:
         """What the scan across has on rows and on columns, and what a decay per channel makes of q and k."""
         scan, p, logs, out = self.side.scan, self.problem, dict[str, Tensor](), dict[str, Tensor]()
+        if isinstance(self.backend, Factoring) and self.packing is None and self.slots.keys() == {"log_a"}:
+            rows, cols = self.backend.block_factors(self.cut(self.slots["log_a"]), scan, p, exact=p.dtype in EXACT)
+            return {"rows": rows, "cols": cols}
         for slot, (of_row, of_col) in {"log_a": ("rows", "cols"), "channel": ("q", "k")}.items():
             if (log := self.slots.get(slot)) is not None:
                 d = self.cut(log.to(exponent_dtype(p) if p.dtype in EXACT else p.accumulate))
@@ -83,15 +86,16 @@ class Blocks:
                 out[name] = logs[name].exp().to(p.accumulate)
             if name in self.leaves:
                 out[name] = _joint(torch.mul, out.get(name), self.across(name, self.leaves[name].to(p.accumulate)))
-        return {name: repeat_heads(x, p.nheads, 3) if name in ("q", "k") else x for name, x in out.items()}
+        out = {name: repeat_heads(x, p.nheads, 3) if name in ("q", "k") else x for name, x in out.items()}
+        return {name: x[:, self.pairs[name]] for name, x in out.items()}
 
-    def adds(self, backend: Scans, direction: str) -> bool:
+    def adds(self, direction: str) -> bool:
         """Whether the scan across adds to what that inside blocks has made: not where its q and k are others, as per channel,
         nor where not all of it counts, as in documents."""
         if self.side.scan.channel is not None or self.side.scan.documents is not None:
             return False
         of_blocks = across_of(self.side, self.problem, self.problem.batch * (self.count - 1), self.size)
-        return self.count > 1 and isinstance(backend, Adder) and backend.adds(self.side.across, of_blocks, direction)
+        return self.count > 1 and isinstance(self.backend, Adder) and self.backend.adds(self.side.across, of_blocks, direction)
 
     def _inputs(self, problem: Problem, qkv: Iterable[Tensor], values: Mapping[str, Tensor], out: torch.dtype) -> Inputs:
         """Of a scan whose rows are blocks, from tensors of `(batch, blocks, B, heads, …)`."""
@@ -116,11 +120,11 @@ class Blocks:
             return self._inputs(problem, (values.pop("q"), values.pop("k"), v.to(problem.dtype)), values, out)
         return self._inputs(problem, (self.across("q", x.q)[:, rows], self.across("k", x.k)[:, cols], v), values, out)
 
-    def scans(self, backend: Scans, config: Config, out: torch.dtype) -> Iterator[tuple[Linear, Inputs, Config, slice, slice]]:
+    def scans(self, config: Config, out: torch.dtype) -> Iterator[tuple[Linear, Inputs, Config, slice, slice]]:
         """The scan inside blocks, and that across, each with its blocks of rows and of columns."""
         yield self.side.scan, self.inside(out), config, ALL, ALL
         if self.count > 1:
-            across = across_config(backend, self.side, self.problem, config)
+            across = across_config(self.backend, self.side, self.problem, config)
             yield self.side.across, self.beyond(out), across, self.pairs["rows"], self.pairs["cols"]
 
     def _out(self, adds: bool, alone: bool) -> torch.dtype:
@@ -134,30 +138,30 @@ class Blocks:
         if sums.data_ptr() != there.data_ptr():
             there.copy_(self.apart(sums, blocks))
 
-    def forward(self, backend: Scans, config: Config, alone: bool) -> Tensor:
+    def forward(self, config: Config, alone: bool) -> Tensor:
         """Y of this side, the only one or not."""
-        adds, total = self.adds(backend, "forward"), None
-        for scan, x, run, rows, _ in self.scans(backend, config, self._out(adds, alone)):
+        adds, total = self.adds("forward"), None
+        for scan, x, run, rows, _ in self.scans(config, self._out(adds, alone)):
             if total is None:
-                total = self.apart(backend.forward(scan, x, run).y, rows)
+                total = self.apart(self.backend.forward(scan, x, run).y, rows)
             elif adds:
-                self._put(total, rows, backend.forward(scan, replace(x, onto=total[:, rows].flatten(0, 1)), run).y)
+                self._put(total, rows, self.backend.forward(scan, replace(x, onto=total[:, rows].flatten(0, 1)), run).y)
             else:
-                total[:, rows] += self.kept("y", self.apart(backend.forward(scan, x, run).y, rows), rows)
+                total[:, rows] += self.kept("y", self.apart(self.backend.forward(scan, x, run).y, rows), rows)
         assert total is not None  # there is a scan inside blocks
         return self.joined(total)
 
-    def backward(self, backend: Scans, config: Config, dy: Tensor, alone: bool) -> dict[str, Tensor]:
+    def backward(self, config: Config, dy: Tensor, alone: bool) -> dict[str, Tensor]:
         """Gradients of q, k, v and the slots, by name."""
-        adds, cotangent = self.adds(backend, "backward"), self.cut(dy)
+        adds, cotangent = self.adds("backward"), self.cut(dy)
         totals, through = dict[str, Tensor](), dict[str, Tensor]()
-        for scan, x, run, rows, cols in self.scans(backend, config, self._out(adds, alone)):
+        for scan, x, run, rows, cols in self.scans(config, self._out(adds, alone)):
             onto, blocks = None, {"q": rows, "k": cols, "v": cols}
             if totals and adds:
                 q, k, v = (totals[name][:, there].flatten(0, 1) for name, there in blocks.items())
                 onto = Gradients(q, k, v)
             read = self.kept("y", cotangent)[:, rows] if totals else cotangent
-            grads = backend.backward(scan, x, run, Cotangents(read.reshape(*x.v.shape[:2], *dy.shape[2:]), onto=onto))
+            grads = self.backend.backward(scan, x, run, Cotangents(read.reshape(*x.v.shape[:2], *dy.shape[2:]), onto=onto))
             of_inputs = {"q": grads.q, "k": grads.k, "v": grads.v}
             found = {name: self.apart(grad, rows) for name, grad in grads.values.items()}
             if not totals:

@@ -65,6 +65,16 @@ class Bands(Protocol):
         ...
 
 
+@runtime_checkable
+class Factoring(Protocol):
+    """A backend with a kernel of its own for the factors of scans from block to block."""
+
+    def block_factors(self, log: Tensor, scan: Linear, problem: Problem, exact: bool) -> tuple[Tensor, Tensor]:
+        """exp of sums of logs `(batch, blocks, size, heads)` from where a scan enters a block, and to where it leaves, of pairs
+        of blocks, `(batch, blocks − 1, size, heads)`; differentiable. `exact` asks for sums of float64."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Side:
     """The part of a band on one side of the diagonal.

@@ -239,6 +239,12 @@ class Triton:
 
         return forward(scan, x, width)
 
+    def block_factors(self, log: Tensor, scan: Linear, problem: Problem, exact: bool) -> tuple[Tensor, Tensor]:
+        """One launch each way."""
+        from .factors import block_factors  # imports triton, which need not be there
+
+        return block_factors(log, scan, problem, exact)
+
     def _rows(self, x: Inputs) -> int:
         """How many rows there are to walk; 0 where there are no tokens."""
         rows = x.problem.batch if x.boundaries is None else x.boundaries.numel() - 1
