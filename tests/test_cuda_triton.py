@@ -93,7 +93,7 @@ SUMS: dict[str, Callable[[Tensor, Tensor], Mask]] = {
     "quasiseparable": lambda a, d: masks.decay(a).strict() + masks.decay(a).strict().T - masks.diagonal(d),
     "trapezoidal": lambda a, d: masks.trapezoidal(a, gamma=d, beta_over_a=d.cos()),
     "three scans": lambda a, d: masks.decay(a) - masks.decay(a).shift(1).T + masks.decay(a).scale(cols=d) + masks.diagonal(d),
-    "scales, no decay": lambda a, d: masks.causal().scale(rows=d, cols=d.cos()),
+    "scales, no decay": lambda a, d: masks.causal().scale(rows=d, cols=a.cos()),
     "RWKV's bonus, of 1": lambda a, d: masks.decay(a).strict().scale(rows=d, cols=d.cos()) + masks.causal() * masks.causal().T,
 }
 """Terms that add to one another, diagonals that go along with scans, and factors alone."""
