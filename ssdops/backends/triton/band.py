@@ -64,12 +64,15 @@ def forward(term: Linear, x: Inputs, width: int) -> Tensor:
     """Y, in the inputs' dtype."""
     p = x.problem
     headdim, dstate = (ceil_div(size, WHOLE) * WHOLE for size in (p.headdim, p.dstate))
-    whole = replace(
-        x, problem=replace(p, headdim=headdim, dstate=dstate), q=filled(x.q, dstate), k=filled(x.k, dstate),
-        v=filled(x.v, headdim),
-    )  # fmt: skip
+    q, k, v = (_near(filled(t, size), width) for t, size in ((x.q, dstate), (x.k, dstate), (x.v, headdim)))
+    whole = replace(x, problem=replace(p, headdim=headdim, dstate=dstate), q=q, k=k, v=v)
     with Launching(p, x.q.device):
         return Band(term, whole, Config()).band(width)[..., : p.headdim]
+
+
+def _near(x: Tensor, width: int) -> Tensor:
+    """x with all that a row tile sees within 2^31 elements: the kernel counts tokens from the tile's first in 32 bits."""
+    return x if (_farther(width) + 1) * BLOCK * abs(x.stride(1)) < 2**31 else x.contiguous()
 
 
 class Band(Scan):
