@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
+from math import log as ln
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 from ssdops import explain, masks, ssd
 from ssdops.backends import banded, registry
 from ssdops.backends.banded import side
-from ssdops.backends.base import Config, Inputs, Output, Support, Work
+from ssdops.backends.base import Config, Inputs, Output, Support, Work, bind
 from ssdops.backends.chunked import structured
 from ssdops.backends.tvm.backend import installed
 from ssdops.ir.problem import Problem, Target
-from ssdops.ir.terms import Term
+from ssdops.ir.terms import Linear, Term
 from ssdops.masks import Mask
 from ssdops.plan import terms_of
 from ssdops.testing import Conformance, laws
@@ -28,6 +29,7 @@ from ssdops.testing.case import Case
 from ssdops.testing.laws import Runner
 from ssdops.testing.source import Source
 from ssdops.testing.strategies import scaled
+from ssdops.testing.structures import Make
 
 LOG = torch.zeros(1, 600, 2)
 
@@ -305,9 +307,10 @@ def test_what_hopper_has_in_one_pass() -> None:
     from ssdops.backends.triton import band
 
     def taken(width: int = 512, mask: Mask | None = None, capability: tuple[int, int] = (9, 0), **sizes: int) -> bool:
-        s = {"ngroups": 1, "headdim": 64, "dstate": 128, **sizes}
-        q, v = (torch.zeros(1, 700, h, d, dtype=torch.bfloat16) for h, d in ((s["ngroups"], s["dstate"]), (8, s["headdim"])))
-        of_scan = masks.decay(torch.zeros(1, 700, 8)) if mask is None else mask
+        s = {"seqlen": 700, "ngroups": 1, "headdim": 64, "dstate": 128, **sizes}
+        t = s["seqlen"]
+        q, v = (torch.zeros(1, t, h, d, dtype=torch.bfloat16) for h, d in ((s["ngroups"], s["dstate"]), (8, s["headdim"])))
+        of_scan = masks.decay(torch.zeros(1, t, 8)) if mask is None else mask
         case = Case(q, q, v, masks.window(width - 1) * of_scan)
         problem = replace(case.problem, target=Target("cuda", "", capability))
         (term,) = terms_of(case.mask.tree)
@@ -318,6 +321,47 @@ def test_what_hopper_has_in_one_pass() -> None:
     assert taken() and taken(513) and taken(130) and taken(ngroups=4) and taken(headdim=16, width=256) and taken(dstate=256)
     assert taken(mask=masks.causal())
     assert not taken(514)  # shared memory
+    assert not taken(512, seqlen=512)  # one scan
     assert not taken(ngroups=8) and not taken(headdim=128) and not taken(capability=(8, 0)) and not taken(capability=(10, 0))
     assert not taken(mask=masks.decay(torch.zeros(1, 700, 8)).scale(cols=torch.ones(1, 700, 8)))
     assert not taken(mask=masks.channel_decay(torch.zeros(1, 700, 8, 128)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_banded.py has windows of all these decays")
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton, whose kernel this is")
+def test_centers_of_blocks() -> None:
+    """What all sums of a block are near to, unless they are far apart or grow."""
+    from ssdops.backends.triton import launch
+    from ssdops.backends.triton.kernels.prepare import GROWTH
+
+    q, v = torch.zeros(1, 300, 1, 16, dtype=torch.bfloat16), torch.zeros(1, 300, 5, 16, dtype=torch.bfloat16)
+    log = torch.tensor([-0.1, -2.0, 0.0, 0.05, 0.3]).expand(1, 300, 5)
+    case = Case(q, q, v, masks.decay(log))
+    (term,) = terms_of(case.mask.tree)
+    assert isinstance(term, Linear)
+    x = bind(term, case.problem, q, q, v, case.mask.operands, None, 1.0, torch.bfloat16)
+    prepared = launch.Scan(term, x, Config()).prepare(chunks=False, blocks=True, centers=True)
+    for block, (center, rho) in enumerate(zip(prepared.center, prepared.blocks.rho, strict=True)):
+        tokens = torch.arange(1, 129).clamp(max=300 - 128 * block)
+        torch.testing.assert_close(rho, log[0, :1].T * tokens / ln(2), rtol=1e-4, atol=1e-4)
+        high, low = rho.amax(1), rho.amin(1)
+        near = (high - low <= 2 * launch.BLOCK_SPAN) & (high <= GROWTH.value)
+        torch.testing.assert_close(center, torch.where(near, (high + low) / 2, 1e30))
+    assert prepared.center[0].tolist()[2] == 0 and (prepared.center[0] > 1e29).tolist() == [False, True, False, False, True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled here; test_cuda_banded.py has windows of float32")
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton, whose kernel this is")
+def test_factors_are_float32_whatever_the_default_is() -> None:
+    s = Make(seqlen=40, dtype=torch.float32, nheads=4)
+    case = s.case(masks.decay(s.log()) * masks.window(15), scale=1.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        laws.equals_oracle(Runner("triton"), case)
+        laws.gradients_equal_oracle(Runner("triton"), case)
+        torch.set_default_dtype(torch.bfloat16)
+        y = ssd(case.q, case.k, case.v, case.mask, backend="triton")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert isinstance(y, Tensor)
+    torch.testing.assert_close(y, ssd(case.q, case.k, case.v, case.mask, backend="naive"), rtol=1e-4, atol=1e-4)

@@ -1,5 +1,7 @@
 """Bands as scans: a window of W tokens, alone or times a scan, costs two scans over blocks of W tokens, whatever W is.
 
+Unless a backend has them in one pass over their pairs (`Bands`), which then is what runs forward.
+
 Cut a row into blocks of W tokens. A token at place r of its block sees, with the lags 0 to W − 1,
 
     its own block up to itself                     a scan that begins anew in every block
@@ -58,7 +60,8 @@ def forward(backend: Scans, found: Structure, x: Inputs, config: Config) -> Tens
 
 
 def _forward(backend: Scans, side: Side, values: Values, config: Config, alone: bool) -> Tensor:
-    """Y of a side, the only one or not."""
+    """Y of a side, the only one or not. In one pass it is of the inputs' dtype: then a second side is added as a term of a sum
+    is, and what is wanted wider (a term of more than two) is scans."""
     x = values.scan
     if x.out == x.problem.dtype and isinstance(backend, Bands) and backend.takes_band(side.scan, x.problem, side.width):
         return backend.band(side.scan, x, side.width)

@@ -32,13 +32,14 @@ MOST_HEADDIM = 64
 
 
 def takes(term: Linear, problem: Problem, width: int) -> bool:
-    """Whether a window of that many tokens times a scan is one pass over its pairs: a decay alone, and tiles that fit."""
+    """Whether a window of that many tokens times a scan is one pass over its pairs: a decay alone, tiles that fit, and rows
+    longer than the window, which are two scans else."""
     p = problem
     if hopper_band is None or p.dtype != torch.bfloat16 or (p.target.capability or (0, 0))[0] != 9:
         return False
     if any(x is not None for x in (term.channel, term.documents, term.rows, term.cols, term.log_cols)):
         return False
-    if padded(p.headdim) > MOST_HEADDIM or p.nheads // common_heads(p) < SHARED:
+    if p.seqlen <= width or padded(p.headdim) > MOST_HEADDIM or p.nheads // common_heads(p) < SHARED:
         return False
     scores, of_v, y = BLOCK * BLOCK * (_farther(width) + 1), BLOCK * MANY.value, BLOCK * MANY.value
     lines = BLOCK * MANY.value // padded(p.headdim)
@@ -57,7 +58,7 @@ def work(problem: Problem, width: int) -> Work:
     pairs, scaled = tokens * seen, tokens * p.nheads * p.headdim * (seen / BLOCK)
     touched = 2 * tokens * (2 * p.nheads * p.headdim + (p.q_heads + p.k_heads) * p.dstate)
     flops = 2 * pairs * (p.nheads * p.headdim + common_heads(p) * p.dstate)
-    return Work(flops, 3 * scaled, touched, 2.0)
+    return Work(flops, 3 * scaled, touched, 1.0)  # two launches, each half of what one of torch takes
 
 
 def forward(term: Linear, x: Inputs, width: int) -> Tensor:

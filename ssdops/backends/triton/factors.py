@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,27 +39,34 @@ class _Factors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log: Tensor, scan: Linear, problem: Problem, exact: bool) -> tuple[Tensor, Tensor]:
         batch, blocks, size, heads = log.shape
-        rows, cols = (torch.empty(batch, blocks - 1, size, heads, device=log.device) for _ in range(2))
+        rows, cols = (_float32(batch, blocks - 1, size, heads, device=log.device) for _ in range(2))
         with Launching(problem, log.device):
             FACTORS(
                 _grid(log), (log, rows, cols), (heads, blocks, size, *log.stride()),
-                **_tile(scan), WIDE=tl.float64 if exact else tl.float32, num_warps=4,
+                **_tile(scan), WIDE=_wide(exact), num_warps=4,
             )  # fmt: skip
         ctx.save_for_backward(rows, cols)
-        ctx.scan, ctx.problem, ctx.dtype = scan, problem, log.dtype
+        ctx.scan, ctx.problem, ctx.exact, ctx.dtype = scan, problem, exact, log.dtype
         return rows, cols
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor, dcols: Tensor) -> tuple[Tensor, None, None, None]:
         rows, cols = ctx.saved_tensors
         batch, pairs, size, heads = rows.shape
-        dlog = torch.empty(batch, pairs + 1, size, heads, device=rows.device)
+        dlog = _float32(batch, pairs + 1, size, heads, device=rows.device)
         with Launching(ctx.problem, rows.device):
             FACTOR_GRADIENTS(
                 _grid(dlog), (rows, cols, drows.contiguous(), dcols.contiguous(), dlog), (heads, pairs + 1, size),
-                **_tile(ctx.scan), num_warps=4,
+                **_tile(ctx.scan), WIDE=_wide(ctx.exact), num_warps=4,
             )  # fmt: skip
         return dlog.to(ctx.dtype), None, None, None
+
+
+_float32 = partial(torch.empty, dtype=torch.float32)  # whatever the default is
+
+
+def _wide(exact: bool) -> tl.dtype:
+    return tl.float64 if exact else tl.float32
 
 
 def _grid(log: Tensor) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ PREPARE, SCAN, STATES, LEAVING = Kernel(prepare), Kernel(scan), Kernel(states), 
 SPAN = 60.0
 """How far, in units of log 2, decays inside a chunk may lie from their middle to be taken apart into factors."""
 BLOCK_SPAN = 75.0
-"""The same inside a block: there are more tokens in it, and what is multiplied may be no more than 2^52."""
+"""The same inside a block, which has more tokens. Of float32's 127 it leaves 52 for what is summed of scores and V."""
 LEAVING_AT_ONCE = 128
 """Numbers of a state that a program of `leaving` sums."""
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

@@ -38,7 +38,7 @@ def _put(
     """exp of sums over the tokens of a block from one of its ends, each itself among them or not."""
     total, pieces = tl.zeros([HEADS], WIDE), tl.cdiv(size, PIECE)
     for turn in range(0, pieces):
-        t = (turn if FROM_LEFT else pieces - 1 - turn) * PIECE + tl.arange(0, PIECE)
+        t = ((turn if FROM_LEFT else pieces - 1 - turn) * PIECE + tl.arange(0, PIECE)).to(tl.int64)
         read = t if INCLUSIVE else t - (1 if FROM_LEFT else -1)
         there = ((read >= 0) & (read < size))[:, None] & (h < heads)[None, :]
         logs = tl.load(log + read[:, None] * l_t + h[None, :] * l_h, mask=there, other=0.0).to(WIDE)
@@ -52,6 +52,7 @@ def _put(
 def block_factor_gradients(
     rows, cols, drows, dcols, dlog, heads, blocks, size,
     PIECE: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr, ROW_INCLUSIVE: tl.constexpr, COL_INCLUSIVE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logs, `[batch, blocks, size, heads]`, from the factors and theirs. Grid as above."""
     n, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -62,28 +63,28 @@ def block_factor_gradients(
     has_rows = (n > 0) if CAUSAL else (n < blocks - 1)
     has_cols = (n < blocks - 1) if CAUSAL else (n > 0)
     at = row_pair * size * heads
-    _add(rows + at, drows + at, dlog, h, heads, size, has_rows, PIECE, HEADS, not CAUSAL, ROW_INCLUSIVE, False)
+    _add(rows + at, drows + at, dlog, h, heads, size, has_rows, PIECE, HEADS, not CAUSAL, ROW_INCLUSIVE, False, WIDE)
     tl.debug_barrier()  # what is added to may have come from another thread
     at = col_pair * size * heads
-    _add(cols + at, dcols + at, dlog, h, heads, size, has_cols, PIECE, HEADS, CAUSAL, not COL_INCLUSIVE, True)
+    _add(cols + at, dcols + at, dlog, h, heads, size, has_cols, PIECE, HEADS, CAUSAL, not COL_INCLUSIVE, True, WIDE)
 
 
 @triton.jit
 def _add(
     x, dx, dlog, h, heads, size, real, PIECE: tl.constexpr, HEADS: tl.constexpr, FROM_LEFT: tl.constexpr,
-    INCLUSIVE: tl.constexpr, MORE: tl.constexpr,
+    INCLUSIVE: tl.constexpr, MORE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sums of x ∘ dx over a block from one of its ends: the transpose of `_put`'s, from its other end."""
-    total, pieces = tl.zeros([HEADS], tl.float32), tl.cdiv(size, PIECE)
+    total, pieces = tl.zeros([HEADS], WIDE), tl.cdiv(size, PIECE)
     for turn in range(0, pieces):
-        t = (turn if FROM_LEFT else pieces - 1 - turn) * PIECE + tl.arange(0, PIECE)
+        t = ((turn if FROM_LEFT else pieces - 1 - turn) * PIECE + tl.arange(0, PIECE)).to(tl.int64)
         read = t if INCLUSIVE else t - (1 if FROM_LEFT else -1)
         there = ((read >= 0) & (read < size) & real)[:, None] & (h < heads)[None, :]
         place = read[:, None] * heads + h[None, :]
-        both = tl.load(x + place, mask=there, other=0.0) * tl.load(dx + place, mask=there, other=0.0)
+        both = tl.load(x + place, mask=there, other=0.0).to(WIDE) * tl.load(dx + place, mask=there, other=0.0)
         sums = total[None, :] + tl.cumsum(both, 0, reverse=not FROM_LEFT)
         inside, out = (t < size)[:, None] & (h < heads)[None, :], dlog + t[:, None] * heads + h[None, :]
         if MORE:
             sums += tl.load(out, mask=inside, other=0.0)
-        tl.store(out, sums, mask=inside)
+        tl.store(out, sums.to(tl.float32), mask=inside)
         total += tl.sum(both, 0)

@@ -9,12 +9,12 @@ decays between the beginning of column j's tile and that of tile r,
 where S is Q Kᵀ where a row sees a column, and 0 elsewhere. It is the same for all heads of a group, stays in shared memory,
 and is what the tensor cores read: of a head only V is to be scaled, once for every row tile that sees it. Products are Yᵀ, of
 MANY columns of V at once, which are those of one head or several: so V goes through registers, where it is scaled, to the
-tensor cores. No state is made, and no decay is between tokens that do not meet, but for those of the row tile's own: where they
-are too far apart for one m, their pairs are weighted one by one after the others, and m is 0.
+tensor cores. No state is made. Where the row tile's own tokens are too far apart for one m, or logs are positive and grow, m is
+0, and their pairs are weighted one by one after the others.
 
 V comes in steps of half a tile. A program's threads meet once per step, after its tokens have come: then nobody reads any more
 what the step before has left, and the next are sent for there. Factors are worked out a step ahead, from what was loaded four
-steps before, and Y goes to memory while the next heads are under way.
+steps before, and Y goes to memory while the next heads are under way. `unmoved` is what `hopper.py` says.
 """
 
 from triton.experimental import gluon
@@ -71,7 +71,7 @@ def hopper_band(
     if DECAY:
         rho, kappa = rho + slot.to(gl.int64) * nheads * BLOCK, kappa + slot.to(gl.int64) * nheads * BLOCK
         total, center = total + slot.to(gl.int64) * nheads, center + slot.to(gl.int64) * nheads
-        middle = _of_heads(center, 0, r, row_tiles, lo, hi, EACH, BLOCK)
+        middle = _of_heads(center, 0, r, row_tiles, lo, hi, EACH)
         first = _kappa(kappa, r, row_tiles, nheads, lo, hi, 0, TOWARDS, BLOCK, EACH)
         one, two, three, four = (
             _kappa(kappa, r, row_tiles, nheads, lo, hi, 1, TOWARDS, BLOCK, EACH),
@@ -79,7 +79,7 @@ def hopper_band(
             _kappa(kappa, r, row_tiles, nheads, lo, hi, 3, TOWARDS, BLOCK, EACH),
             _kappa(kappa, r, row_tiles, nheads, lo + 4 // STEPS * EACH, hi, 4 % STEPS, TOWARDS, BLOCK, EACH),
         )
-        passed = _of_heads(total + TOWARDS * nheads, TOWARDS, r, row_tiles, lo, hi, EACH, BLOCK)
+        passed = _of_heads(total + TOWARDS * nheads, TOWARDS, r, row_tiles, lo, hi, EACH)
         _split(lines[0], gl.exp2(gl.where(middle > APART, float("-inf"), middle)[:, None] - first))
     nothing = gl.zeros([MANY, BLOCK], gl.float32, wide)
     for h in range(lo, hi, EACH):
@@ -95,17 +95,17 @@ def hopper_band(
                     far = gl.where(middle > APART, 0.0, middle)
                     between = gl.where(middle > APART, float("-inf"), middle)
                     late = _rho(rho, h, hi, EACH, BLOCK)
-                    after = _of_heads(center, 0, r, row_tiles, h + EACH, hi, EACH, BLOCK)
+                    after = _of_heads(center, 0, r, row_tiles, h + EACH, hi, EACH)
                 if step == STEPS - 1:
                     middle = after
                     between = gl.where(middle > APART, float("-inf"), middle)
-                    reads.store(gl.exp2(late - gl.convert_layout(far, gl.SliceLayout(1, late.type.layout))[:, None]) * scale)
+                    reads.store(gl.exp2(late - far[:, None]) * scale)
                 elif step % 2 == 1:
                     between = (far if step == 1 else between) + passed
                     passed = _of_heads(
                         total + TOWARDS * (step // 2 + 2 - (step + 3) // STEPS * OFF) * nheads,
                         TOWARDS * (step // 2 + 2 - (step + 3) // STEPS * OFF), r, row_tiles, h + (step + 3) // STEPS * EACH, hi,
-                        EACH, BLOCK,
+                        EACH,
                     )  # fmt: skip
                 _split(lines[(step + 1) % 2], gl.exp2(between[:, None] - one))
                 one, two, three = two, three, four
@@ -195,9 +195,9 @@ def _send(
 
 
 @gluon.jit
-def _of_heads(x, offset: gl.constexpr, r, row_tiles, h, hi, EACH: gl.constexpr, BLOCK: gl.constexpr):
+def _of_heads(x, offset: gl.constexpr, r, row_tiles, h, hi, EACH: gl.constexpr):
     """A number of each of the heads from h on, 0 where the row tile at the offset is none."""
-    head = h + gl.arange(0, EACH, gl.SliceLayout(1, each_token(EACH, BLOCK // 2)))
+    head = h + gl.arange(0, EACH, gl.SliceLayout(1, each_token(EACH)))
     return gl.load(x + head, mask=(head < hi) & (r + offset >= 0) & (r + offset < row_tiles), other=0.0)
 
 
@@ -207,7 +207,7 @@ def _kappa(
 ):  # fmt: skip
     """κ of half a tile's tokens, `[head, j]`."""
     HALF: gl.constexpr = BLOCK // 2
-    layout: gl.constexpr = each_token(EACH, HALF)
+    layout: gl.constexpr = each_token(EACH)
     head, j = h + gl.arange(0, EACH, gl.SliceLayout(1, layout)), gl.arange(0, HALF, gl.SliceLayout(0, layout))
     there = (r + TOWARDS * (step // 2) >= 0) & (r + TOWARDS * (step // 2) < row_tiles)
     place = kappa + (TOWARDS * (step // 2) * nheads + head)[:, None] * BLOCK + step % 2 * HALF + j[None, :]
@@ -217,7 +217,7 @@ def _kappa(
 @gluon.jit
 def _rho(rho, h, hi, EACH: gl.constexpr, BLOCK: gl.constexpr):
     """ρ of the row tile's tokens, `[head, i]`."""
-    layout: gl.constexpr = each_token(EACH, BLOCK)
+    layout: gl.constexpr = each_token(EACH)
     head, i = h + gl.arange(0, EACH, gl.SliceLayout(1, layout)), gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
     return gl.load(rho + head[:, None] * BLOCK + i[None, :], mask=(head < hi)[:, None], other=0.0)
 
@@ -293,9 +293,9 @@ def by_head(EACH, BP, T):
 
 
 @gluon.constexpr_function
-def each_token(EACH, T):
+def each_token(EACH):
     """Of `[head, token]`, each token by a thread, or by more than one."""
-    return gl.BlockedLayout([1, 1], [1, 32], [min(EACH, 8), 8 // min(EACH, 8)], [1, 0])
+    return gl.BlockedLayout([1, 1], [1, 32], [EACH, 8 // EACH], [1, 0])
 
 
 @gluon.constexpr_function

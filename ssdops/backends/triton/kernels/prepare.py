@@ -5,6 +5,8 @@ import triton.language as tl
 
 from .rows import first_slot, row_of_end, row_of_slot, slot_bounds
 
+GROWTH = tl.constexpr(16.0)
+
 
 @triton.jit
 def prepare(
@@ -31,7 +33,7 @@ def prepare(
             differences of rounded sums lose digits.
         total: `[chunks, nheads]`, the sum of a chunk. These, and scores and center, only if CHUNKS.
         center: `[chunks, nheads]`, what all ρ and κ of a chunk are within SPAN of; 1e30 if nothing is. With CENTERS, which come
-            without CHUNKS, `[blocks, nheads]`, of blocks.
+            without CHUNKS, `[blocks, nheads]`, of blocks; 1e30, too, where logs are positive and sums come to more than GROWTH.
         reads, adds: `[chunks, nheads, L]`, if FACTORS: exp(ρ_i − center) u_i scale and exp(center − κ_j) w_j, what a token
             reads of a state and adds to one that are relative to the chunk's center (0 if nothing decays).
         block_rho, block_kappa, block_total: the same sums of blocks, if BLOCKS.
@@ -130,7 +132,8 @@ def _sum_logs(
             tl.store(block_kappa + of_block, c, mask=inside)
         tl.store(block_total + block * nheads + h, tl.sum(logs, 0), mask=h < nheads)
         if CENTERS:
-            tl.store(center + block * nheads + h, _middle(r, c, SPAN, 0), mask=h < nheads)
+            grown = tl.maximum(tl.max(r, 0), tl.max(c, 0)) > GROWTH
+            tl.store(center + block * nheads + h, tl.where(grown, 1e30, _middle(r, c, SPAN, 0)), mask=h < nheads)
     if LINES:
         if ROWS:
             tl.store(block_u + of_block, _of_tokens(u, i, h, u_t, u_h, real), mask=inside)
