@@ -30,6 +30,8 @@ PROGRAMS = {
     "lines": {},
     "scores": {"inner": 128, "whole": True},
     "settle": {},
+    "collect": {},
+    "collect added": {"mode": "added"},
     "walk": {"inner": 128, "outer": 64, "whole": True, "ahead": True},
     "walk states": {"inner": 128, "outer": 64, "whole": True, "mode": "states"},
     "walk starts": {"inner": 64, "outer": 64, "mode": "starts", "ahead": True},
@@ -40,7 +42,7 @@ PROGRAMS = {
 PRODUCTS = ("scores", "walk", "walk states", "walk starts", "walk kept", "group", "group exchange")
 """Those that multiply matrices."""
 BARRIERS = {
-    "lines": 3, "scores": 1, "settle": 4, "walk": 6, "walk states": 4, "walk starts": 7, "walk kept": 5, "group": 5,
+    "lines": 3, "scores": 1, "settle": 4, "collect": 1, "collect added": 1, "walk": 6, "walk states": 4, "walk starts": 7, "walk kept": 5, "group": 5,
     "group exchange": 6,
 }  # fmt: skip
 """Of each: no test without a GPU sees one that is missing. After a change of them, see `race_tvm.py`."""
@@ -112,7 +114,7 @@ def test_what_a_gpu_would_be_asked_for(segments: int, monkeypatch: pytest.Monkey
     operands, states = {"log_a": torch.empty(2, 512, 6, device="meta")}, torch.empty(2, 6, 64, 128, device="meta")
     problem = replace(problem_of(parse("decay(log_a)"), q, q, v, operands), target=Target("cuda", "H100", (9, 0), 132))
     x = bind(DECAY, problem, q, q, v, operands, states, 1.0, torch.bfloat16)
-    monkeypatch.setattr(cuda.OnGpu, "segments", lambda self, programs: segments)
+    monkeypatch.setattr(cuda.OnGpu, "segments", lambda self, roles, heads: segments)
     with build.collecting() as wanted:
         out = passes.forward(DECAY, x, Config(64), True)
         grads = passes.backward(DECAY, x, Config(64), Cotangents(dy, states))
@@ -121,7 +123,7 @@ def test_what_a_gpu_would_be_asked_for(segments: int, monkeypatch: pytest.Monkey
     assert [g.shape for g in (grads.q, grads.k, grads.v)] == [q.shape, q.shape, v.shape]
     assert (grads.initial.shape, grads.values["log_a"].shape) == (states.shape, operands["log_a"].shape)
     between = {"between"} if segments > 1 else set()
-    assert {name for name, _ in wanted} == {"lines", "scores", "walk", "group", "settle"} | between
+    assert {name for name, _ in wanted} == {"lines", "scores", "walk", "group", "collect", "settle"} | between
     assert {tile.mode for name, tile in wanted if name == "walk"} == {"", "kept", "starts"} | (
         {"states"} if segments > 1 else set()
     )

@@ -70,7 +70,7 @@ MADE: dict[tuple[str, Tile], Callable[..., None]] = {}
 
 
 _libraries: dict[Callable[..., None], ctypes.CDLL] = {}
-"""Where programs on torch's threads are."""
+"""Where programs are that C can call, with `threads.c`."""
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def place(name: str, tile: Tile) -> Path:
 
 def _keep(made: Any, path: Path) -> Callable[..., None]:
     """Keep a program and load it; where it cannot be kept, this process has it all the same."""
-    addons = [str(threads.SOURCE)] if "-cpu-" in path.name and threads.of_torch() else []
+    addons = [str(threads.SOURCE)] if threads.of_torch() else []
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not ours(path.parent):
@@ -212,15 +212,16 @@ def _load(path: Path) -> Callable[..., None]:
         for library in ("tvm_runtime", *(("tvm_runtime_cuda",) if kind == "cuda" else ())):
             _runtime(library)
     run: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
-    if kind == "cpu" and threads.of_torch():
+    if threads.of_torch():
         library = ctypes.CDLL(str(path))  # the one that is loaded
         threads.hand_over(library)
-        _libraries[run] = library
+        if hasattr(library, "ssdops_replay"):  # what was exported for a GPU has none
+            _libraries[run] = library
     return run
 
 
 def entry(run: Callable[..., None]) -> int | None:
-    """Where the code of a program on torch's threads begins, for C to call; None for others."""
+    """Where the code of a program that is linked with `threads.c` begins, for C to call; None for others."""
     library = _libraries.get(run)
     return None if library is None else ctypes.cast(library.__tvm_ffi_main, ctypes.c_void_p).value
 
@@ -230,6 +231,13 @@ def replayer(run: Callable[..., None]) -> Any:
     replay = _libraries[run].ssdops_replay
     replay.argtypes = ctypes.c_void_p, ctypes.c_char_p
     return replay
+
+
+def setter_of_streams() -> int | None:
+    """Where TVM's FFI has the function that says on which stream programs run."""
+    from tvm_ffi import libinfo
+
+    return ctypes.cast(ctypes.CDLL(libinfo.find_libtvm_ffi()).TVMFFIEnvSetStream, ctypes.c_void_p).value
 
 
 def widener(run: Callable[..., None]) -> int | None:
@@ -248,10 +256,8 @@ def _runtime(library: str, mode: int = ctypes.RTLD_GLOBAL) -> ctypes.CDLL:
 
 def _key(tile: Tile) -> str:
     """Of everything that a program follows from."""
-    processor = (
-        f"{_processor()} {threads.of_torch()} {tvm_target()}" if tile.target == "cpu" else ""
-    )  # what calls a GPU is made for any
-    return hashlib.sha256(f"{_common()} {processor} {tile}".encode()).hexdigest()[:24]
+    processor = f"{_processor()} {tvm_target()}" if tile.target == "cpu" else ""  # what calls a GPU is made for any
+    return hashlib.sha256(f"{_common()} {threads.of_torch()} {processor} {tile}".encode()).hexdigest()[:24]
 
 
 @cache

@@ -25,6 +25,7 @@ PROGRAMS = {
     "group": group.group,
     "settle": settle.settle,
     "between": between.between,
+    "collect": settle.collect,
     "pairs": pairs.pairs,
     "pairs_gpu": pairs_gpu.pairs_gpu,
 }

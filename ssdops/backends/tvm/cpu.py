@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate
-from math import gcd, prod
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...ir.problem import common_heads
-from ...ir.terms import Linear
-from ..base import Config, Cotangents, Gradients, Inputs, Output
+from ..base import Cotangents, Gradients, Inputs, Output
 from . import threads
-from .replay import ALIGNED, Notes, Outputs, widen
-from .scan import Heads, Scan, Scores, Sides, by_slot
+from .replay import widen
+from .scan import Heads, Outputs, Scan, Scores, Sides, by_slot
 from .tile import EVERY, LINES, MOST, SEGMENT, STATES
 
 MANY = 8
@@ -39,19 +36,33 @@ class Keepsake(NamedTuple):
 class OnCpu(Scan):
     """A linear term on tensors of a CPU."""
 
-    def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
-        self.notes = Notes()
-        super().__init__(term, x, config)
-        self.notes.unread += (self.begin, self.chunks, self.d, self.nothing, *self.scales)
-
     def forward(self, save: bool = False) -> Output:
         """Y, the final states, and those between; with `save`, what the backward pass would work out again."""
         p = self.problem
         if p.state_every is None:
-            return output(self.outputs(save))
+            return self.output(self.outputs(save))
         y, kept = self.covered(self.tokens, p.nheads, p.headdim), self.new(self.slots, p.nheads, p.dstate, p.headdim)
         final = self.walk(self.shared_scores(), self.sides(self.term), y, kept, EVERY)
         return Output(self.shaped(y), final, every=self.every(kept, final))
+
+    @staticmethod
+    def output(found: Outputs) -> Output:
+        """Of what `outputs` gives."""
+        return Output(found[0], found[1], tuple(found[2:]))  # type: ignore[arg-type]  # only a state may not be there
+
+    @staticmethod
+    def gathered(x: Inputs, found: Outputs) -> Gradients:
+        """Gradients of a term's inputs, of what `gradients` gives."""
+        initial, q, k, v, log_a, rows, cols = found
+        assert q is not None and k is not None and v is not None  # they always are there
+        q, k, v = q if q.ndim == 4 else q.sum(3), k if k.ndim == 4 else k.sum(3), v if v.ndim == 4 else v.sum(3)
+        by_token: Any = {"log_a": log_a, "rows": rows, "cols": cols}  # None is of what the term does not read
+        return Gradients(q, k, v, initial, by_slot(x, by_token))
+
+    @staticmethod
+    def as_entering(state: Tensor) -> Tensor:
+        """States that enter, with their memory as programs read it."""
+        return state.contiguous()
 
     def outputs(self, save: bool) -> Outputs:
         """Y, the final states if they are wanted, and what is to be saved."""
@@ -66,10 +77,6 @@ class OnCpu(Scan):
             final = self.walk(qk, sides, y, self.unread(1, p.nheads, p.dstate, p.headdim), save=False)
         state = final if self.x.wants_state else None
         return (self.shaped(y), state, kept.whole) if save else (self.shaped(y), state)
-
-    def backward(self, cotangents: Cotangents) -> Gradients:
-        """Gradients of everything."""
-        return gathered(self.x, self.gradients(cotangents))
 
     def gradients(self, cotangents: Cotangents) -> Outputs:
         """Of the states that entered; of q, k and v `(batch, seqlen, heads, size)`, with an axis before the last where several
@@ -153,14 +160,7 @@ class OnCpu(Scan):
             ((self.slots, p.nheads, LINES, self.chunk), torch.float64),
             ((self.slots, p.nheads), torch.float64),
         )
-        bytes_of = [prod(shape) * dtype.itemsize for shape, dtype in parts]
-        *begin, size = accumulate((-(-count // ALIGNED) * ALIGNED for count in bytes_of), initial=0)
-        if whole is None:
-            whole = self.new(size, dtype=torch.uint8)
-        views = [
-            whole[at : at + count].view(dtype).view(shape)
-            for at, count, (shape, dtype) in zip(begin, bytes_of, parts, strict=True)
-        ]
+        whole, views = self.parts_of(parts, whole)
         return Keepsake(whole, *views)
 
     def state(self, given: Tensor | None) -> Tensor:
@@ -189,23 +189,6 @@ class OnCpu(Scan):
         """So few blocks of heads at a time that what they hand on stays in cache, and enough for all threads."""
         return next((n for n in range(1, blocks + 1) if blocks % n == 0 and balanced(n * self.rows)), blocks)
 
-    # --- calls that are made again ---------------------------------------------------------------------------------------
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """As `Scan` does, and noted."""
-        self.notes.made.append(made := super().new(*shape, dtype=dtype))
-        return made
-
-    def covered(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """As `Scan` does, and noted."""
-        self.notes.made.append(made := super().covered(*shape, dtype=dtype))
-        return made
-
-    def unread(self, *shape: int) -> Tensor:
-        """As `Scan` does, and noted."""
-        self.notes.unread.append(found := super().unread(*shape))
-        return found
-
     def slot(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """As `Scan` does; that logs of float32 become float64 is noted, and done by threads.c, as torch takes 4 µs to begin."""
         given, p = self.x.values.get(name), self.problem
@@ -216,33 +199,6 @@ class OnCpu(Scan):
         made = self.new(self.tokens, p.nheads, dtype=dtype)
         self.noted(widen)(found, made, made.numel())
         return made
-
-    def program(self, name: str, **fields: Any) -> Callable[..., None]:
-        """As `Scan` does; its calls are noted."""
-        return self.noted(super().program(name, **fields))
-
-    def noted(self, run: Callable[..., None]) -> Callable[..., None]:
-        """A program whose calls are noted."""
-
-        def call(*arguments: Any) -> None:
-            self.notes.calls.append((run, arguments))
-            run(*arguments)
-
-        return call
-
-
-def output(found: Outputs) -> Output:
-    """Of what `OnCpu.outputs` gives."""
-    return Output(found[0], found[1], tuple(found[2:]))  # type: ignore[arg-type]  # only a state may not be there
-
-
-def gathered(x: Inputs, found: Outputs) -> Gradients:
-    """Gradients of a term's inputs, of what `OnCpu.gradients` gives."""
-    initial, q, k, v, log_a, rows, cols = found
-    assert q is not None and k is not None and v is not None  # they always are there
-    q, k, v = q if q.ndim == 4 else q.sum(3), k if k.ndim == 4 else k.sum(3), v if v.ndim == 4 else v.sum(3)
-    by_token: Any = {"log_a": log_a, "rows": rows, "cols": cols}  # None is of what the term does not read
-    return Gradients(q, k, v, initial, by_slot(x, by_token))
 
 
 def balanced(programs: int) -> bool:

@@ -8,23 +8,27 @@ each chunk, and D, the cotangents of the states after it, which dV's walk carrie
     | S  | –, k, v    | –          | the term's  | –, cols       | initial            |
     | dV | k, q, dY   | ⟨q, k⟩ᵀ    | the other's | cols, rows    | dfinal → dinitial  |
 
-with log_cols beside cols. States are [dstate, headdim] here. From S and D, `group.py` makes everything else.
+with log_cols beside cols. States are [dstate, headdim] here. From S and D, `group.py` makes everything else. Between programs
+torch has nothing to do where all heads are done at once, so that such a pass can be called again (`replay.py`).
 """
 
 from __future__ import annotations
 
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..base import Cotangents, Gradients, Output
-from .scan import Heads, Scan, Scores, Sides
-from .tile import EVERY, EXCHANGE, KEPT, LANES, STARTS, STATES, SUMS
+from ...ir.problem import common_heads
+from ..base import Cotangents, Gradients, Inputs, Output
+from .scan import Heads, Outputs, Scan, Scores, Sides, by_slot
+from .tile import ADDED, EVERY, EXCHANGE, KEPT, LANES, LINES, STARTS, STATES, SUMS, WIDE
 
 ROOM = 3 << 29
 """Bytes of states that a backward pass holds at once."""
+BY_TOKEN = ("log_a", "rows", "cols")
+"""What there are gradients of by token and head."""
 TWICE, MORE = 1.45, 30.0
 """Of rows in segments: a pass for the states between them and the walk, in walks, and in chunks what else is launched."""
 
@@ -45,63 +49,157 @@ class Parts(NamedTuple):
     number: int
 
 
+class Starts(NamedTuple):
+    """The states that enter rows, or segments of them, `[rows · segments, heads, inner, outer]`; None: nothing does."""
+
+    values: Tensor | None
+    segments: int = 1
+
+
+class Keepsake(NamedTuple):
+    """What a forward pass leaves for the backward pass, in one tensor; and the parts of it."""
+
+    whole: Tensor
+    starts: Tensor
+    scores: Tensor
+    lines: Tensor
+    total: Tensor
+
+
 class OnGpu(Scan):
     """A linear term on tensors of a GPU."""
 
     def forward(self, save: bool = False) -> Output:
-        """Y, the final states, and those between; with `save`, what there is per token and chunk, and where segments start."""
-        p, every = self.problem, self.problem.state_every
-        initial = None if self.x.initial is None else swapped(self.x.initial.to(self.acc))
-        kept = None if every is None else self.new(self.slots, p.nheads, p.dstate, p.headdim)
+        """Y, the final states, and those between; with `save`, what the backward pass would work out again."""
+        p = self.problem
+        if p.state_every is None:
+            return self.output(self.outputs(save))
+        kept = self.new(self.slots, p.nheads, p.dstate, p.headdim)
+        y, final, *saved = self.outputs(save, kept)
+        assert y is not None and final is not None  # states between come with those that leave
+        return Output(y, swapped(final), tuple(x for x in saved if x is not None), self.every(kept, swapped(final)))
+
+    def outputs(self, save: bool, kept: Tensor | None = None) -> Outputs:
+        """Y, the final states `[rows, heads, dstate, headdim]` if they are wanted, and what is to be saved.
+
+        Args:
+            kept: room for the states that enter chunks, if they are wanted.
+        """
+        p, roles = self.problem, (self.q, self.k, self.v)
         y = self.covered(self.tokens, p.nheads, p.headdim, dtype=self.data)
-        roles, mode = (self.q, self.k, self.v), "" if every is None else EVERY
-        qk, sides = self.shared_scores(), self.sides(self.term)
-        starts = self.starts(roles, qk, initial, sides, self.all_heads)
-        final = self.walk(roles, qk, starts, sides, self.all_heads, Place(y), mode, kept).transpose(-1, -2)
-        between = None if kept is None else self.every(kept, final)
-        saved = (qk.values, sides.lines, sides.total, starts) if save else ()
-        return Output(self.shaped(y), final, saved, between)
+        room = self.keepsake()
+        qk, sides = self.shared_scores(room.scores), self.sides(self.term, (room.lines, room.total))
+        starts = self.starts(roles, qk, Starts(self.entering(self.x.initial)), sides, self.all_heads, room.starts)
+        wanted = self.x.wants_state or kept is not None
+        mode = "" if kept is None else EVERY
+        final = self.walk(roles, qk, starts, sides, self.all_heads, Place(y), mode, kept, wanted)
+        return (self.shaped(y), final if wanted else None, *((room.whole,) if save else ()))
+
+    def dtype_of_logs(self) -> torch.dtype:
+        """As they are given, if that is float32."""
+        given = {x.dtype for name, x in self.x.values.items() if "log" in name}
+        return torch.float32 if given == {torch.float32} else torch.float64
 
     @property
     def all_heads(self) -> Heads:
         """All of them."""
         return Heads(0, self.problem.nheads, self.problem.nheads)
 
-    def saved(self, cotangents: Cotangents) -> tuple[Scores, Sides, Tensor]:
-        """What the forward pass saved, or would have."""
-        p = self.problem
-        if cotangents.saved:
-            scores, lines, total, starts = cotangents.saved
-            return Scores(scores, 0, p.nheads // scores.shape[1]), Sides(self.term, lines, total), starts
-        initial = None if self.x.initial is None else swapped(self.x.initial.to(self.acc))
-        qk, sides = self.shared_scores(), self.sides(self.term)
-        return qk, sides, self.starts((self.q, self.k, self.v), qk, initial, sides, self.all_heads)
+    @staticmethod
+    def output(found: Outputs) -> Output:
+        """Of what `outputs` gives."""
+        y, final, *saved = found
+        assert y is not None  # it always is there
+        return Output(y, None if final is None else swapped(final), tuple(x for x in saved if x is not None))
 
-    def backward(self, cotangents: Cotangents) -> Gradients:
-        """Gradients of everything, of some heads at a time, in memory that is used again."""
-        p, x = self.problem, self.x
+    @staticmethod
+    def as_entering(state: Tensor) -> Tensor:
+        """States that enter, with their memory as programs read it."""
+        return swapped(swapped(state).contiguous())
+
+    def entering(self, state: Tensor | None) -> Tensor | None:
+        """States as programs read them."""
+        return None if state is None else swapped(state.to(self.acc)).contiguous()
+
+    def keepsake(self, whole: Tensor | None = None) -> Keepsake:
+        """What was saved, or room for it: states that enter segments, if there are some; scores, lines and E."""
+        p = self.problem
+        segments = self.segments((self.q, self.k, self.v), self.all_heads)
+        count = self.rows * segments if segments > 1 else 0
+        whole, views = self.parts_of(
+            (
+                ((count, p.nheads, p.dstate, p.headdim), self.acc),
+                ((self.slots, common_heads(p), self.chunk, self.chunk), self.data),
+                ((self.slots, p.nheads, LINES, self.chunk), self.line),
+                ((self.slots, p.nheads), torch.float64),
+            ),
+            whole,
+        )
+        return Keepsake(whole, *views)
+
+    def saved(self, cotangents: Cotangents) -> tuple[Scores, Sides, Starts]:
+        """What the forward pass saved, or would have."""
+        p, roles, room = self.problem, (self.q, self.k, self.v), self.keepsake(*cotangents.saved)
+        entering = Starts(self.entering(self.x.initial))
+        if not cotangents.saved:
+            qk, sides = self.shared_scores(room.scores), self.sides(self.term, (room.lines, room.total))
+            return qk, sides, self.starts(roles, qk, entering, sides, self.all_heads, room.starts)
+        scores, sides = Scores(room.scores, 0, p.nheads // room.scores.shape[1]), Sides(self.term, room.lines, room.total)
+        segments = self.segments(roles, self.all_heads)
+        return scores, sides, entering if segments == 1 else Starts(room.starts, segments)
+
+    def gradients(self, cotangents: Cotangents) -> Outputs:
+        """Of the states that entered `[rows, heads, dstate, headdim]`; of q, k and v `(batch, seqlen, heads, size)`; and by
+        token and head of log decays, rows and columns. None is of what is not there. Of some heads at a time, in memory that is
+        used again.
+        """
+        p = self.problem
         qk, mine, starts = self.saved(cotangents)
         other = self.sides(self.term.transpose())
-        dy, dfinal = self.flat(cotangents.y), None if cotangents.state is None else cotangents.state.to(self.acc)
-        dv = Total(self, p.v_heads, p.headdim)
-        dq, dk = (self.zeros(heads, p.dstate) for heads in (p.q_heads, p.k_heads))
-        dinitial = self.new(self.rows, p.nheads, p.headdim, p.dstate)
-        by_token = {name: self.covered(self.tokens, p.nheads) for name in ("log_a", "rows", "cols")} if x.values else {}
+        dy, dfinal = self.flat(cotangents.y), self.entering(cotangents.state)
         count = self.heads_at_once()
+        dv = Total(self, p.v_heads, p.headdim)
+        dq, dk = (self.total_of(heads, count) for heads in (p.q_heads, p.k_heads))
+        dinitial = None
+        if self.x.initial is not None and count < p.nheads:
+            dinitial = self.new(self.rows, p.nheads, p.dstate, p.headdim)
+        by_token = {name: self.covered(self.tokens, p.nheads) for name in BY_TOKEN} if self.x.values else {}
         before, after = (self.new(self.slots, count, p.dstate, p.headdim, dtype=self.data) for _ in range(2))
         for first in range(0, p.nheads, count):
             heads = Heads(first, count, p.nheads)
-            leaving = None if dfinal is None else swapped(dfinal[:, first : first + count])
-            entering, back = starts[:, first : first + count].contiguous(), (self.k, self.q, dy)
-            self.walk((self.q, self.k, self.v), qk, entering, mine, heads, Place(self.v), STARTS, before)
-            entering = self.starts(back, qk, leaving, other, heads)
-            left = self.walk(back, qk, entering, other, heads, dv.place(heads), KEPT, after)
-            dinitial[:, first : first + count] = left.transpose(-1, -2)
+            some = slice(first, first + count)
+            entering = Starts(None if starts.values is None else starts.values[:, some].contiguous(), starts.segments)
+            self.walk((self.q, self.k, self.v), qk, entering, mine, heads, Place(self.v), STARTS, before, wanted=False)
+            back = (self.k, self.q, dy)
+            entering = self.starts(back, qk, Starts(None if dfinal is None else dfinal[:, some].contiguous()), other, heads)
+            left = self.walk(back, qk, entering, other, heads, dv.place(heads), KEPT, after, self.x.initial is not None)
+            if dinitial is not None:
+                dinitial[:, some] = left
             dv.add(heads)
             if self.tokens:
                 self.group(heads, dy, qk, mine, (before, after), (dq, dk), by_token)
-        initial = None if x.initial is None else dinitial
-        return Gradients(self.shaped(dq), self.shaped(dk), self.shaped(dv.total), initial, self.by_slot(by_token))
+        of_initial = left if dinitial is None else dinitial
+        read = {*self.x.values, *(("cols",) if "log_cols" in self.x.values else ())}
+        return (
+            None if self.x.initial is None else of_initial,
+            *(self.shaped(x) for x in (dq, dk, dv.total)),
+            *(by_token[name] if name in read else None for name in BY_TOKEN),
+        )
+
+    @staticmethod
+    def gathered(x: Inputs, found: Outputs) -> Gradients:
+        """Gradients of a term's inputs, of what `gradients` gives."""
+        initial, q, k, v, *by_token = found
+        assert q is not None and k is not None and v is not None  # they always are there
+        of_tokens: dict[str, Any] = dict(zip(BY_TOKEN, by_token, strict=True))  # None is of what the term does not read
+        return Gradients(q, k, v, None if initial is None else swapped(initial), by_slot(x, of_tokens))
+
+    def total_of(self, heads: int, count: int) -> Tensor:
+        """Room for a gradient of q or k, or where its sums begin, `[tokens, heads, dstate]`."""
+        p = self.problem
+        if count == p.nheads:
+            return self.covered(self.tokens, heads, p.dstate, dtype=self.data if self.x.out == self.data else self.acc)
+        return torch.zeros(self.tokens, heads, p.dstate, dtype=self.acc, device=self.device)
 
     def group(
         self, heads: Heads, dy: Tensor, qk: Scores, sides: Sides, states: tuple[Tensor, Tensor],
@@ -129,9 +227,10 @@ class OnGpu(Scan):
         )  # fmt: skip
         for total, room in zip(totals, rooms, strict=True):
             share = p.nheads // total.shape[1]
-            first, number = heads.first // share, max(1, heads.number // share)
-            by_head = room.view(self.slots, number, runs // number, self.chunk, -1).sum(2) if runs > number else room
-            total[:, first : first + number] += self.by_tokens(by_head)[..., : p.dstate]
+            wide = "" if total.dtype == self.data else WIDE
+            self.program("collect", mode=wide if heads.number == p.nheads else ADDED)(
+                room, self.chunks, total, total, runs // max(1, heads.number // share), self.seqlen, heads.first // share
+            )
         if by_token:
             self.program("settle")(
                 sums, met, through, sides.lines, self.chunks, by_token["log_a"], by_token["rows"], by_token["cols"], self.scale,
@@ -146,21 +245,6 @@ class OnGpu(Scan):
         able = [n for n in range(together, 0, -1) if together % n == 0]
         return next((n for n in able if self.slots * parts * (count // n) >= enough), 1)
 
-    def by_tokens(self, x: Tensor) -> Tensor:
-        """`[slots, heads, chunk, size]` as `[tokens, heads, size]`: 0 where no row has a token."""
-        x = x.transpose(1, 2)
-        if self.seqlen >= 0:
-            return x.reshape(self.rows, -1, *x.shape[2:])[:, : self.seqlen].flatten(0, 1)
-        token = self.chunks[:, :1] + torch.arange(self.chunk, device=self.device)
-        place = torch.where(token < self.chunks[:, 1:], token, self.tokens)  # what no row has goes behind the last
-        out = x.new_zeros(self.tokens + 1, *x.shape[2:])
-        out[place.flatten()] = x.flatten(0, 1)
-        return out[:-1]
-
-    def zeros(self, heads: int, size: int) -> Tensor:
-        """Where sums begin, `[tokens, heads, size]`."""
-        return torch.zeros(self.tokens, heads, size, dtype=self.acc, device=self.device)
-
     def heads_at_once(self) -> int:
         """As many heads as there is `ROOM` for, which are whole groups that share an operand, or of one."""
         p = self.problem
@@ -170,37 +254,50 @@ class OnGpu(Scan):
         return next((n for n in able if n * each <= ROOM), 1)
 
     def starts(
-        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Tensor | None, sides: Sides, heads: Heads
-    ) -> Tensor:
-        """The states that enter rows, or segments of rows that are walked side by side, `[rows, heads, inner, outer]`."""
-        segments = self.segments(heads.number * self.parts(roles).number) if self.tokens else 1
-        shape = (self.rows, heads.number, roles[0].shape[2], roles[2].shape[2])
+        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, entering: Starts, sides: Sides, heads: Heads,
+        room: Tensor | None = None,
+    ) -> Starts:  # fmt: skip
+        """The states that enter rows, or segments of rows that are walked side by side; those in the room, if there is one."""
+        segments = self.segments(roles, heads)
         if segments == 1:
-            return torch.zeros(shape, dtype=self.acc, device=self.device) if entering is None else entering
-        none = torch.zeros(self.rows * segments, *shape[1:], dtype=self.acc, device=self.device)
-        left = self.walk(roles, g, none, sides, heads, Place(roles[2]), STATES)
-        return self.between(left, entering, sides, heads)
+            return entering
+        left = self.walk(roles, g, Starts(None, segments), sides, heads, Place(roles[2]), STATES)
+        out, none = self.new(*left.shape) if room is None else room, entering.values is None
+        first = self.unread(1, 1, 1) if entering.values is None else entering.values.flatten(2)
+        self.program("between")(
+            left.flatten(2), sides.total, first, out.flatten(2), segments, self.slots // len(left), heads.first,
+            int(not none), int(sides.term.causal),
+        )  # fmt: skip
+        return Starts(out, segments)
 
     def walk(
-        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, starts: Tensor, sides: Sides, heads: Heads, y: Place,
-        mode: str = "", kept: Tensor | None = None,
+        self, roles: tuple[Tensor, Tensor, Tensor], g: Scores, starts: Starts, sides: Sides, heads: Heads, y: Place,
+        mode: str = "", kept: Tensor | None = None, wanted: bool = True,
     ) -> Tensor:  # fmt: skip
-        """Write y to its place, and keep what the mode says; the states that leave rows, or with `STATES` segments of them."""
-        if not self.tokens:
-            return starts
-        (q, k, v), segments = roles, len(starts) // self.rows
+        """Write y to its place, and keep what the mode says; the states that leave rows, or with `STATES` segments of them.
+
+        Args:
+            wanted: whether anyone will read those.
+        """
+        (q, k, v), (entering, segments) = roles, starts
         inner, outer, ahead, parts = self.parts(roles)
-        leaving = self.new(*starts.shape)
-        kept = self.new(1, *starts.shape[1:], dtype=self.data) if kept is None else kept  # which nobody writes then
+        state = (heads.number, k.shape[2], v.shape[2])
+        if not self.tokens:
+            return torch.zeros(self.rows, *state, dtype=self.acc, device=self.device) if entering is None else entering
+        rows = self.rows * segments
+        together = segments if mode != STATES else 1
+        last = together - 1 if sides.term.causal else 0  # of those, the one whose state leaves
+        leaving = self.new(rows // together if wanted else 1, *state)
+        kept = self.new(1, *state, dtype=self.data) if kept is None else kept  # which nobody writes then
         flipped = mode not in (STATES, STARTS) and sides.term is not self.term
         whole = inner == q.shape[2] and not v.shape[2] % outer
         self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, ahead=ahead)(
-            q, k, v, g.values, sides.lines, sides.total, self.begin, starts, y.values, leaving, kept, parts, heads.first,
-            y.first, g.first, g.share, 1, self.seqlen // segments, int(sides.term.causal), int(sides.term.strict),
+            q, k, v, g.values, sides.lines, sides.total, self.begin,
+            self.unread(1, 1, *state[1:]) if entering is None else entering, y.values, leaving, kept, rows, parts, heads.first,
+            y.first, g.first, g.share, int(entering is not None), together, last if wanted else -1, self.seqlen // segments,
+            int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip
-        if mode == STATES or segments == 1:
-            return leaving
-        return leaving.unflatten(0, (self.rows, segments))[:, -1 if sides.term.causal else 0].contiguous()
+        return leaving
 
     def parts(self, roles: tuple[Tensor, Tensor, Tensor]) -> Parts:
         """Tiles of a walk, and how many programs share v."""
@@ -208,13 +305,14 @@ class OnGpu(Scan):
         outer, ahead = self.machine.outer(inner, roles[2].shape[2], self.chunk)
         return Parts(inner, outer, ahead, -(-roles[2].shape[2] // outer))
 
-    def segments(self, programs: int) -> int:
+    def segments(self, roles: tuple[Tensor, Tensor, Tensor], heads: Heads) -> int:
         """Into how many segments to cut rows, which are walked side by side after a pass for the states between them.
 
         So many that chunks which wait for one another are fewest, counting that pass as `TWICE` and what it launches as `MORE`.
         """
-        if self.seqlen < 0 or self.seqlen % self.chunk:
+        if self.seqlen <= 0 or self.seqlen % self.chunk:
             return 1
+        programs = heads.number * self.parts(roles).number
         chunks, at_once = self.seqlen // self.chunk, self.problem.target.multiprocessors
 
         def waiting(count: int) -> float:
@@ -222,16 +320,6 @@ class OnGpu(Scan):
             return turns * chunks / count * (1 if count == 1 else TWICE) + (0 if count == 1 else MORE)
 
         return min((count for count in (1, 2, 4, 8, 16) if chunks % count == 0), key=waiting)
-
-    def between(self, left: Tensor, entering: Tensor | None, sides: Sides, heads: Heads) -> Tensor:
-        """The states that enter segments, from those that each would leave behind if none entered it."""
-        segments, out = len(left) // self.rows, self.new(*left.shape)
-        first = self.unread(1, 1, 1) if entering is None else entering.flatten(2)
-        self.program("between")(
-            left.flatten(2), sides.total, first, out.flatten(2), segments, self.slots // len(left), heads.first,
-            int(entering is not None), int(sides.term.causal),
-        )  # fmt: skip
-        return out
 
 
 class Total:
@@ -264,8 +352,8 @@ class Total:
 
 
 def swapped(state: Tensor) -> Tensor:
-    """A state with its last axes the other way, in order."""
-    return state.transpose(-1, -2).contiguous()
+    """A view of states with their last axes the other way."""
+    return state.transpose(-1, -2)
 
 
 def suits(number: int, shared: int) -> bool:

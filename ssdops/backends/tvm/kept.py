@@ -1,7 +1,7 @@
-"""Whether a call on a CPU would find all of its programs compiled: told without TVM, and without loading any of them.
+"""Which programs a call wants, and on a CPU whether all are compiled: told without TVM, and without loading any of them.
 
-Which programs a pass calls follows from its term, dtype and sizes of heads; it is gone through once on a few tokens of
-nothing, while programs are only collected (`build.collecting`).
+On a CPU that follows from a call's term, dtype and sizes of heads; its passes are gone through once on a few tokens of nothing,
+while programs are only collected (`build.collecting`). On a GPU it follows from seqlen, too, and tensors have no memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ...ir.terms import Linear
 from ..base import Config, Cotangents, Inputs
 from . import build, exported
 from .cpu import OnCpu
+from .cuda import OnGpu
 from .tile import Tile
 
 
@@ -55,6 +56,26 @@ def programs(
         saved = scan.forward(learnt and wide).saved
         if learnt:
             scan.backward(Cotangents(v, None, saved))
+    return tuple(dict.fromkeys(scan.wanted))
+
+
+def by_learning(term: Linear, x: Inputs, config: Config) -> tuple[tuple[str, Tile], ...]:
+    """The programs of both passes of a call that is learnt from; none if nobody can say before it is run."""
+    if x.q.is_cpu:
+        return needed(term, x.problem, config, "backward")
+    if x.documents is not None:
+        return ()
+
+    def nothing(given: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(given, device="meta")
+
+    initial = None if x.initial is None else nothing(x.initial)
+    values = {name: nothing(value) for name, value in x.values.items()}
+    x = replace(x, q=nothing(x.q), k=nothing(x.k), v=nothing(x.v), values=values, initial=initial)
+    with build.collecting():
+        scan = OnGpu(term, x, config)
+        out = scan.forward(True)
+        scan.backward(Cotangents(out.y, None, out.saved))
     return tuple(dict.fromkeys(scan.wanted))
 
 

@@ -57,8 +57,8 @@ from .tile import (
 def lines(tile: Tile) -> Any:
     """What there is per token, of every chunk and head.
 
-    Parameters, in order: d, r, c `[tokens, nheads]` float64, u, w `[tokens, nheads]`, of which r, c, u and w are read only
-    where the tile is scaled; chunks `[slots, 2]`; lines `[slots, nheads, 8, C]`, E `[slots, nheads]` float64; and the numbers
+    Parameters, in order: d, r, c `[tokens, nheads]`, u, w `[tokens, nheads]`, of which r, c, u and w are read only where the
+    tile is scaled; chunks `[slots, 2]`; lines `[slots, nheads, 8, C]`, E `[slots, nheads]` float64; and the numbers
     by which u and w are multiplied, seqlen, causal, row_inclusive, col_inclusive.
     """
     C, acc, exact, SCALED, line = tile.chunk, tile.acc, tile.exact, tile.scaled, tile.line
@@ -71,9 +71,9 @@ def lines(tile: Tile) -> Any:
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         tokens, slots, nheads, table, scale_tokens, scale_heads = sizes(6)
-        d = T.match_buffer(d_, (tokens, nheads), "float64")
-        r = T.match_buffer(r_, (tokens, nheads), "float64")
-        c = T.match_buffer(c_, (tokens, nheads), "float64")
+        d = T.match_buffer(d_, (tokens, nheads), tile.logs)
+        r = T.match_buffer(r_, (tokens, nheads), tile.logs)
+        c = T.match_buffer(c_, (tokens, nheads), tile.logs)
         u = T.match_buffer(u_, (scale_tokens, scale_heads), acc)
         w = T.match_buffer(w_, (scale_tokens, scale_heads), acc)
         chunks = T.match_buffer(chunks_, (table, 2), "int64")
@@ -97,10 +97,11 @@ def lines(tile: Tile) -> Any:
                         place[vi] = chunk_begin(chunks, slot, seqlen, C)
                         place[vi + 1] = chunk_end(chunks, slot, seqlen, C)
                 head = T.meta_var(lambda h: T.min(some * ABREAST + h, nheads - 1))
+                of_log = T.meta_var(lambda x, i, h: T.Cast("float64", x[near(first + i, end), head(h)]))
                 for i, h in T.grid(C, ABREAST):
                     with T.sblock("load_logs"):
                         vi, vh = T.axis.remap("SS", [i, h])
-                        logs[vi, vh] = T.if_then_else(first + vi < end, d[near(first + vi, end), head(vh)], T.float64(0))
+                        logs[vi, vh] = T.if_then_else(first + vi < end, of_log(d, vi, vh), T.float64(0))
                 barrier(tile)
                 for h, i, t in T.grid(ABREAST, C // STRETCH, STRETCH):
                     with T.sblock("stretches"):
@@ -144,12 +145,8 @@ def lines(tile: Tile) -> Any:
                     with T.sblock("store_lines"):
                         vh, vi = T.axis.remap("SS", [h, i])
                         T.where(some * ABREAST + h < nheads)
-                        rows = T.meta_var(
-                            before[vh, vi] + rho[vh, vi] + (r[near(first + vi, end), head(vh)] if SCALED else T.float64(0))
-                        )
-                        cols = T.meta_var(
-                            before[vh, vi] + kappa[vh, vi] - (c[near(first + vi, end), head(vh)] if SCALED else T.float64(0))
-                        )
+                        rows = T.meta_var(before[vh, vi] + rho[vh, vi] + (of_log(r, vi, vh) if SCALED else T.float64(0)))
+                        cols = T.meta_var(before[vh, vi] + kappa[vh, vi] - (of_log(c, vi, vh) if SCALED else T.float64(0)))
                         put = T.meta_var(lambda value: T.Cast(line, value))
                         out[slot, head(vh), RHO, vi] = put(rows)
                         out[slot, head(vh), KAPPA, vi] = put(cols)

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+from torch.utils._python_dispatch import _disable_current_modes
+
 from ...ir.terms import Linear, Quadratic
 from ..base import Config, Cotangents, Gradients, Inputs, Output
 from . import build
-from .cpu import OnCpu, gathered, output
+from .cpu import OnCpu
 from .cuda import OnGpu
-from .kept import needed
+from .kept import by_learning
 from .quadratic import OnPairs
-from .replay import Call, able, as_read, reading
-from .scan import Pass
+from .replay import Call, Watch, able, as_read, reading
+from .scan import Pass, Scan, dtype_of_data
 from .threads import Alone
 from .tile import Tile
 
@@ -26,38 +28,47 @@ Programs = Sequence[tuple[str, Tile]]
 
 def forward(term: Linear | Quadratic, x: Inputs, config: Config, save: bool) -> Output:
     """Y, the final states, and those between; with `save`, what spares the backward pass work."""
-    if not isinstance(term, Linear) or not x.q.is_cpu:
-        return complete(x, lambda: other(term, x, config), lambda scan: scan.forward(save))
-    call = Call(("forward", save), term, x, config) if able(x) else None
+    if isinstance(term, Quadratic):
+        return complete(x, lambda: OnPairs(term, x, config), lambda scan: scan.forward(save))
+    kind = scan_on(x)
+    call = Call(("forward", save), kind, term, x, config) if able(x) else None
     if call is not None and (found := call.again()) is not None:
-        return output(found)
-    later = partial(needed, term, x.problem, config, "backward") if save else tuple
+        return kind.output(found)
+    later = partial(by_learning, term, x, config) if save else tuple
     if call is None:
-        return complete(x, lambda: OnCpu(term, x, config), lambda scan: scan.forward(save), later)
+        return complete(x, lambda: kind(term, x, config), lambda scan: scan.forward(save), later)
     read = reading(x, call.read)
-    return output(complete(x, lambda: OnCpu(term, read, config), lambda scan: call.keep(scan.notes, scan.outputs(save)), later))
+    with Watch() as watch:
+        made = complete(
+            x, lambda: kind(term, read, config), lambda scan: call.keep(scan.notes, scan.outputs(save), watch), later
+        )
+    return kind.output(made)
 
 
 def backward(term: Linear | Quadratic, x: Inputs, config: Config, cotangents: Cotangents) -> Gradients:
     """Gradients of everything."""
-    if not isinstance(term, Linear) or not x.q.is_cpu:
-        return complete(x, lambda: other(term, x, config), lambda scan: scan.backward(cotangents))
+    if isinstance(term, Quadratic):
+        return complete(x, lambda: OnPairs(term, x, config), lambda scan: scan.backward(cotangents))
+    kind = scan_on(x)
     if not able(x):
-        return complete(x, lambda: OnCpu(term, x, config), lambda scan: scan.backward(cotangents))
-    acc, saved = x.problem.accumulate, cotangents.saved
-    others = [*saved, as_read(cotangents.y, acc)]
-    if cotangents.state is not None:
-        others.append(as_read(cotangents.state, acc))
-    call = Call(("backward", cotangents.state is None, len(saved)), term, x, config, others)
+        return complete(x, lambda: kind(term, x, config), lambda scan: scan.backward(cotangents))
+    saved, state = cotangents.saved, cotangents.state
+    others = [*saved, as_read(cotangents.y, dtype_of_data(x.problem))]
+    if state is not None:
+        others.append(kind.as_entering(state.to(x.problem.accumulate)))
+    call = Call(("backward", state is None, len(saved)), kind, term, x, config, others)
     if (found := call.again()) is None:
         read, given = reading(x, call.read), call.given(cotangents)
-        found = complete(x, lambda: OnCpu(term, read, config), lambda scan: call.keep(scan.notes, scan.gradients(given)))
-    return gathered(x, found)
+        with Watch() as watch:
+            found = complete(
+                x, lambda: kind(term, read, config), lambda scan: call.keep(scan.notes, scan.gradients(given), watch)
+            )
+    return kind.gathered(x, found)
 
 
-def other(term: Linear | Quadratic, x: Inputs, config: Config) -> OnGpu | OnPairs:
-    """What is no scan on a CPU."""
-    return OnPairs(term, x, config) if isinstance(term, Quadratic) else OnGpu(term, x, config)
+def scan_on(x: Inputs) -> type[Scan]:
+    """What a linear term's passes are on these tensors."""
+    return OnCpu if x.q.is_cpu else OnGpu
 
 
 def complete(x: Inputs, make: Callable[[], S], run: Callable[[S], R], later: Callable[[], Programs] = tuple) -> R:
@@ -74,7 +85,8 @@ def complete(x: Inputs, make: Callable[[], S], run: Callable[[S], R], later: Cal
             return out
         if not first.wanted:
             return out
-        build.make([*first.wanted, *[program for program in later() if build.known(*program) is None]])
+        with _disable_current_modes():  # which would take what this asks of torch for the pass's
+            build.make([*first.wanted, *[program for program in later() if build.known(*program) is None]])
         again = make()
         out = run(again)
         assert not again.wanted  # else what it gave is not filled

@@ -1,8 +1,9 @@
-"""Passes on a CPU, called again: with the same term and sizes only the addresses of tensors differ.
+"""Passes called again: with the same term and sizes only the addresses of tensors differ.
 
 To work out tiles, shapes and numbers, and to make tensors for all that programs hand on, takes Python longer than a short pass
 takes its programs. So what a pass calls is noted the first time; another one makes its outputs, one room for the rest, and one
-call of `threads.c`.
+call of `threads.c`. Where torch does something to tensors in between, as with documents, that is not noted, and the pass is
+made the first way each time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 from itertools import accumulate
 from operator import or_
@@ -19,27 +20,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ...ir.resolve import repeat_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Inputs
 from . import build, threads
+from .scan import ALIGNED, VECTOR, Notes, Outputs, Scan, dtype_of_data
 
-ALIGNED, VECTOR = 64, 16
-"""Bytes of which the beginning of every part of the room is a multiple, and of every tensor."""
 ARGUMENTS = 64
 """Of a program at most, as `threads.c` has it."""
 MOST = 256
 """Passes that are remembered."""
 NO_TENSOR, OF_ROOM, FIXED = -1, -2, -3
 """Sources of an argument, beside tensors that differ from call to call, as `threads.c` has them."""
-INT, FLOAT, TENSOR, CPU = 1, 3, 7, 1
-"""Kinds of arguments of TVM's FFI, and DLPack's device."""
-CODES = {torch.float32: 2 | 32 << 8 | 1 << 16, torch.float64: 2 | 64 << 8 | 1 << 16, torch.int64: 0 | 64 << 8 | 1 << 16}
+INT, FLOAT, TENSOR = 1, 3, 7
+"""Kinds of arguments of TVM's FFI."""
+DEVICES = {"cpu": 1, "cuda": 2}
+"""DLPack's."""
+CODES = {
+    dtype: kind | 8 * dtype.itemsize << 8 | 1 << 16
+    for dtype, kind in (
+        (torch.int64, 0), (torch.float16, 2), (torch.float32, 2), (torch.float64, 2), (torch.bfloat16, 4),
+    )
+}  # fmt: skip
 """DLPack's dtypes: a kind of number, its bits, and one lane."""
-
-Outputs = Sequence[Tensor | None]
-"""What a pass gives; None for what nobody reads."""
 
 
 class Value(ctypes.Union):
@@ -75,43 +80,78 @@ class Program(ctypes.Structure):
 class Steps(ctypes.Structure):
     """`Pass` of `threads.c`."""
 
-    _fields_ = (("programs", ctypes.c_void_p), ("count", ctypes.c_int64), ("room", ctypes.c_int64))
+    _fields_ = (
+        ("programs", ctypes.c_void_p), ("count", ctypes.c_int64), ("room", ctypes.c_int64), ("set_stream", ctypes.c_void_p),
+        ("device", ctypes.c_int32), ("stream", ctypes.c_int32),
+    )  # fmt: skip
 
 
-@dataclass
-class Notes:
-    """What a pass made and called.
+class Watch(TorchDispatchMode):
+    """A context that sees whether torch does anything to tensors but to make them and to look at them in another way.
 
     Attributes:
-        made: tensors that programs fill.
-        unread: tensors that programs do not write, and that are the same for every such pass.
-        calls: programs and their arguments.
+        idle: whether it does not.
+        filled: what torch fills: to be called again, the pass must not write there.
     """
 
-    made: list[Tensor] = field(default_factory=list)
-    unread: list[Tensor] = field(default_factory=list)
-    calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as torch has it
+        self.idle, self.filled = True, list[Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and func._opname in FILLS:
+            self.filled.append(found)
+        elif func.namespace != "aten" or not (func.is_view or func._opname in MAKES):
+            self.idle = False
+        return found
+
+
+class Unable(Exception):
+    """A pass cannot be called again: torch has made some of what programs read."""
+
+
+DENSE = torch.contiguous_format
+MAKES = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias")
+FILLS = ("zeros", "zeros_like", "ones", "ones_like", "full")
+"""What torch does to make tensors that have yet to be filled, and others."""
 
 
 class Replay:
-    """A pass less the addresses: of what is given, and of outputs. What is handed on is in one room, which is C's."""
+    """A pass less the addresses: of what is given, and of outputs.
 
-    def __init__(self, notes: Notes, given: Sequence[Tensor], outputs: Outputs, keeps: tuple[Any, ...]) -> None:
-        """Raises: KeyError where a tensor is none of these; then the pass cannot be called so."""
+    What is handed on is in one room, which is C's on a CPU. On a GPU it is torch's, which gives it to another pass of the same
+    stream once this one has been launched.
+    """
+
+    def __init__(
+        self, notes: Notes, given: Sequence[Tensor], outputs: Outputs, keeps: tuple[Any, ...], filled: Sequence[Tensor] = ()
+    ) -> None:
+        """Raises: Unable where a program's tensor is none of these, or one that torch has filled is made."""
         places = [*given, *[x for x in outputs if x is not None]]
+        device = places[0].device
+        self.device, on_gpu = device, device.type == "cuda"
         self.regions = [(x.data_ptr(), x.nbytes, at, 0) for at, x in enumerate(places)]
-        handed_on = [x for x in notes.made if self.found(x.data_ptr()) is None]
+        handed_on = [x for x in notes.made if x.nbytes and self.found(x.data_ptr()) is None]
         *offsets, size = accumulate((-(-x.nbytes // ALIGNED) * ALIGNED for x in handed_on), initial=0)
-        self.regions += [(x.data_ptr(), x.nbytes, OF_ROOM, at) for x, at in zip(handed_on, offsets, strict=True)]
+        room = len(places) if on_gpu else OF_ROOM
+        self.regions += [(x.data_ptr(), x.nbytes, room, at) for x, at in zip(handed_on, offsets, strict=True)]
         unread = [x for x in notes.unread if self.found(x.data_ptr()) is None]
         self.regions += [(x.data_ptr(), x.nbytes, FIXED, x.data_ptr()) for x in unread]
-        self.room: list[Any] = []  # of what C reads
+        if any(found[0] != FIXED for x in filled if (found := self.found(x.data_ptr())) is not None):
+            raise Unable
+        self.parts: list[Any] = []  # of what C reads
         run = next(run for run, _ in notes.calls if run is not widen)
         self.widener, self.run = build.widener(run), build.replayer(run)
         programs = (Program * len(notes.calls))(*[self.program(*call) for call in notes.calls])
-        self.steps = Steps(ctypes.addressof(programs), len(programs), size)
-        self.address, self.pack = ctypes.addressof(self.steps), struct.Struct(f"{len(places)}q").pack
+        self.steps = Steps(
+            ctypes.addressof(programs), len(programs), 0 if on_gpu else size, build.setter_of_streams() if on_gpu else None,
+            device.index or 0, len(places) + 1 if on_gpu else -1,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self.steps)
+        self.pack = struct.Struct(f"{len(places) + 2 * on_gpu}q").pack
         self.outputs = [None if x is None else like(x) for x in outputs]
+        self.room = like(torch.empty(0, dtype=torch.uint8, device=device), size) if on_gpu else None
         self.keeps = keeps, unread, programs  # while this is here, no others can have their ids and addresses
         del self.regions  # of one call
 
@@ -131,39 +171,46 @@ class Replay:
         for at, (x, value) in enumerate(zip(arguments, values, strict=True)):
             if isinstance(x, Tensor):
                 if (found := self.found(x.data_ptr())) is None:
-                    raise KeyError(at)
+                    raise Unable
                 value.kind, (sources[at], offset) = TENSOR, found
                 shape, strides = ((ctypes.c_int64 * x.ndim)(*sizes) for sizes in (x.shape, x.stride()))
-                self.room += [shape, strides]
+                self.parts += [shape, strides]
                 layouts[at] = Layout(
-                    offset, (CPU, 0), x.ndim, CODES[x.dtype], ctypes.addressof(shape), ctypes.addressof(strides), 0
-                )
+                    offset, (DEVICES[x.device.type], x.device.index or 0), x.ndim, CODES[x.dtype], ctypes.addressof(shape),
+                    ctypes.addressof(strides), 0,
+                )  # fmt: skip
             elif isinstance(x, float):
                 value.kind, value.value.real = FLOAT, x
             else:
                 value.kind, value.value.number = INT, x
-        self.room += [values, layouts, sources]
+        self.parts += [values, layouts, sources]
         code = self.widener if run is widen else build.entry(run)
         return Program(code, *[ctypes.addressof(x) for x in (values, layouts, sources)], count)
 
     def __call__(self, given: Sequence[int]) -> Outputs | None:
         """The outputs; None if a program failed, which says why when it is called by itself."""
-        outputs = [None if x is None else torch.empty_like(x) for x in self.outputs]
+        outputs = [None if x is None else torch.empty_like(x, memory_format=DENSE) for x in self.outputs]
         made = [x.data_ptr() for x in outputs if x is not None]
-        return None if self.run(self.address, self.pack(*given, *made)) else outputs
+        if self.room is None:
+            return None if self.run(self.address, self.pack(*given, *made)) else outputs
+        room = torch.empty_like(self.room, memory_format=DENSE)
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        return None if self.run(self.address, self.pack(*given, *made, room.data_ptr(), stream)) else outputs
 
 
 _replays: dict[tuple[Any, ...], Replay] = {}
 
 
 class Call:
-    """A pass of a linear term on a CPU that may be made again: with what it follows from, and addresses of what it reads."""
+    """A pass of a linear term that may be made again: with what it follows from, and addresses of what it reads."""
 
     __slots__ = ("addresses", "keeps", "key", "read")
 
-    def __init__(self, kind: tuple[Any, ...], term: Linear, x: Inputs, config: Config, others: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, kind: tuple[Any, ...], scan: type[Scan], term: Linear, x: Inputs, config: Config, others: Sequence[Tensor] = ()
+    ) -> None:
         self.keeps = term, x.problem
-        found, dtypes = tensors(x)
+        found, dtypes = tensors(scan, x)
         self.read = read = [*found, *others]
         self.addresses = addresses = [t.data_ptr() for t in read]
         if reduce(or_, addresses) % VECTOR:
@@ -171,8 +218,8 @@ class Call:
             self.addresses = addresses = [t.data_ptr() for t in read]
         alike = None if len(set(addresses)) == len(addresses) else (*map(addresses.index, addresses),)
         self.key = (
-            kind, config.chunk_size, x.initial is None, x.wants_state, x.scale, threads.count(), id(term), id(x.problem), alike,
-            dtypes,
+            kind, scan, config.chunk_size, x.initial is None, x.wants_state, x.scale, x.out, threads.count(), id(term),
+            id(x.problem), alike, dtypes, x.q.device,
         )  # fmt: skip
 
     def again(self) -> Outputs | None:
@@ -188,13 +235,14 @@ class Call:
         at = len(self.read) - count - (1 if state is None else 2)
         return Cotangents(y, state, self.read[at : at + count])
 
-    def keep(self, notes: Notes, outputs: Outputs) -> Outputs:
+    def keep(self, notes: Notes, outputs: Outputs, watch: Watch) -> Outputs:
         """The outputs; what was made and called is remembered, if it can be called again."""
-        if notes.calls and build.collected() is None and all(run is widen or build.entry(run) for run, _ in notes.calls):
+        callable_ = notes.calls and all(run is widen or build.entry(run) for run, _ in notes.calls)
+        if callable_ and watch.idle and build.collected() is None:
             if len(_replays) >= MOST:
                 _replays.clear()
-            with suppress(KeyError):  # it reads what torch made of its tensors in between
-                _replays[self.key] = Replay(notes, self.read, outputs, self.keeps)
+            with suppress(Unable):
+                _replays[self.key] = Replay(notes, self.read, outputs, self.keeps, watch.filled)
         return outputs
 
 
@@ -204,22 +252,22 @@ def able(x: Inputs) -> bool:
     return x.documents is None and p.state_every is None and p.batch * p.seqlen > 0
 
 
-def tensors(x: Inputs) -> tuple[list[Tensor], tuple[torch.dtype, ...]]:
+def tensors(scan: type[Scan], x: Inputs) -> tuple[list[Tensor], tuple[torch.dtype, ...]]:
     """Those of a term as passes read them: q, k, v, the values, and the initial states. Then dtypes of the values."""
-    p, acc = x.problem, x.problem.accumulate
-    found, shape = [as_read(x.q, acc), as_read(x.k, acc), as_read(x.v, acc)], (p.batch, p.seqlen, p.nheads)
+    p, acc, data = x.problem, x.problem.accumulate, dtype_of_data(x.problem)
+    found, shape = [as_read(x.q, data), as_read(x.k, data), as_read(x.v, data)], (p.batch, p.seqlen, p.nheads)
     dtypes: tuple[torch.dtype, ...] = ()
     for name, value in x.values.items():
         if value.shape != shape:
             value = repeat_heads(value, p.nheads, 2).expand(shape)
         if "log" not in name:
             dtype = acc
-        elif (dtype := value.dtype) is not torch.float32:  # which is made float64 by a program
+        elif (dtype := value.dtype) is not torch.float32:  # which programs read, or one makes float64
             dtype = torch.float64
         dtypes = (*dtypes, dtype)
         found.append(as_read(value, dtype))
     if x.initial is not None:
-        found.append(as_read(x.initial, acc))
+        found.append(scan.as_entering(x.initial.to(acc)))
     return found, dtypes
 
 
@@ -229,16 +277,15 @@ def reading(x: Inputs, read: Sequence[Tensor]) -> Inputs:
     return replace(x, q=read[0], k=read[1], v=read[2], values=values, initial=initial)
 
 
-def like(x: Tensor) -> Tensor:
-    """A tensor of no memory for `torch.empty_like`, which is the quickest way to a new one."""
-    found = torch.empty(x.shape, dtype=x.dtype)
-    found.untyped_storage().resize_(0)
-    return found
+def like(x: Tensor, *shape: int) -> Tensor:
+    """A tensor of its shape, or of another, and of hardly any memory: `torch.empty_like` is the quickest way to a new one."""
+    return x.new_empty(1).expand(shape or x.shape)
 
 
 def widen(given: Tensor, out: Tensor, _count: int) -> None:
     """What `ssdops_widen` of threads.c does, in its place the first time."""
-    out.copy_(given)
+    with _disable_current_modes():  # a program's work
+        out.copy_(given)
 
 
 def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -44,7 +44,8 @@ OWN: dict[str, Callable[[str], str]] = {
     "take": tc.take, "round": tc.rounded, "carry": tc.carry, "join": tc.join, "turn": tc.turn,
     "show_state": tc.store, "show_other": tc.store, "give_state": tc.store, "give": partial(tc.rounded, to="global"),
     "take_straight": partial(tc.take, origin="global"), "leave_straight": partial(tc.store, to="global"),
-    "give_scored": tc.rounded, "clear_q": tc.fill, "clear_k": tc.fill, "gather_q": tc.gather, "gather_k": tc.gather,
+    "give_scored": tc.rounded, "clear_q": tc.fill, "clear_k": tc.fill, "clear_state": tc.fill,
+    "gather_q": tc.gather, "gather_k": tc.gather,
     "turn_q": tc.turn, "turn_k": tc.turn, "leave_q": partial(tc.store, to="global"), "leave_k": partial(tc.store, to="global"),
 }  # fmt: skip
 """Blocks that take what was summed up, where it was, and the intrinsics that do, by what products multiply."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...ir.problem import common_heads
+from ...ir.problem import Problem, common_heads
 from ...ir.terms import Linear
-from ..base import Config, Inputs, reduce_value
+from ..base import Config, Cotangents, Gradients, Inputs, Output, reduce_value
 from . import build
 from .machine import machine
 from .tile import LINES, Tile
 
-ALIGNED = 16
-"""Bytes that a vector's address is a multiple of."""
+VECTOR, ALIGNED = 16, 128
+"""Bytes of which a tensor's address is a multiple, and that of every part of a room."""
+Outputs = Sequence[Tensor | None]
+"""What a pass gives; None for what nobody reads."""
+Part = tuple[tuple[int, ...], torch.dtype]
+"""The shape and dtype of a part of a tensor of bytes."""
 
 
 _known: dict[tuple[Any, ...], Callable[..., None]] = {}
@@ -50,6 +56,21 @@ class Sides:
     total: Tensor
 
 
+@dataclass
+class Notes:
+    """What a pass made and called, so that it can be called again (`replay.py`).
+
+    Attributes:
+        made: tensors that programs fill.
+        unread: tensors that programs do not write, and that are the same for every such pass.
+        calls: programs and their arguments.
+    """
+
+    made: list[Tensor] = field(default_factory=list)
+    unread: list[Tensor] = field(default_factory=list)
+    calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
+
+
 class Pass:
     """A term's tensors as programs read them, and the programs that it wants."""
 
@@ -68,7 +89,7 @@ class Pass:
         if x.dtype != self.data or not x.is_contiguous():  # asked first, as to ask torch for nothing takes a microsecond, too
             x = x.to(self.data).contiguous()
         x = x.view(self.tokens, *x.shape[2:])
-        return x if x.data_ptr() % ALIGNED == 0 else x.clone()
+        return x if x.data_ptr() % VECTOR == 0 else x.clone()
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory that a program fills."""
@@ -93,23 +114,66 @@ class Pass:
 
 
 class Scan(Pass):
-    """A linear term on its tensors."""
+    """A linear term on its tensors. What it makes and calls is noted."""
 
     def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
         super().__init__(x, config)
         p = self.problem
+        self.notes = Notes()
         self.term, self.scale = term, float(term.sign * x.scale)
         self.scaled = any(slot in x.values for slot in ("rows", "cols", "log_cols"))
         self.lay_rows()
-        log_a = self.slot("log_a", torch.float64)
-        self.d = torch.zeros(self.tokens, p.nheads, dtype=torch.float64, device=self.device) if log_a is None else log_a
+        self.logs = self.dtype_of_logs()
+        log_a = self.slot("log_a", self.logs)
+        self.d = torch.zeros(self.tokens, p.nheads, dtype=self.logs, device=self.device) if log_a is None else log_a
         self.nothing = torch.zeros_like(self.d) if self.scaled else self.d  # what is not scaled does not read it
-        self.log_cols = self.slot("log_cols", torch.float64)
+        self.log_cols = self.slot("log_cols", self.logs)
         if self.scaled:
             rows, cols = (self.ones() if (value := self.slot(name, self.acc)) is None else value for name in ("rows", "cols"))
         else:
             rows = cols = self.unread(1, 1)
         self.scales = rows, cols
+        self.notes.unread += (self.begin, self.chunks, self.d, self.nothing, *self.scales)
+
+    @property
+    def line(self) -> torch.dtype:
+        """Dtype of what there is per token and head, as `Tile.line` has it."""
+        return torch.float64 if self.data == self.acc else self.acc
+
+    @staticmethod
+    def as_entering(state: Tensor) -> Tensor:
+        """States that enter, with their memory as programs read it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def output(found: Outputs) -> Output:
+        """Of what `outputs` gives."""
+        raise NotImplementedError
+
+    @staticmethod
+    def gathered(x: Inputs, found: Outputs) -> Gradients:
+        """Gradients of a term's inputs, of what `gradients` gives."""
+        raise NotImplementedError
+
+    def outputs(self, save: bool) -> Outputs:
+        """What programs make in a forward pass."""
+        raise NotImplementedError
+
+    def gradients(self, cotangents: Cotangents) -> Outputs:
+        """What programs make in a backward pass."""
+        raise NotImplementedError
+
+    def forward(self, save: bool = False) -> Output:
+        """Y, the final states, and those between; with `save`, what the backward pass would work out again."""
+        raise NotImplementedError
+
+    def backward(self, cotangents: Cotangents) -> Gradients:
+        """Gradients of everything."""
+        return self.gathered(self.x, self.gradients(cotangents))
+
+    def dtype_of_logs(self) -> torch.dtype:
+        """In which programs read log decays."""
+        return torch.float64
 
     def lay_rows(self) -> None:
         """Where rows begin and which chunk is in which slot: a table for documents, nothing for rows of one length."""
@@ -150,9 +214,42 @@ class Scan(Pass):
     def covered(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of which a program fills what rows have: zeros where documents may leave tokens out."""
         make = torch.empty if self.x.documents is None else torch.zeros
-        return make(shape, dtype=dtype or self.acc, device=self.device)
+        self.notes.made.append(made := make(shape, dtype=dtype or self.acc, device=self.device))
+        return made
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory that a program fills."""
+        self.notes.made.append(made := super().new(*shape, dtype=dtype))
+        return made
+
+    def unread(self, *shape: int) -> Tensor:
+        """What a program takes and does not read, of a dtype of sums."""
+        self.notes.unread.append(found := super().unread(*shape))
+        return found
+
+    def parts_of(self, parts: Sequence[Part], whole: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """One tensor of all parts, or what there is already, and views of it: each tensor takes torch some microseconds."""
+        bytes_of = [prod(shape) * dtype.itemsize for shape, dtype in parts]
+        *begin, size = accumulate((-(-count // ALIGNED) * ALIGNED for count in bytes_of), initial=0)
+        if whole is None:
+            whole = self.new(size, dtype=torch.uint8)
+        found = zip(begin, bytes_of, parts, strict=True)
+        return whole, [whole[at : at + count].view(dtype).view(shape) for at, count, (shape, dtype) in found]
 
     # --- programs -------------------------------------------------------------------------------------------------------
+
+    def program(self, name: str, **fields: Any) -> Callable[..., None]:
+        """As any pass does; its calls are noted."""
+        return self.noted(super().program(name, **fields))
+
+    def noted(self, run: Callable[..., None]) -> Callable[..., None]:
+        """A program whose calls are noted."""
+
+        def call(*arguments: Any) -> None:
+            self.notes.calls.append((run, arguments))
+            run(*arguments)
+
+        return call
 
     def sides(self, term: Linear, room: tuple[Tensor, Tensor] | None = None) -> Sides:
         """Of the term, or of its transpose: then what weighs rows, and what is added to their logs, is columns'.
@@ -162,8 +259,7 @@ class Scan(Pass):
         """
         p, mine = self.problem, term is self.term
         if room is None:
-            line = torch.float64 if self.data == self.acc else self.acc
-            lines = self.new(self.slots, p.nheads, LINES, self.chunk, dtype=line)
+            lines = self.new(self.slots, p.nheads, LINES, self.chunk, dtype=self.line)
             total = self.new(self.slots, p.nheads, dtype=torch.float64)
         else:
             lines, total = room
@@ -173,7 +269,7 @@ class Scan(Pass):
             (u, w), scales = self.scales, (self.scale, 1.0)
             if not mine:
                 r, c, u, w, scales = c, r, w, u, scales[::-1]
-            self.program("lines", scaled=self.scaled)(
+            self.program("lines", scaled=self.scaled, logs=str(self.logs).removeprefix("torch."))(
                 self.d, r, c, u, w, self.chunks, lines, total, *scales, self.seqlen, int(term.causal),
                 int(term.row_inclusive), int(term.col_inclusive),
             )  # fmt: skip
@@ -210,6 +306,11 @@ class Scan(Pass):
     def by_slot(self, by_token: dict[str, Tensor]) -> dict[str, Tensor]:
         """What tokens exchanged, `[tokens, nheads]` each, as gradients of the values that the term reads."""
         return by_slot(self.x, by_token)
+
+
+def dtype_of_data(problem: Problem) -> torch.dtype:
+    """In which programs read q, k and v."""
+    return machine(problem).data
 
 
 def by_slot(x: Inputs, by_token: dict[str, Tensor]) -> dict[str, Tensor]:

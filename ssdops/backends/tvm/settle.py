@@ -1,4 +1,4 @@
-"""The tensor program of a backward pass on a GPU that ends it: gradients of log decays and scales from what tokens exchange."""
+"""The tensor programs that end a backward pass on a GPU, of what `group.py` has written by chunks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from tvm.script import tirx as T
 
 from .blocks import fill
 from .parts import barrier, chunk_begin, chunk_end, meets, number, one_if, sizes, summed
-from .tile import ABREAST, LANES, STRETCH, SUMS, Tile, U, W
+from .tile import ABREAST, ADDED, LANES, STRETCH, SUMS, WIDE, Tile, U, W
+
+ROWS, COLUMNS = 16, 32
+"""Tokens that a program has, and numbers of each."""
 
 
 def settle(tile: Tile) -> Any:
@@ -144,5 +147,55 @@ def settle(tile: Tile) -> Any:
                         )
                         du[first + vi, head0 + head(vh)] = as_sum(scale) * row_totals[vh, vi]
                         dw[first + vi, head0 + head(vh)] = col_totals[vh, vi]
+
+    return main
+
+
+def collect(tile: Tile) -> Any:
+    """out[t, h] = Σ_r room[slot of t, h · each + r, t] of the tokens of every chunk; with `ADDED`, onto what is there.
+
+    Parameters, in order: room `[slots, runs, C, padded size]`; chunks; what is there, and out, `[tokens, heads, size]` from
+    head0 on, in the dtype of sums with `ADDED`, where they are one tensor, or `WIDE`; and the numbers each (how many are
+    summed), seqlen, head0.
+    """
+    C, acc, ADDS = tile.chunk, tile.acc, tile.mode == ADDED
+    out_dtype = acc if tile.mode in (ADDED, WIDE) else tile.data
+
+    @T.prim_func(s_tir=True)
+    def main(
+        room_: T.handle, chunks_: T.handle, there_: T.handle, out_: T.handle, each: T.int64, seqlen: T.int64, head0: T.int64
+    ) -> None:  # fmt: skip
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        slots, runs, padded, table, tokens, heads, size = sizes(7)
+        room = T.match_buffer(room_, (slots, runs, C, padded), acc)
+        chunks = T.match_buffer(chunks_, (table, 2), "int64")
+        there = T.match_buffer(there_, (tokens, heads, size), out_dtype)
+        out = T.match_buffer(out_, (tokens, heads, size), out_dtype)
+        for slot_, head_, part_ in T.grid(slots, T.truncdiv(runs, each), C // ROWS * ((size + COLUMNS - 1) // COLUMNS)):
+            with T.sblock("program"):
+                slot, h, part = T.axis.remap("SSS", [slot_, head_, part_])
+                row = T.meta_var(part % (C // ROWS) * ROWS)
+                column = T.meta_var(part // (C // ROWS) * COLUMNS)
+                place = T.sblock_alloc_buffer((2,), "int64")
+                total = T.sblock_alloc_buffer((ROWS, COLUMNS), acc)
+                for i in range(1):
+                    with T.sblock("place"):
+                        vi = T.axis.spatial(1, i)
+                        place[vi] = chunk_begin(chunks, slot, seqlen, C) + row
+                        place[vi + 1] = chunk_end(chunks, slot, seqlen, C)
+                for i, m, r in T.grid(ROWS, COLUMNS, each):
+                    with T.sblock("total"):
+                        vi, vm, vr = T.axis.remap("SSR", [i, m, r])
+                        with T.init():
+                            total[vi, vm] = number(0, acc)
+                        total[vi, vm] = total[vi, vm] + room[slot, h * each + vr, row + vi, T.min(column + vm, size - 1)]
+                barrier(tile)
+                for i, m in T.grid(ROWS, COLUMNS):
+                    with T.sblock("store_total"):
+                        vi, vm = T.axis.remap("SS", [i, m])
+                        T.where(place[0] + i < place[1] and column + m < size)
+                        out[place[0] + vi, head0 + h, column + vm] = T.Cast(
+                            out_dtype, there[place[0] + vi, head0 + h, column + vm] + total[vi, vm] if ADDS else total[vi, vm]
+                        )
 
     return main

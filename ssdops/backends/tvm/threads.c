@@ -1,4 +1,5 @@
-/* What TVM's generated code asks of a runtime on a CPU, of torch's own OpenMP threads and the C library; and a pass called again.
+/* What TVM's generated code asks of a runtime on a CPU, of torch's own OpenMP threads and the C library; and a pass called again,
+ * on GPUs too.
  *
  * TVM's runtime has threads of its own, and torch's go on looking for work for milliseconds after each operation, on the same
  * cores. Linked into every program that is kept (build.py), and written where its code looks for these functions. C and C++. */
@@ -105,12 +106,17 @@ typedef struct {
 
 typedef struct {
     const Program* programs;
-    int64_t count, room; /* bytes of what programs hand on to one another */
+    int64_t count, room; /* bytes of what programs hand on to one another, if that is not among the addresses */
+    int (*set_stream)(int32_t device_type, int32_t device, void* stream, void** before); /* of TVM's FFI; 0 on a CPU */
+    int32_t device, stream; /* which of the addresses that is */
 } Pass;
 
+enum { CUDA = 2 }; /* as DLPack has it */
+
 int ssdops_replay(const Pass* pass, char* const* addresses) {
-    void* room = 0;
+    void *room = 0, *before = 0;
     int failed = pass->room && posix_memalign(&room, 64, (size_t)pass->room);
+    if (pass->set_stream) failed = pass->set_stream(CUDA, pass->device, addresses[pass->stream], &before);
     for (const Program* program = pass->programs; !failed && program < pass->programs + pass->count; program++) {
         Argument arguments[ARGUMENTS], result = {0, 0, {0}};
         Tensor tensors[ARGUMENTS]; /* copies: other threads may be here too */
@@ -124,6 +130,7 @@ int ssdops_replay(const Pass* pass, char* const* addresses) {
         }
         failed = program->run(0, arguments, (int32_t)program->count, &result);
     }
+    if (pass->set_stream) pass->set_stream(CUDA, pass->device, before, 0);
     free(room);
     return failed;
 }

@@ -7,12 +7,13 @@ from typing import Any
 
 LANES = 16
 """Partial sums of a dot product side by side; tiles are padded to multiples of it."""
-KEPT, EVERY, STATES, STARTS, EXCHANGE = "kept", "every", "states", "starts", "exchange"
+KEPT, EVERY, STATES, STARTS, EXCHANGE, ADDED, WIDE = "kept", "every", "states", "starts", "exchange", "added", "wide"
 """What a program does beside y, or beside gradients.
 
 A walk on a GPU keeps the states that enter chunks as products multiply them, or in full precision; or it has no y, and works
 out the state that leaves alone, or keeps those between too. A walk on a CPU keeps the states that enter chunks, or segments,
-or segments alone. A group's program says what tokens exchange."""
+or segments alone. A group's program says what tokens exchange, and its sums are gradients in the dtype of sums, and perhaps added to
+what is there."""
 
 
 RHO, RHO_LOW, KAPPA, KAPPA_LOW, OUT_OF, U, INTO, W = range(8)
@@ -41,14 +42,16 @@ class Tile:
     Attributes:
         target: "cpu", or a CUDA architecture such as "sm_90".
         data: dtype of q, k, v and y, and of what products multiply.
-        acc: dtype of sums, states and scales. Log decays are float64.
+        acc: dtype of sums, states and scales. Sums of log decays are float64.
         chunk: tokens of a chunk.
         inner, outer: the size of q and k, padded, and that of v, or how much of it one program of a walk on a GPU has; scores
             have only inner. Of a group's program, the size of v, and how much of q and k it has.
+        logs: of lines, dtype of log decays, and of what is added to them.
         scaled: of lines, whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
         flipped: whether a walk reads G transposed.
-        mode: of a walk, outputs, or a group's program, what they do beside; of pairs, what they sum along.
+        mode: of a walk, outputs, a group's program, or what collects its sums, what they do beside; of pairs, what they sum
+            along.
         ahead: whether a walk, or a program of pairs on a GPU, loads the next chunk's tiles while it multiplies one's, or a
             group's program the next head's.
         factors: of programs of pairs, what the mask is a product of, and a formula that is one more factor.
@@ -60,6 +63,7 @@ class Tile:
     chunk: int
     inner: int = 0
     outer: int = 0
+    logs: str = "float64"
     scaled: bool = False
     whole: bool = False
     flipped: bool = False

@@ -29,10 +29,11 @@ def walk(tile: Tile) -> Any:
     """y and the state that leaves, of every row, head and part of v, from the state that enters.
 
     Parameters, in order: q, k, v `[tokens, heads of their own, size]`; g `[slots, heads of its own, C, C]`; lines and E of
-    `lines`; begin `[rows + 1]`; of the `count` heads from head0 on that are walked, entering `[rows, count, inner, outer]`, y
-    `[tokens, y_heads, outer]` from head y0 on, leaving; where the mode says so, kept `[slots, count, inner, outer]`; and the
-    numbers parts, head0, y0, g0 and g_share (head h has the scores of head (h − g0) / g_share), enters (whether a state does),
-    seqlen, causal, strict.
+    `lines`; begin `[rows + 1]`; of the `count` heads from head0 on that are walked, entering `[rows, count, inner, outer]`, or
+    another one if none does; y `[tokens, y_heads, outer]` from head y0 on; leaving; where the mode says so, kept `[slots,
+    count, inner, outer]`; and the numbers rows, parts, head0, y0, g0 and g_share (head h has the scores of head (h − g0) /
+    g_share), enters (whether a state does), segments and last (of so many rows that follow one another, that one's state
+    leaves), seqlen, causal, strict.
 
     A chunk has these parts, with barriers between: loads; weights and what is rounded; products; what they summed up,
     to shared memory; and from there. Tiles of different parts may share memory, but for those that are cleared at first.
@@ -47,11 +48,12 @@ def walk(tile: Tile) -> Any:
     @T.prim_func(s_tir=True)
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
-        entering_: T.handle, y_: T.handle, leaving_: T.handle, kept_: T.handle, parts: T.int64, head0: T.int64, y0: T.int64,
-        g0: T.int64, g_share: T.int64, enters: T.int64, seqlen: T.int64, causal: T.int64, strict: T.int64,
+        entering_: T.handle, y_: T.handle, leaving_: T.handle, kept_: T.handle, rows: T.int64, parts: T.int64, head0: T.int64,
+        y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64, segments: T.int64, last: T.int64, seqlen: T.int64,
+        causal: T.int64, strict: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        tokens, slots, kept_slots, rows, ends, entering_rows, nheads, count = sizes(8)
+        tokens, slots, kept_slots, ends, entering_rows, entering_count, leaving_rows, nheads, count = sizes(9)
         q_heads, k_heads, v_heads, g_heads, y_heads = sizes(5)
         inner_filled, outer_filled = sizes(2)
         # as multiples of tiles where they are, so that addresses of vectors are seen to be multiples too
@@ -64,9 +66,9 @@ def walk(tile: Tile) -> Any:
         lines = T.match_buffer(lines_, (slots, nheads, LINES, C), line)
         total = T.match_buffer(total_, (slots, nheads), "float64")
         begin = T.match_buffer(begin_, (ends,), "int64")
-        entering = T.match_buffer(entering_, (entering_rows, count, inner, outer), acc)
+        entering = T.match_buffer(entering_, (entering_rows, entering_count, inner, outer), acc)
         y = T.match_buffer(y_, (tokens, y_heads, outer), data)
-        leaving = T.match_buffer(leaving_, (rows, count, inner, outer), acc)
+        leaving = T.match_buffer(leaving_, (leaving_rows, count, inner, outer), acc)
         kept = T.match_buffer(kept_, (kept_slots, count, inner, outer), keeping)
         for row_, head_, part_ in T.grid(rows, count, parts):
             with T.sblock("program"):
@@ -89,6 +91,8 @@ def walk(tile: Tile) -> Any:
                 start = T.meta_var(place[0])
                 as_sum = T.meta_var(lambda value: T.Cast(acc, value) if exact else value)
                 end = T.meta_var(place[1])
+                leaves = T.meta_var(T.truncmod(row, segments) == last)
+                leaves_to = T.meta_var(T.truncdiv(row, segments))
                 chunk_count = T.meta_var((bound(begin, row + 1, seqlen) - bound(begin, row, seqlen) + C - 1) // C)
                 for i in range(1):
                     with T.sblock("place"):
@@ -120,10 +124,16 @@ def walk(tile: Tile) -> Any:
                             vi, vp = T.axis.remap("SS", [i, p])
                             out[vi, vp] = T.Cast(data, 0)
                 if STRAIGHT:
-                    for m, p in T.grid(D1, D2):
-                        with T.sblock("take_straight"):
-                            vm, vp = T.axis.remap("SS", [m, p])
-                            state[vm, vp] = entering[row, h, vm, part * D2 + vp]
+                    if enters == 1:
+                        for m, p in T.grid(D1, D2):
+                            with T.sblock("take_straight"):
+                                vm, vp = T.axis.remap("SS", [m, p])
+                                state[vm, vp] = entering[row, h, vm, part * D2 + vp]
+                    else:
+                        for m, p in T.grid(D1, D2):
+                            with T.sblock("clear_state"):
+                                vm, vp = T.axis.remap("SS", [m, p])
+                                state[vm, vp] = number(0, acc)
                 else:
                     for m, p in T.grid(D1, D2):
                         with T.sblock("enter"):
@@ -306,10 +316,11 @@ def walk(tile: Tile) -> Any:
                             vm, vp = T.axis.remap("SS", [m, p])
                             state[vm, vp] = after[vm, vp]
                 if STRAIGHT:
-                    for m, p in T.grid(D1, D2):
-                        with T.sblock("leave_straight"):
-                            vm, vp = T.axis.remap("SS", [m, p])
-                            leaving[row, h, vm, part * D2 + vp] = state[vm, vp]
+                    if leaves:
+                        for m, p in T.grid(D1, D2):
+                            with T.sblock("leave_straight"):
+                                vm, vp = T.axis.remap("SS", [m, p])
+                                leaving[leaves_to, h, vm, part * D2 + vp] = state[vm, vp]
                 else:
                     barrier(tile)
                     for m, p in T.grid(D1, D2):
@@ -320,7 +331,7 @@ def walk(tile: Tile) -> Any:
                     for m, p in T.grid(D1, D2):
                         with T.sblock("leave"):
                             vm, vp = T.axis.remap("SS", [m, p])
-                            T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
-                            leaving[row, h, vm, part * D2 + vp] = left[vm, vp]
+                            T.where(leaves and fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
+                            leaving[leaves_to, h, vm, part * D2 + vp] = left[vm, vp]
 
     return main
