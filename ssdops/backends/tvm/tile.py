@@ -12,8 +12,8 @@ KEPT, EVERY, STATES, STARTS, EXCHANGE, ADDED, WIDE = "kept", "every", "states", 
 
 A walk on a GPU keeps the states that enter chunks as products multiply them, or in full precision; or it has no y, and works
 out the state that leaves alone, or keeps those between too. A walk on a CPU keeps the states that enter chunks, or segments,
-or segments alone. A group's program says what tokens exchange, and its sums are gradients in the dtype of sums, and perhaps added to
-what is there."""
+or segments alone. A group's program says what tokens exchange. What collects its sums adds them to what is there, in the dtype
+of sums, or leaves them in that."""
 
 
 RHO, RHO_LOW, KAPPA, KAPPA_LOW, OUT_OF, U, INTO, W = range(8)
