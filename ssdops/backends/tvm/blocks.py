@@ -47,16 +47,21 @@ template <class T> __forceinline__ __device__ void ssdops_fetch(T* to, const T* 
                :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 __forceinline__ __device__ void ssdops_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__forceinline__ __device__ void ssdops_depart() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__forceinline__ __device__ void ssdops_arrive_but_last() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 #endif
 """
-"""Copies to shared memory that are under way while a program goes on, 16 bytes each."""
+"""Copies to shared memory that are under way while a program goes on, 16 bytes each; those that depart together arrive so."""
 
 
-def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: bool) -> Any:
+def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: bool, again: bool = False) -> Any:
     """`fetch(name, machine, I, J, dtype, whole)(tile, first, value)`: tile[first + i, j] = value(i, j), as of `arrive`.
 
     What is not loaded ahead, or may have to be filled up, is there at once. TVM does not see that a copy writes to its tile:
     only one that has a place for as long as the whole walk can be written so, which tiles have that are loaded ahead.
+
+    Args:
+        again: where a tile was read before, which rules do not want to be told of.
     """
     vector = 16 // getattr(torch, dtype).itemsize
 
@@ -73,7 +78,7 @@ def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: boo
             with T.sblock(name):
                 vi, vj = T.axis.remap("SS", [i, j])
                 T.reads()
-                T.writes(tile[first + vi, vj * vector : vj * vector + vector])
+                T.writes(*([] if again else [tile[first + vi, vj * vector : vj * vector + vector]]))
                 T.evaluate(
                     T.cuda.func_call(
                         "ssdops_fetch",
@@ -88,10 +93,18 @@ def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: boo
 
 @T.macro
 def arrive(tile):
-    """What was fetched is there, for the thread that fetched it; for others behind a barrier."""
+    """What was fetched is there, for the thread that fetched it; for others behind a barrier. What departed last is not yet."""
     if tile.ahead and tile.target != "cpu":
         with T.sblock("barrier_arrive"):
-            T.evaluate(T.cuda.func_call("ssdops_arrive", source_code=FETCH))
+            T.evaluate(T.cuda.func_call("ssdops_arrive_but_last" if tile.late else "ssdops_arrive", source_code=FETCH))
+
+
+@T.macro
+def depart(tile):
+    """What has been fetched since the last one that departed goes together, where not all arrives at once."""
+    if tile.late and tile.target != "cpu":
+        with T.sblock("barrier_depart"):
+            T.evaluate(T.cuda.func_call("ssdops_depart", source_code=FETCH))
 
 
 def update(name: str, count: int, rows: int, cols: int) -> Any:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ...ir.problem import common_heads
 from ..base import Cotangents, Gradients, Inputs, Output
+from .machine import Ahead
 from .scan import Heads, Outputs, Scan, Scores, Sides, by_slot
-from .tile import ADDED, EVERY, EXCHANGE, KEPT, LANES, LINES, STARTS, STATES, SUMS, WIDE
+from .tile import ADDED, EVERY, EXCHANGE, KEPT, LANES, LINES, SEGMENTS, STARTS, STATES, SUMS, WIDE
 
 ROOM = 3 << 29
 """Bytes of states that a backward pass holds at once."""
@@ -41,12 +42,13 @@ class Place(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Sizes of a walk's tiles, whether it loads ahead, and how many programs share v."""
+    """Sizes of a walk's tiles, what it loads ahead, and how many programs share v, and k where there is no y."""
 
     inner: int
     outer: int
-    ahead: bool
+    ahead: Ahead
     number: int
+    inner_number: int = 1
 
 
 class Starts(NamedTuple):
@@ -220,7 +222,7 @@ class OnGpu(Scan):
         apart = 2 if term.col_inclusive and not term.row_inclusive else 1
         self.program(
             "group", inner=inner, outer=outer, whole=inner == p.headdim and not p.dstate % outer,
-            mode=EXCHANGE if by_token else "", ahead=ahead,
+            mode=EXCHANGE if by_token else "", ahead=ahead is Ahead.ALL,
         )(
             self.q, self.k, self.v, dy, qk.values, sides.lines, sides.total, self.chunks, *states, *rooms, sums, met, through,
             self.seqlen, heads.first, walked, int(term.causal), int(term.strict), apart,
@@ -280,7 +282,7 @@ class OnGpu(Scan):
             wanted: whether anyone will read those.
         """
         (q, k, v), (entering, segments) = roles, starts
-        inner, outer, ahead, parts = self.parts(roles)
+        inner, outer, ahead, parts, inner_parts = self.parts(roles, mode)
         state = (heads.number, k.shape[2], v.shape[2])
         if not self.tokens:
             return torch.zeros(self.rows, *state, dtype=self.acc, device=self.device) if entering is None else entering
@@ -290,20 +292,22 @@ class OnGpu(Scan):
         leaving = self.new(rows // together if wanted else 1, *state)
         kept = self.new(1, *state, dtype=self.data) if kept is None else kept  # which nobody writes then
         flipped = mode not in (STATES, STARTS) and sides.term is not self.term
-        whole = inner == q.shape[2] and not v.shape[2] % outer
-        self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, ahead=ahead)(
+        whole = inner * inner_parts == k.shape[2] and not v.shape[2] % outer
+        self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, **ahead.fields())(
             q, k, v, g.values, sides.lines, sides.total, self.begin,
-            self.unread(1, 1, *state[1:]) if entering is None else entering, y.values, leaving, kept, rows, parts, heads.first,
-            y.first, g.first, g.share, int(entering is not None), together, last if wanted else -1, self.seqlen // segments,
-            int(sides.term.causal), int(sides.term.strict),
+            self.unread(1, 1, *state[1:]) if entering is None else entering, y.values, leaving, kept, rows, parts, inner_parts,
+            heads.first, y.first, g.first, g.share, int(entering is not None), together, last if wanted else -1,
+            self.seqlen // segments, int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip
         return leaving
 
-    def parts(self, roles: tuple[Tensor, Tensor, Tensor]) -> Parts:
-        """Tiles of a walk, and how many programs share v."""
-        inner = self.machine.inner(roles[0].shape[2])
-        outer, ahead = self.machine.outer(inner, roles[2].shape[2], self.chunk)
-        return Parts(inner, outer, ahead, -(-roles[2].shape[2] // outer))
+    def parts(self, roles: tuple[Tensor, Tensor, Tensor], mode: str = "") -> Parts:
+        """Tiles of a walk."""
+        _, k, v = (x.shape[2] for x in roles)
+        gives = mode not in (STATES, STARTS)
+        inner = self.machine.inner(k) if gives else self.machine.walked(k)
+        outer, ahead = self.machine.outer(inner, v, self.chunk, gives and inner == k)
+        return Parts(inner, outer, ahead, -(-v // outer), -(-k // inner))
 
     def segments(self, roles: tuple[Tensor, Tensor, Tensor], heads: Heads) -> int:
         """Into how many segments to cut rows, which are walked side by side after a pass for the states between them.
@@ -319,7 +323,7 @@ class OnGpu(Scan):
             turns = -(-programs * self.rows * count // at_once)
             return turns * chunks / count * (1 if count == 1 else TWICE) + (0 if count == 1 else MORE)
 
-        return min((count for count in (1, 2, 4, 8, 16) if chunks % count == 0), key=waiting)
+        return min((count for count in (1, 2, 4, 8, SEGMENTS) if chunks % count == 0), key=waiting)
 
 
 class Total:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
+from itertools import product
 
 import torch
 
@@ -19,6 +21,16 @@ OWN = 4
 INNER, OUTER, PART = (16, 32, 64, 128, 192, 256), (64, 32, 16), (128, 64, 32, 16)
 """Sizes of tiles on GPUs: of q and k, whichever holds them, and of parts of v in a walk, and of q and k in a group's program,
 the first that there is room for."""
+
+
+class Ahead(Enum):
+    """What a program of a GPU loads while it multiplies: all, or q and k only once those before have been multiplied."""
+
+    ALL, LATE, NOTHING = range(3)
+
+    def fields(self) -> dict[str, bool]:
+        """Of a `Tile`."""
+        return {"ahead": self is not Ahead.NOTHING, "late": self is Ahead.LATE}
 
 
 @dataclass(frozen=True)
@@ -41,40 +53,50 @@ class Machine:
         """The tile that holds a size of q and k."""
         return round_up(size) if self.shared is None else next(fitting for fitting in INNER if size <= fitting)
 
-    def outer(self, inner: int, size: int, chunk: int) -> tuple[int, bool]:
-        """How much of v one program of a walk has, and whether it loads ahead."""
-        return self._fitting(OUTER, inner, size, chunk, self.walk_needs)
+    def walked(self, size: int) -> int:
+        """How much of k one program of a walk without y has: no sum is over it, so that two programs may share it."""
+        inner = self.inner(size)
+        return inner // 2 if inner == INNER[-1] else inner
 
-    def part(self, inner: int, size: int, chunk: int) -> tuple[int, bool]:
-        """How much of q and k one program of a group has, of heads whose v takes `inner`; and whether it loads ahead."""
-        return self._fitting(PART, inner, size, chunk, self.group_needs)
+    def outer(self, inner: int, size: int, chunk: int, late: bool) -> tuple[int, Ahead]:
+        """How much of v one program of a walk has, and what it loads ahead; q and k late only where that can be."""
+        able = tuple(Ahead) if late else (Ahead.ALL, Ahead.NOTHING)
+        return self._fitting(OUTER, inner, size, chunk, self.walk_needs, able)
+
+    def part(self, inner: int, size: int, chunk: int) -> tuple[int, Ahead]:
+        """How much of q and k one program of a group has, of heads whose v takes `inner`; and what it loads ahead."""
+        return self._fitting(PART, inner, size, chunk, self.group_needs, (Ahead.ALL, Ahead.NOTHING))
 
     def _fitting(
-        self, parts: tuple[int, ...], inner: int, size: int, chunk: int, needed: Callable[[int, int, bool, int], int]
-    ) -> tuple[int, bool]:
-        """The greatest part for which there is room, and whether there is room to load ahead."""
+        self, parts: tuple[int, ...], inner: int, size: int, chunk: int, needed: Callable[[int, int, Ahead, int], int],
+        able: Iterable[Ahead],
+    ) -> tuple[int, Ahead]:  # fmt: skip
+        """The greatest part for which there is room, and the most that there is room to load ahead."""
         assert self.shared is not None  # parts are GPUs'
         wide, shared = self.inner(size), self.shared
-        able = ((part, ahead) for part in parts if part <= wide for ahead in (True, False))
-        return next(found for found in able if needed(inner, *found, chunk) <= shared)
+        found = product((part for part in parts if part <= wide), able)
+        return next((part, ahead) for part, ahead in found if needed(inner, part, ahead, chunk) <= shared)
 
     def has_room(self, size: int, chunk: int) -> bool:
         """Whether programs for heads so large fit."""
         if self.shared is None:
             return True
         inner = self.inner(size)
-        walk, group = self.walk_needs(inner, OUTER[-1], False, chunk), self.group_needs(inner, PART[-1], False, chunk)
+        nothing = Ahead.NOTHING
+        walk, group = self.walk_needs(inner, OUTER[-1], nothing, chunk), self.group_needs(inner, PART[-1], nothing, chunk)
         return max(walk, group) <= self.shared
 
-    def walk_needs(self, inner: int, outer: int, ahead: bool, chunk: int) -> int:
-        """KiB of shared memory that a walk takes: tiles of q, k, v, scores and lines, once or twice; v again, weights, y, and
-        the state where products multiply it. What comes before and after lies over them.
+    def walk_needs(self, inner: int, outer: int, ahead: Ahead, chunk: int) -> int:
+        """KiB of shared memory that a walk takes: tiles of q and k, and of v, scores and lines, once or twice; v again,
+        weights, y, and the state where products multiply it. What comes before and after lies over them.
         """
-        held = chunk * (2 * (inner + 8) + outer + 8 + chunk) * self.data.itemsize + self._lines(chunk)
+        shared = chunk * 2 * (inner + 8) * self.data.itemsize
+        held = chunk * (outer + 8 + chunk) * self.data.itemsize + self._lines(chunk)
         numbers = chunk * (2 * (outer + 8) + chunk + 8) + inner * (outer + 8)
-        return -(-((1 + ahead) * held + self.data.itemsize * numbers) // KIB) + OWN
+        tiles = (1 + (ahead is Ahead.ALL)) * shared + (1 + (ahead is not Ahead.NOTHING)) * held
+        return -(-(tiles + self.data.itemsize * numbers) // KIB) + OWN
 
-    def group_needs(self, inner: int, outer: int, ahead: bool, chunk: int) -> int:
+    def group_needs(self, inner: int, outer: int, ahead: Ahead, chunk: int) -> int:
         """KiB of shared memory that a group's program takes: tiles of v, dY, both states and lines, once or twice; tiles of q
         and k, scores twice and weights; in the dtype of sums pairs, and what is summed up of them and of dot products.
         """
@@ -82,7 +104,7 @@ class Machine:
         held = 2 * (chunk + outer) * (inner + 8) * self.data.itemsize + self._lines(chunk)
         numbers = 2 * chunk * (outer + 8) + chunk * (3 * chunk + 16)
         sums = chunk * (chunk + 1 + 2 * PAIR_LANES + 2 + 2 * outer // (4 if exact else LANES)) + LANES**2
-        return -(-((1 + ahead) * held + self.data.itemsize * numbers + 4 * sums) // KIB) + OWN
+        return -(-((1 + (ahead is Ahead.ALL)) * held + self.data.itemsize * numbers + 4 * sums) // KIB) + OWN
 
     def beside(self, size: int) -> int:
         """The tile of pairs that holds a size of z and w: threads share out rows of powers of two."""

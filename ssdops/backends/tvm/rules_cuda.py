@@ -51,7 +51,7 @@ OWN: dict[str, Callable[[str], str]] = {
 """Blocks that take what was summed up, where it was, and the intrinsics that do, by what products multiply."""
 SUMS = (
     "summed_t", "weight", "read", "inside", "added", "after", "state", "scored", "read_q", "read_k", "inside_q", "inside_k",
-    "sum_q", "sum_k", "next_q", "next_k",
+    "sum_q", "sum_k", "next_q", "next_k", "lefts",
 )  # fmt: skip
 """Sums that stay where they are made."""
 SKEWED = {

@@ -31,6 +31,8 @@ ABREAST, STRETCH = 8, 8
 """Heads whose tokens are summed up together, as theirs lie side by side in memory, and tokens whose sums are made first."""
 MOST = 8
 """Heads that are walked together on a CPU at most."""
+SEGMENTS = 16
+"""Into how many a row is cut on a GPU at most, which are walked side by side."""
 SEGMENT = 8
 """Chunks of a segment: a backward pass on a CPU goes from the states that enter segments."""
 
@@ -44,8 +46,8 @@ class Tile:
         data: dtype of q, k, v and y, and of what products multiply.
         acc: dtype of sums, states and scales. Sums of log decays are float64.
         chunk: tokens of a chunk.
-        inner, outer: the size of q and k, padded, and that of v, or how much of it one program of a walk on a GPU has; scores
-            have only inner. Of a group's program, the size of v, and how much of q and k it has.
+        inner, outer: the size of q and k, padded, and that of v, or how much of it one program of a walk on a GPU has, and one
+            without y of k; scores have only inner. Of a group's program, the size of v, and how much of q and k it has.
         logs: of lines, dtype of log decays, and of what is added to them.
         scaled: of lines, whether rows and columns have scales, or logs of such.
         whole: whether sizes are those of the tile: then none of it is filled up.
@@ -54,6 +56,7 @@ class Tile:
             along.
         ahead: whether a walk, or a program of pairs on a GPU, loads the next chunk's tiles while it multiplies one's, or a
             group's program the next head's.
+        late: of a walk that loads ahead, whether q and k come once the ones before have been multiplied, into their place.
         factors: of programs of pairs, what the mask is a product of, and a formula that is one more factor.
     """
 
@@ -69,6 +72,7 @@ class Tile:
     flipped: bool = False
     mode: str = ""
     ahead: bool = False
+    late: bool = False
     factors: tuple[str, ...] = ()
     formula: Any = None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .blocks import Rows, arrive, fetch
+from .blocks import Rows, arrive, depart, fetch
 from .parts import (
     barrier,
     bound,
@@ -31,9 +31,9 @@ def walk(tile: Tile) -> Any:
     Parameters, in order: q, k, v `[tokens, heads of their own, size]`; g `[slots, heads of its own, C, C]`; lines and E of
     `lines`; begin `[rows + 1]`; of the `count` heads from head0 on that are walked, entering `[rows, count, inner, outer]`, or
     another one if none does; y `[tokens, y_heads, outer]` from head y0 on; leaving; where the mode says so, kept `[slots,
-    count, inner, outer]`; and the numbers rows, parts, head0, y0, g0 and g_share (head h has the scores of head (h − g0) /
-    g_share), enters (whether a state does), segments and last (of so many rows that follow one another, that one's state
-    leaves), seqlen, causal, strict.
+    count, inner, outer]`; and the numbers rows, parts (of outer) and inner_parts (of inner, where there is no y), head0, y0, g0
+    and g_share (head h has the scores of head (h − g0) / g_share), enters (whether a state does), segments and last (of so
+    many rows that follow one another, that one's state leaves), seqlen, causal, strict.
 
     A chunk has these parts, with barriers between: loads; weights and what is rounded; products; what they summed up,
     to shared memory; and from there. Tiles of different parts may share memory, but for those that are cleared at first.
@@ -42,22 +42,23 @@ def walk(tile: Tile) -> Any:
     FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
     keeping, line = acc if tile.mode == EVERY else data, tile.line
     GIVES, KEEPS = tile.mode not in (STATES, STARTS), tile.mode in (KEPT, STARTS)
-    HELD = 1 + tile.ahead
+    HELD, LATE = 1 + tile.ahead, tile.late
+    OURS = 1 if LATE else HELD
     STRAIGHT = whole  # states from memory to where they are summed, and back
 
     @T.prim_func(s_tir=True)
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
-        entering_: T.handle, y_: T.handle, leaving_: T.handle, kept_: T.handle, rows: T.int64, parts: T.int64, head0: T.int64,
-        y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64, segments: T.int64, last: T.int64, seqlen: T.int64,
-        causal: T.int64, strict: T.int64,
+        entering_: T.handle, y_: T.handle, leaving_: T.handle, kept_: T.handle, rows: T.int64, parts: T.int64,
+        inner_parts: T.int64, head0: T.int64, y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64, segments: T.int64,
+        last: T.int64, seqlen: T.int64, causal: T.int64, strict: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         tokens, slots, kept_slots, ends, entering_rows, entering_count, leaving_rows, nheads, count = sizes(9)
         q_heads, k_heads, v_heads, g_heads, y_heads = sizes(5)
         inner_filled, outer_filled = sizes(2)
         # as multiples of tiles where they are, so that addresses of vectors are seen to be multiples too
-        inner = T.meta_var(D1 if whole else inner_filled)
+        inner = T.meta_var((D1 if GIVES else inner_parts * D1) if whole else inner_filled)
         outer = T.meta_var(parts * D2 if whole else outer_filled)
         q = T.match_buffer(q_, (tokens, q_heads, inner), data)
         k = T.match_buffer(k_, (tokens, k_heads, inner), data)
@@ -70,17 +71,20 @@ def walk(tile: Tile) -> Any:
         y = T.match_buffer(y_, (tokens, y_heads, outer), data)
         leaving = T.match_buffer(leaving_, (leaving_rows, count, inner, outer), acc)
         kept = T.match_buffer(kept_, (kept_slots, count, inner, outer), keeping)
-        for row_, head_, part_ in T.grid(rows, count, parts):
+        for row_, head_, part_ in T.grid(rows, count, parts if GIVES else parts * inner_parts):
             with T.sblock("program"):
-                row, h, part = T.axis.remap("SSS", [row_, head_, part_])
+                row, h, some = T.axis.remap("SSS", [row_, head_, part_])
+                part = T.meta_var(some if GIVES else T.truncmod(some, parts))
+                from_inner = T.meta_var(0 if GIVES else T.truncdiv(some, parts) * D1)
+                of_inner = T.meta_var(lambda m: from_inner + m)
                 place = T.sblock_alloc_buffer((3,), "int64")
                 owner = T.sblock_alloc_buffer((4,), "int64")
                 here = T.sblock_alloc_buffer((2,), "int64")
                 there = T.sblock_alloc_buffer((2,), "int64")
                 tokens_t = T.sblock_alloc_buffer((HELD * LINES, C), line)
                 gt = T.sblock_alloc_buffer((HELD * C, C), data)
-                qt = T.sblock_alloc_buffer((HELD * C, D1), data)
-                kt = T.sblock_alloc_buffer((HELD * C, D1), data)
+                qt = T.sblock_alloc_buffer((OURS * C, D1), data)
+                kt = T.sblock_alloc_buffer((OURS * C, D1), data)
                 vt = T.sblock_alloc_buffer((HELD * C, D2), data)
                 low = T.sblock_alloc_buffer((D1, D2), data)
                 out = T.sblock_alloc_buffer((C, D2), data)
@@ -128,7 +132,7 @@ def walk(tile: Tile) -> Any:
                         for m, p in T.grid(D1, D2):
                             with T.sblock("take_straight"):
                                 vm, vp = T.axis.remap("SS", [m, p])
-                                state[vm, vp] = entering[row, h, vm, part * D2 + vp]
+                                state[vm, vp] = entering[row, h, of_inner(vm), part * D2 + vp]
                     else:
                         for m, p in T.grid(D1, D2):
                             with T.sblock("clear_state"):
@@ -142,8 +146,8 @@ def walk(tile: Tile) -> Any:
                                 enters == 1,
                                 within(
                                     whole,
-                                    under(vm, inner) and under(part * D2 + vp, outer),
-                                    entering[row, h, vm, part * D2 + vp],
+                                    under(of_inner(vm), inner) and under(part * D2 + vp, outer),
+                                    entering[row, h, of_inner(vm), part * D2 + vp],
                                     acc,
                                 ),
                                 number(0, acc),
@@ -159,10 +163,14 @@ def walk(tile: Tile) -> Any:
                 get_k = T.meta_var(fetch("get_k", tile, C, D1, data, whole))
                 get_v = T.meta_var(fetch("get_v", tile, C, D2, data, whole))
                 get_g = T.meta_var(fetch("get_g", tile, C, C, data, True))
+                get_q_again = T.meta_var(fetch("get_q_again", tile, C, D1, data, whole, True))
+                get_k_again = T.meta_var(fetch("get_k_again", tile, C, D1, data, whole, True))
                 token = T.meta_var(lambda i: near(there[0] + i, end))
                 of_lines = T.meta_var(lambda which, i: lines[there[1], head0 + h, which, i])
                 of_q = T.meta_var(lambda i, m: within(whole, under(m, inner), q[token(i), owner[0], m], data))
-                of_k = T.meta_var(lambda i, m: within(whole, under(m, inner), k[token(i), owner[1], m], data))
+                of_k = T.meta_var(
+                    lambda i, m: within(whole, under(of_inner(m), inner), k[token(i), owner[1], of_inner(m)], data)
+                )
                 of_v = T.meta_var(
                     lambda i, p: within(whole, under(part * D2 + p, outer), v[token(i), owner[2], part * D2 + p], data)
                 )
@@ -175,11 +183,14 @@ def walk(tile: Tile) -> Any:
                             there[vi] = start + in_order(T.int64(0)) * C
                             there[vi + 1] = place[2] + in_order(T.int64(0))
                     get_lines(tokens_t, 0, of_lines)
-                    get_k(kt, 0, of_k)
                     get_v(vt, 0, of_v)
                     if GIVES:
-                        get_q(qt, 0, of_q)
                         get_g(gt, 0, of_g)
+                    depart(tile)
+                    get_k(kt, 0, of_k)
+                    if GIVES:
+                        get_q(qt, 0, of_q)
+                    depart(tile)
                     arrive(tile)
                     barrier(tile)
                 for step in range(chunk_count):
@@ -193,11 +204,14 @@ def walk(tile: Tile) -> Any:
                                 there[vi] = start + in_order(then) * C
                                 there[vi + 1] = place[2] + in_order(then)
                         get_lines(tokens_t, to * LINES, of_lines)
-                        get_k(kt, to * C, of_k)
                         get_v(vt, to * C, of_v)
                         if GIVES:
-                            get_q(qt, to * C, of_q)
                             get_g(gt, to * C, of_g)
+                        if not LATE:
+                            get_k(kt, to * C, of_k)
+                            if GIVES:
+                                get_q(qt, to * C, of_q)
+                        depart(tile)
                         if not tile.ahead:
                             barrier(tile)
                     with T.sblock("chunk"):
@@ -211,6 +225,7 @@ def walk(tile: Tile) -> Any:
                         full = T.sblock_alloc_buffer((D1, D2), acc)
                         added = T.sblock_alloc_buffer((D1, D2), acc)
                         lot = T.meta_var(T.Cast("int32", at % HELD))
+                        ours = T.meta_var(0 if LATE else lot)
                         mine = T.meta_var(Rows(tokens_t, lot * LINES))
                         first = T.meta_var(here[0])
                         slot = T.meta_var(here[1])
@@ -249,20 +264,22 @@ def walk(tile: Tile) -> Any:
                                 with T.sblock("round"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     low[vm, vp] = state[vm, vp] if data == acc else T.Cast(data, state[vm, vp])
+                        if LATE:
+                            arrive(tile)
                         barrier(tile)
                         if KEEPS:
                             for m, p in T.grid(D1, D2):
                                 with T.sblock("keep"):
                                     vm, vp = T.axis.remap("SS", [m, p])
-                                    T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
-                                    kept[slot, h, vm, part * D2 + vp] = low[vm, vp]
+                                    T.where(fits(whole, of_inner(m), inner) and fits(whole, part * D2 + p, outer))
+                                    kept[slot, h, of_inner(vm), part * D2 + vp] = low[vm, vp]
                         if GIVES:
                             for i, p, m in T.grid(C, D2, D1):
                                 with T.sblock("reads"):
                                     vi, vp, vm = T.axis.remap("SSR", [i, p, m])
                                     with T.init():
                                         read[vi, vp] = number(0, acc)
-                                    read[vi, vp] = read[vi, vp] + T.Cast(acc, qt[lot * C + vi, vm]) * T.Cast(acc, low[vm, vp])
+                                    read[vi, vp] = read[vi, vp] + T.Cast(acc, qt[ours * C + vi, vm]) * T.Cast(acc, low[vm, vp])
                             for i, p, j in T.grid(C, D2, C):
                                 with T.sblock("values"):
                                     vi, vp, vj = T.axis.remap("SSR", [i, p, j])
@@ -276,13 +293,17 @@ def walk(tile: Tile) -> Any:
                                 vm, vp, vj = T.axis.remap("SSR", [m, p, j])
                                 with T.init():
                                     added[vm, vp] = number(0, acc)
-                                added[vm, vp] = added[vm, vp] + T.Cast(acc, kt[lot * C + vj, vm]) * T.Cast(acc, vs[vj, vp])
+                                added[vm, vp] = added[vm, vp] + T.Cast(acc, kt[ours * C + vj, vm]) * T.Cast(acc, vs[vj, vp])
                         for m, p in T.grid(D1, D2):
                             with T.sblock("carry"):
                                 vm, vp = T.axis.remap("SS", [m, p])
                                 after[vm, vp] = state[vm, vp] * passed[0] + added[vm, vp]
                         if GIVES:
                             barrier(tile)
+                            if LATE:
+                                get_k_again(kt, 0, of_k)
+                                get_q_again(qt, 0, of_q)
+                                depart(tile)
                             for i, p in T.grid(C, D2):
                                 with T.sblock("join"):
                                     vi, vp = T.axis.remap("SS", [i, p])
@@ -307,7 +328,7 @@ def walk(tile: Tile) -> Any:
                                 with T.sblock("keep"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
-                                    kept[slot, h, vm, part * D2 + vp] = full[vm, vp]
+                                    kept[slot, h, of_inner(vm), part * D2 + vp] = full[vm, vp]
                     arrive(tile)
                     if tile.ahead or tile.mode == EVERY or not GIVES:
                         barrier(tile)
@@ -320,7 +341,7 @@ def walk(tile: Tile) -> Any:
                         for m, p in T.grid(D1, D2):
                             with T.sblock("leave_straight"):
                                 vm, vp = T.axis.remap("SS", [m, p])
-                                leaving[leaves_to, h, vm, part * D2 + vp] = state[vm, vp]
+                                leaving[leaves_to, h, of_inner(vm), part * D2 + vp] = state[vm, vp]
                 else:
                     barrier(tile)
                     for m, p in T.grid(D1, D2):
@@ -331,7 +352,7 @@ def walk(tile: Tile) -> Any:
                     for m, p in T.grid(D1, D2):
                         with T.sblock("leave"):
                             vm, vp = T.axis.remap("SS", [m, p])
-                            T.where(leaves and fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
-                            leaving[leaves_to, h, vm, part * D2 + vp] = left[vm, vp]
+                            T.where(leaves and fits(whole, of_inner(m), inner) and fits(whole, part * D2 + p, outer))
+                            leaving[leaves_to, h, of_inner(vm), part * D2 + vp] = left[vm, vp]
 
     return main
