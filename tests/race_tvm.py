@@ -12,7 +12,7 @@ from ssdops import masks, ssd
 
 if __name__ == "__main__":
     for dtype in (torch.bfloat16, torch.float32):
-        for headdim, dstate in ((64, 128), (16, 33)):
+        for headdim, dstate in ((64, 128), (64, 256), (16, 33)):
             q, k = (torch.randn(1, 200, 1, dstate, device="cuda").to(dtype).requires_grad_() for _ in range(2))
             v = torch.randn(1, 200, 2, headdim, device="cuda").to(dtype).requires_grad_()
             log_a = (-torch.rand(1, 200, 2, device="cuda")).requires_grad_()

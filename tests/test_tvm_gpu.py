@@ -30,22 +30,23 @@ PROGRAMS = {
     "lines": {},
     "scores": {"inner": 128, "whole": True},
     "settle": {},
+    "between": {},
     "collect": {},
     "collect added": {"mode": "added"},
     "walk": {"inner": 128, "outer": 64, "whole": True, "ahead": True},
     "walk late": {"inner": 256, "outer": 64, "whole": True, "ahead": True, "late": True},
     "walk states": {"inner": 128, "outer": 64, "whole": True, "mode": "states"},
-    "walk starts": {"inner": 64, "outer": 64, "mode": "starts", "ahead": True},
+    "walk starts": {"inner": 64, "outer": 64, "mode": "starts", "ahead": True, "shared": 2},
     "walk kept": {"inner": 64, "outer": 16, "whole": True, "mode": "kept", "flipped": True},
+    "walk every": {"inner": 64, "outer": 64, "whole": True, "mode": "every", "ahead": True},
     "group": {"inner": 64, "outer": 64, "whole": True, "ahead": True},
     "group exchange": {"inner": 64, "outer": 32, "mode": "exchange"},
 }
-PRODUCTS = ("scores", "walk", "walk late", "walk states", "walk starts", "walk kept", "group", "group exchange")
+PRODUCTS = ("scores", "walk", "walk late", "walk states", "walk starts", "walk kept", "walk every", "group", "group exchange")
 """Those that multiply matrices."""
 BARRIERS = {
-    "lines": 3, "scores": 1, "settle": 4, "collect": 1, "collect added": 1,
-    "walk": 6, "walk late": 6, "walk states": 4, "walk starts": 7, "walk kept": 5, "group": 5,
-    "group exchange": 6,
+    "lines": 3, "scores": 1, "settle": 4, "collect": 1, "collect added": 1, "between": 2, "walk": 4, "walk late": 4,
+    "walk states": 4, "walk starts": 7, "walk kept": 4, "walk every": 6, "group": 4, "group exchange": 6,
 }  # fmt: skip
 """Of each: no test without a GPU sees one that is missing. After a change of them, see `race_tvm.py`."""
 

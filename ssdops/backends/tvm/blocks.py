@@ -93,10 +93,18 @@ def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: boo
 
 @T.macro
 def arrive(tile):
-    """What was fetched is there, for the thread that fetched it; for others behind a barrier. What departed last is not yet."""
+    """What was fetched is there, for the thread that fetched it; for others behind a barrier."""
     if tile.ahead and tile.target != "cpu":
         with T.sblock("barrier_arrive"):
-            T.evaluate(T.cuda.func_call("ssdops_arrive_but_last" if tile.late else "ssdops_arrive", source_code=FETCH))
+            T.evaluate(T.cuda.func_call("ssdops_arrive", source_code=FETCH))
+
+
+@T.macro
+def arrive_but_last(tile):
+    """As `arrive`, but for what departed last, where not all arrives at once."""
+    if tile.late and tile.target != "cpu":
+        with T.sblock("barrier_arrive_but_last"):
+            T.evaluate(T.cuda.func_call("ssdops_arrive_but_last", source_code=FETCH))
 
 
 @T.macro

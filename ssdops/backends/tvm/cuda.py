@@ -42,13 +42,13 @@ class Place(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Sizes of a walk's tiles, what it loads ahead, and how many programs share v, and k where there is no y."""
+    """Sizes of a walk's tiles, what it loads ahead, how many programs share v, and how many k, where there is no y."""
 
     inner: int
     outer: int
     ahead: Ahead
     number: int
-    inner_number: int = 1
+    shared: int
 
 
 class Starts(NamedTuple):
@@ -282,7 +282,7 @@ class OnGpu(Scan):
             wanted: whether anyone will read those.
         """
         (q, k, v), (entering, segments) = roles, starts
-        inner, outer, ahead, parts, inner_parts = self.parts(roles, mode)
+        inner, outer, ahead, parts, shared = self.parts(roles, mode)
         state = (heads.number, k.shape[2], v.shape[2])
         if not self.tokens:
             return torch.zeros(self.rows, *state, dtype=self.acc, device=self.device) if entering is None else entering
@@ -292,10 +292,11 @@ class OnGpu(Scan):
         leaving = self.new(rows // together if wanted else 1, *state)
         kept = self.new(1, *state, dtype=self.data) if kept is None else kept  # which nobody writes then
         flipped = mode not in (STATES, STARTS) and sides.term is not self.term
-        whole = inner * inner_parts == k.shape[2] and not v.shape[2] % outer
-        self.program("walk", inner=inner, outer=outer, whole=whole, flipped=flipped, mode=mode, **ahead.fields())(
+        whole = inner * shared == k.shape[2] and not v.shape[2] % outer
+        fields = {"inner": inner, "outer": outer, "whole": whole, "flipped": flipped, "shared": shared, **ahead.fields()}
+        self.program("walk", mode=mode, **fields)(
             q, k, v, g.values, sides.lines, sides.total, self.begin,
-            self.unread(1, 1, *state[1:]) if entering is None else entering, y.values, leaving, kept, rows, parts, inner_parts,
+            self.unread(1, 1, *state[1:]) if entering is None else entering, y.values, leaving, kept, rows, parts,
             heads.first, y.first, g.first, g.share, int(entering is not None), together, last if wanted else -1,
             self.seqlen // segments, int(sides.term.causal), int(sides.term.strict),
         )  # fmt: skip

@@ -42,7 +42,8 @@ def group(tile: Tile) -> Any:
     to be summed; and the numbers seqlen, head0, walked (heads of a run), causal, strict, distance.
 
     Between two barriers no tile is written first after another was read last: they may lie in one place. What cannot be
-    kept so is cleared at first, and keeps its place.
+    kept so is cleared at first, and keeps its place. There is none between what a head's sums are given from and the next
+    head's first part, which writes what no head reads there.
     """
     C, P, N, data, acc, line = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc, tile.line
     whole, EXCHANGED, WIDTH = tile.whole, tile.mode == EXCHANGE, 4 if tile.exact else LANES
@@ -122,6 +123,7 @@ def group(tile: Tile) -> Any:
                 fill("clear_q", C, N)(sum_q, lambda i, n: number(0, acc))
                 fill("clear_k", C, N)(sum_k, lambda i, n: number(0, acc))
                 get_lines = T.meta_var(fetch("get_lines", tile, LINES, C, line, True))
+                get_lines_again = T.meta_var(fetch("get_lines_again", tile, LINES, C, line, True, True))
                 get_dy = T.meta_var(fetch("get_dy", tile, C, P, data, whole))
                 get_v = T.meta_var(fetch("get_v", tile, C, P, data, whole))
                 get_before = T.meta_var(fetch("get_before", tile, N, P, data, whole))
@@ -147,12 +149,15 @@ def group(tile: Tile) -> Any:
                     get_after(dst, 0, head_states(after, run * walked))
                     arrive(tile)
                 barrier(tile)
+                coming = T.meta_var(lambda step: run * walked + (T.min(step + 1, walked - 1) if tile.ahead else step))
+                place_of = T.meta_var(lambda step: T.Cast("int32", (step + 1) % 2) if tile.ahead else 0)
                 for step in range(walked):
                     with T.sblock("coming"):  # this head's tiles, or the next one's, while this one's are multiplied
                         now = T.axis.spatial(1 << 40, step)
-                        then = T.meta_var(run * walked + (T.min(now + 1, walked - 1) if tile.ahead else now))
-                        to = T.meta_var(T.Cast("int32", (now + 1) % 2) if tile.ahead else 0)
-                        get_lines(tokens_t, to * LINES, head_lines(then))
+                        then = T.meta_var(coming(now))
+                        to = T.meta_var(place_of(now))
+                        if not tile.ahead:
+                            get_lines(tokens_t, 0, head_lines(then))
                         get_dy(dyt, to * C, head_tokens(dy, dy_heads, then))
                         get_v(vt, to * C, head_tokens(v, v_heads, then))
                         get_before(st, to * N, head_states(before, then))
@@ -201,6 +206,8 @@ def group(tile: Tile) -> Any:
                                         st[lot * N + vn * LANES + vl, vp * LANES + vo]
                                     ) * as_sum(dst[lot * N + vn * LANES + vl, vp * LANES + vo])
                         barrier(tile)
+                        if tile.ahead:  # not before this barrier: in this place are the lines of the head before
+                            get_lines_again(tokens_t, place_of(at) * LINES, head_lines(coming(at)))
                         decayed = T.meta_var(
                             lambda i, j: as_sum(other[i, j]) * decay(tile, here, i, j, meets(i, j, causal, strict))
                         )
@@ -263,6 +270,12 @@ def group(tile: Tile) -> Any:
                             next_k,
                             lambda i, n: sum_k[i, n] + (of_token(INTO, i) * of_token(W, i) * read_k[i, n] + inside_k[i, n]),
                         )
+                        if EXCHANGED:
+                            for one in range(LANES):
+                                with T.sblock("give_through"):
+                                    vo = T.axis.spatial(LANES, one)
+                                    through[slot, h, part, vo] = passed[0] * summed(LANES, lambda lane: crossing[lane, vo])
+                        arrive(tile)
                         barrier(tile)
                         if EXCHANGED:
                             for i in range(C):
@@ -282,12 +295,8 @@ def group(tile: Tile) -> Any:
                                     met[slot, h, part, 1, vi] = of_token(INTO, vi) * summed(
                                         N // WIDTH, lambda t: parts_k[t, vi]
                                     )
-                            for one in range(LANES):
-                                with T.sblock("give_through"):
-                                    vo = T.axis.spatial(LANES, one)
-                                    through[slot, h, part, vo] = passed[0] * summed(LANES, lambda lane: crossing[lane, vo])
-                        arrive(tile)
-                        barrier(tile)
+                        if not tile.ahead:
+                            barrier(tile)
                     fill("turn_q", C, N)(sum_q, lambda i, n: next_q[i, n])
                     fill("turn_k", C, N)(sum_k, lambda i, n: next_k[i, n])
                 for i, n in T.grid(C, N):

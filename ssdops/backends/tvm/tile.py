@@ -57,6 +57,7 @@ class Tile:
         ahead: whether a walk, or a program of pairs on a GPU, loads the next chunk's tiles while it multiplies one's, or a
             group's program the next head's.
         late: of a walk that loads ahead, whether q and k come once the ones before have been multiplied, into their place.
+        shared: of a walk without y, how many programs share k.
         factors: of programs of pairs, what the mask is a product of, and a formula that is one more factor.
     """
 
@@ -73,6 +74,7 @@ class Tile:
     mode: str = ""
     ahead: bool = False
     late: bool = False
+    shared: int = 1
     factors: tuple[str, ...] = ()
     formula: Any = None
 

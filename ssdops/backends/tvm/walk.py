@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .blocks import Rows, arrive, depart, fetch
+from .blocks import Rows, arrive, arrive_but_last, depart, fetch
 from .parts import (
     barrier,
     bound,
@@ -31,18 +31,19 @@ def walk(tile: Tile) -> Any:
     Parameters, in order: q, k, v `[tokens, heads of their own, size]`; g `[slots, heads of its own, C, C]`; lines and E of
     `lines`; begin `[rows + 1]`; of the `count` heads from head0 on that are walked, entering `[rows, count, inner, outer]`, or
     another one if none does; y `[tokens, y_heads, outer]` from head y0 on; leaving; where the mode says so, kept `[slots,
-    count, inner, outer]`; and the numbers rows, parts (of outer) and inner_parts (of inner, where there is no y), head0, y0, g0
+    count, inner, outer]`; and the numbers rows, parts (of outer), head0, y0, g0
     and g_share (head h has the scores of head (h − g0) / g_share), enters (whether a state does), segments and last (of so
     many rows that follow one another, that one's state leaves), seqlen, causal, strict.
 
-    A chunk has these parts, with barriers between: loads; weights and what is rounded; products; what they summed up,
-    to shared memory; and from there. Tiles of different parts may share memory, but for those that are cleared at first.
+    A chunk has these parts, with barriers between: loads, if not ahead; weights and what is rounded; products and what they
+    summed up, to shared memory; and from there, beside the next one's first part. Tiles of different parts may share memory,
+    but for those that are cleared at first.
     """
     C, D1, D2, data, acc = tile.chunk, tile.inner, tile.outer, tile.data, tile.acc
     FLIPPED, whole, exact = tile.flipped, tile.whole, tile.exact
     keeping, line = acc if tile.mode == EVERY else data, tile.line
     GIVES, KEEPS = tile.mode not in (STATES, STARTS), tile.mode in (KEPT, STARTS)
-    HELD, LATE = 1 + tile.ahead, tile.late
+    HELD, LATE, SHARED = 1 + tile.ahead, tile.late, tile.shared
     OURS = 1 if LATE else HELD
     STRAIGHT = whole  # states from memory to where they are summed, and back
 
@@ -50,15 +51,15 @@ def walk(tile: Tile) -> Any:
     def main(
         q_: T.handle, k_: T.handle, v_: T.handle, g_: T.handle, lines_: T.handle, total_: T.handle, begin_: T.handle,
         entering_: T.handle, y_: T.handle, leaving_: T.handle, kept_: T.handle, rows: T.int64, parts: T.int64,
-        inner_parts: T.int64, head0: T.int64, y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64, segments: T.int64,
-        last: T.int64, seqlen: T.int64, causal: T.int64, strict: T.int64,
+        head0: T.int64, y0: T.int64, g0: T.int64, g_share: T.int64, enters: T.int64, segments: T.int64, last: T.int64,
+        seqlen: T.int64, causal: T.int64, strict: T.int64,
     ) -> None:  # fmt: skip
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         tokens, slots, kept_slots, ends, entering_rows, entering_count, leaving_rows, nheads, count = sizes(9)
         q_heads, k_heads, v_heads, g_heads, y_heads = sizes(5)
         inner_filled, outer_filled = sizes(2)
         # as multiples of tiles where they are, so that addresses of vectors are seen to be multiples too
-        inner = T.meta_var((D1 if GIVES else inner_parts * D1) if whole else inner_filled)
+        inner = T.meta_var(SHARED * D1 if whole else inner_filled)
         outer = T.meta_var(parts * D2 if whole else outer_filled)
         q = T.match_buffer(q_, (tokens, q_heads, inner), data)
         k = T.match_buffer(k_, (tokens, k_heads, inner), data)
@@ -71,11 +72,11 @@ def walk(tile: Tile) -> Any:
         y = T.match_buffer(y_, (tokens, y_heads, outer), data)
         leaving = T.match_buffer(leaving_, (leaving_rows, count, inner, outer), acc)
         kept = T.match_buffer(kept_, (kept_slots, count, inner, outer), keeping)
-        for row_, head_, part_ in T.grid(rows, count, parts if GIVES else parts * inner_parts):
+        for row_, head_, part_ in T.grid(rows, count, parts * SHARED):
             with T.sblock("program"):
                 row, h, some = T.axis.remap("SSS", [row_, head_, part_])
-                part = T.meta_var(some if GIVES else T.truncmod(some, parts))
-                from_inner = T.meta_var(0 if GIVES else T.truncdiv(some, parts) * D1)
+                part = T.meta_var(T.truncdiv(some, SHARED) if SHARED > 1 else some)
+                from_inner = T.meta_var(T.truncmod(some, SHARED) * D1 if SHARED > 1 else 0)
                 of_inner = T.meta_var(lambda m: from_inner + m)
                 place = T.sblock_alloc_buffer((3,), "int64")
                 owner = T.sblock_alloc_buffer((4,), "int64")
@@ -264,8 +265,7 @@ def walk(tile: Tile) -> Any:
                                 with T.sblock("round"):
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     low[vm, vp] = state[vm, vp] if data == acc else T.Cast(data, state[vm, vp])
-                        if LATE:
-                            arrive(tile)
+                        arrive_but_last(tile)
                         barrier(tile)
                         if KEEPS:
                             for m, p in T.grid(D1, D2):
@@ -298,12 +298,9 @@ def walk(tile: Tile) -> Any:
                             with T.sblock("carry"):
                                 vm, vp = T.axis.remap("SS", [m, p])
                                 after[vm, vp] = state[vm, vp] * passed[0] + added[vm, vp]
-                        if GIVES:
+                        if tile.mode == EVERY:
                             barrier(tile)
-                            if LATE:
-                                get_k_again(kt, 0, of_k)
-                                get_q_again(qt, 0, of_q)
-                                depart(tile)
+                        if GIVES:
                             for i, p in T.grid(C, D2):
                                 with T.sblock("join"):
                                     vi, vp = T.axis.remap("SS", [i, p])
@@ -317,7 +314,12 @@ def walk(tile: Tile) -> Any:
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     full[vm, vp] = state[vm, vp]
                         if GIVES:
+                            arrive(tile)
                             barrier(tile)
+                            if LATE:
+                                get_k_again(kt, 0, of_k)
+                                get_q_again(qt, 0, of_q)
+                                depart(tile)
                             for i, p in T.grid(C, D2):
                                 with T.sblock("store"):
                                     vi, vp = T.axis.remap("SS", [i, p])
@@ -329,8 +331,8 @@ def walk(tile: Tile) -> Any:
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, m, inner) and fits(whole, part * D2 + p, outer))
                                     kept[slot, h, of_inner(vm), part * D2 + vp] = full[vm, vp]
-                    arrive(tile)
-                    if tile.ahead or tile.mode == EVERY or not GIVES:
+                    if tile.mode == EVERY or not GIVES:
+                        arrive(tile)
                         barrier(tile)
                     for m, p in T.grid(D1, D2):
                         with T.sblock("turn"):
