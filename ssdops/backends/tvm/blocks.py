@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ __forceinline__ __device__ void ssdops_arrive_but_last() { asm volatile("cp.asyn
 """Copies to shared memory that are under way while a program goes on, 16 bytes each; those that depart together arrive so."""
 
 
-def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: bool, again: bool = False) -> Any:
+def fetch(
+    name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: bool, again: bool = False
+) -> Callable[[Any, Any, At], None]:
     """`fetch(name, machine, I, J, dtype, whole)(tile, first, value)`: tile[first + i, j] = value(i, j), as of `arrive`.
 
     What is not loaded ahead, or may have to be filled up, is there at once. TVM does not see that a copy writes to its tile:
@@ -64,128 +67,104 @@ def fetch(name: str, machine: Tile, rows: int, cols: int, dtype: str, whole: boo
         again: where a tile was read before, which rules do not want to be told of.
     """
     vector = 16 // getattr(torch, dtype).itemsize
+    names = (f"{name}_{call}" if call else name for call in count())  # no two blocks have one
 
-    @T.macro
-    def at_once(tile, first, value):
-        for i, j in T.grid(rows, cols):
-            with T.sblock(name):
-                vi, vj = T.axis.remap("SS", [i, j])
-                tile[first + vi, vj] = value(vi, vj)
+    def at_once(tile: Any, first: Any, value: At) -> None:
+        with T.grid(rows, cols) as (i, j), T.sblock(next(names)):
+            vi, vj = T.axis.remap("SS", [i, j])
+            put(tile, value(vi, vj), first + vi, vj)
 
-    @T.macro
-    def later(tile, first, value):
-        for i, j in T.grid(rows, cols // vector):
-            with T.sblock(name):
-                vi, vj = T.axis.remap("SS", [i, j])
-                T.reads()
-                T.writes(*([] if again else [tile[first + vi, vj * vector : vj * vector + vector]]))
-                T.evaluate(
-                    T.cuda.func_call(
-                        "ssdops_fetch",
-                        T.address_of(tile[first + vi, vj * vector]),
-                        T.address_of(value(vi, vj * vector)),
-                        source_code=FETCH,
-                    )
-                )
+    def later(tile: Any, first: Any, value: At) -> None:
+        with T.grid(rows, cols // vector) as (i, j), T.sblock(next(names)):
+            vi, vj = T.axis.remap("SS", [i, j])
+            T.reads()
+            T.writes(*([] if again else [tile[first + vi, vj * vector : vj * vector + vector]]))
+            to, origin = T.address_of(tile[first + vi, vj * vector]), T.address_of(value(vi, vj * vector))
+            T.evaluate(T.cuda.func_call("ssdops_fetch", to, origin, source_code=FETCH))
 
     return later if whole and machine.ahead and machine.target != "cpu" else at_once
 
 
-@T.macro
-def arrive(tile):
+def arrive(tile: Tile) -> None:
     """What was fetched is there, for the thread that fetched it; for others behind a barrier."""
     if tile.ahead and tile.target != "cpu":
         with T.sblock("barrier_arrive"):
             T.evaluate(T.cuda.func_call("ssdops_arrive", source_code=FETCH))
 
 
-@T.macro
-def arrive_but_last(tile):
+def arrive_but_last(tile: Tile) -> None:
     """As `arrive`, but for what departed last, where not all arrives at once."""
     if tile.late and tile.target != "cpu":
         with T.sblock("barrier_arrive_but_last"):
             T.evaluate(T.cuda.func_call("ssdops_arrive_but_last", source_code=FETCH))
 
 
-@T.macro
-def depart(tile):
+def depart(tile: Tile) -> None:
     """What has been fetched since the last one that departed goes together, where not all arrives at once."""
     if tile.late and tile.target != "cpu":
         with T.sblock("barrier_depart"):
             T.evaluate(T.cuda.func_call("ssdops_depart", source_code=FETCH))
 
 
-def update(name: str, count: int, rows: int, cols: int) -> Any:
+def update(name: str, heads: int, rows: int, cols: int) -> Callable[[Any, Any, At], None]:
     """`update(name, H, I, J)(stack, h, value)`: stack[h, i, j] = value(h, i, j) of one h, which may be of what is there.
 
     No rule has it: a block that reads what it writes is none that TVM would move, and LLVM makes vectors of it by itself.
     """
 
-    @T.macro
-    def block(stack, h, value):
-        for i, j in T.grid(rows, cols):
-            with T.sblock(name):
-                vh = T.axis.spatial(count, h)
-                vi, vj = T.axis.remap("SS", [i, j])
-                stack[vh, vi, vj] = value(vh, vi, vj)
+    def block(stack: Any, h: Any, value: At) -> None:
+        with T.grid(rows, cols) as (i, j), T.sblock(name):
+            vh = T.axis.spatial(heads, h)
+            vi, vj = T.axis.remap("SS", [i, j])
+            put(stack, value(vh, vi, vj), vh, vi, vj)
 
     return block
 
 
-def product(name: str, rows: int, cols: int, depth: int, dtype: str) -> Any:
+def product(name: str, rows: int, cols: int, depth: int, dtype: str) -> Callable[[Any, At, At], None]:
     """`product(name, I, J, M, dtype)(tile, a, b)`: tile[i, j] = Σ_m a(i, m) b(m, j)."""
 
-    @T.macro
-    def block(tile, a, b):
-        for i, j, m in T.grid(rows, cols, depth):
-            with T.sblock(name):
-                vi, vj, vm = T.axis.remap("SSR", [i, j, m])
-                with T.init():
-                    tile[vi, vj] = number(0, dtype)
-                tile[vi, vj] = tile[vi, vj] + a(vi, vm) * b(vm, vj)
+    def block(tile: Any, a: At, b: At) -> None:
+        with T.grid(rows, cols, depth) as (i, j, m), T.sblock(name):
+            vi, vj, vm = T.axis.remap("SSR", [i, j, m])
+            with T.init():
+                put(tile, number(0, dtype), vi, vj)
+            put(tile, tile[vi, vj] + a(vi, vm) * b(vm, vj), vi, vj)
 
     return block
 
 
-def sums(name: str, rows: int, lanes: int, steps: int, dtype: str) -> Any:
+def sums(name: str, rows: int, lanes: int, steps: int, dtype: str) -> Callable[[Any, At], None]:
     """`sums(name, I, L, S, dtype)(tile, value)`: tile[i, l] = Σ_s value(i, s · L + l)."""
 
-    @T.macro
-    def block(tile, value):
-        for i, lane, step in T.grid(rows, lanes, steps):
-            with T.sblock(name):
-                vi, vl, vs = T.axis.remap("SSR", [i, lane, step])
-                with T.init():
-                    tile[vi, vl] = number(0, dtype)
-                tile[vi, vl] = tile[vi, vl] + value(vi, vs * lanes + vl)
+    def block(tile: Any, value: At) -> None:
+        with T.grid(rows, lanes, steps) as (i, lane, step), T.sblock(name):
+            vi, vl, vs = T.axis.remap("SSR", [i, lane, step])
+            with T.init():
+                put(tile, number(0, dtype), vi, vl)
+            put(tile, tile[vi, vl] + value(vi, vs * lanes + vl), vi, vl)
 
     return block
 
 
-def near_sums(size: int, dtype: str) -> Any:
+def near_sums(size: int, dtype: str) -> Callable[..., None]:
     """`near_sums(C, dtype)(pairs, rows, cols, u, w, causal, distance)`: sums of pairs closer than `distance`, which is 1 or 2.
 
     rows[i] = Σ_j pairs[i, j] w(j) and cols[j] = Σ_i pairs[i, j] u(i), over the token itself and the one beside it.
     """
 
-    @T.macro
-    def block(pairs, rows, cols, u, w, causal, distance):
-        for i, back in T.grid(size, 2):
-            with T.sblock("near_rows"):
-                vi, vb = T.axis.remap("SR", [i, back])
-                with T.init():
-                    rows[vi] = number(0, dtype)
-                rows[vi] = rows[vi] + pairs[vi, behind(vi, vb, causal, size)] * w(behind(vi, vb, causal, size)) * one_if(
-                    under(vb, distance), dtype
-                ) * one_if(beside(vi, vb, causal, size), dtype)
-        for j, ahead in T.grid(size, 2):
-            with T.sblock("near_cols"):
-                vj, va = T.axis.remap("SR", [j, ahead])
-                with T.init():
-                    cols[vj] = number(0, dtype)
-                cols[vj] = cols[vj] + pairs[behind(vj, va, 1 - causal, size), vj] * u(
-                    behind(vj, va, 1 - causal, size)
-                ) * one_if(under(va, distance), dtype) * one_if(beside(vj, va, 1 - causal, size), dtype)
+    def along(name: str, out: Any, pair: At, weight: At, forwards: Any, distance: Any) -> None:
+        with T.grid(size, 2) as (i, back), T.sblock(name):
+            vi, vb = T.axis.remap("SR", [i, back])
+            with T.init():
+                put(out, number(0, dtype), vi)
+            there = behind(vi, vb, forwards, size)
+            counts = one_if(under(vb, distance), dtype) * one_if(beside(vi, vb, forwards, size), dtype)
+            put(out, out[vi] + pair(vi, there) * weight(there) * counts, vi)
+
+    def block(pairs: Any, rows: Any, cols: Any, u: At, w: At, causal: Any, distance: Any) -> None:
+        along("near_rows", rows, lambda i, j: pairs[i, j], w, causal, distance)
+        along("near_cols", cols, lambda j, i: pairs[i, j], u, 1 - causal, distance)
 
     return block
 

@@ -26,7 +26,7 @@ from .machine import Ahead
 from .scan import Heads, Outputs, Scan, Scores, Sides, by_slot
 from .tile import ADDED, EVERY, EXCHANGE, KEPT, LANES, LINES, SEGMENTS, STARTS, STATES, SUMS, WIDE
 
-ROOM = 3 << 29
+ROOM = 3 << 30
 """Bytes of states that a backward pass holds at once."""
 BY_TOKEN = ("log_a", "rows", "cols")
 """What there are gradients of by token and head."""

@@ -108,8 +108,7 @@ def shared(head: Any, nheads: Any, heads: Any) -> Any:
     return T.truncdiv(head, T.truncdiv(nheads, heads))
 
 
-@T.macro
-def barrier(tile):
+def barrier(tile: Tile) -> None:
     """Threads of a GPU wait for one another here, before they read what others wrote, or write over what they read."""
     if tile.target != "cpu":
         with T.sblock("barrier"):

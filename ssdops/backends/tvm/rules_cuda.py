@@ -111,17 +111,18 @@ def schedule(program: Any, tile: Tile) -> Any:
             by_strips(sch, name, warps)
         elif name in DOTS:
             dot(sch, sch.get_sblock(name), warps, tc.dots(tile.data) if tensor_cores else None)
-        elif name not in OPAQUE and not name.startswith("barrier"):
+        elif name not in OPAQUE:
             spread(sch, name, warps, tile)
     return sch.mod
 
 
 def blocks(sch: Schedule) -> list[str]:
-    """Names of a program's blocks, in order."""
+    """Names of a program's blocks, in order, but for barriers, which all have the same."""
 
     def inside(block: Any) -> Iterator[str]:
         for child in sch.get_child_blocks(block):
-            yield sch.get(child).name_hint
+            if not (name := sch.get(child).name_hint).startswith("barrier"):
+                yield name
             yield from inside(child)
 
     return list(inside(sch.get_sblock("root")))

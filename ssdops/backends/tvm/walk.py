@@ -45,6 +45,7 @@ def walk(tile: Tile) -> Any:
     GIVES, KEEPS = tile.mode not in (STATES, STARTS), tile.mode in (KEPT, STARTS)
     HELD, LATE, SHARED = 1 + tile.ahead, tile.late, tile.shared
     OURS = 1 if LATE else HELD
+    EARLY = LATE and KEEPS  # states on their way to memory keep q and k back: these are fetched as soon as they can be
     STRAIGHT = whole  # states from memory to where they are summed, and back
 
     @T.prim_func(s_tir=True)
@@ -298,8 +299,12 @@ def walk(tile: Tile) -> Any:
                             with T.sblock("carry"):
                                 vm, vp = T.axis.remap("SS", [m, p])
                                 after[vm, vp] = state[vm, vp] * passed[0] + added[vm, vp]
-                        if tile.mode == EVERY:
+                        if tile.mode == EVERY or EARLY:
                             barrier(tile)
+                        if EARLY:
+                            get_k_again(kt, 0, of_k)
+                            get_q_again(qt, 0, of_q)
+                            depart(tile)
                         if GIVES:
                             for i, p in T.grid(C, D2):
                                 with T.sblock("join"):
@@ -314,9 +319,12 @@ def walk(tile: Tile) -> Any:
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     full[vm, vp] = state[vm, vp]
                         if GIVES:
-                            arrive(tile)
+                            if EARLY:
+                                arrive_but_last(tile)
+                            else:
+                                arrive(tile)
                             barrier(tile)
-                            if LATE:
+                            if LATE and not EARLY:
                                 get_k_again(kt, 0, of_k)
                                 get_q_again(qt, 0, of_q)
                                 depart(tile)
