@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -103,7 +104,10 @@ def example_of_gpu(tree: n.Node, sizes: Sizes, dtype: torch.dtype, capability: t
                 raise UnsupportedError(support.reason)
             config = Config(chunks(problem)[0])
             x = bind(term, problem, q, q, v, operands, None, 1.0, dtype)
-            for save in (False, True):
+            wide = {name: value.double() if "log" in name else value for name, value in x.values.items()}
+            of_sums = problem.accumulate  # which the terms of a mask that is a sum are added up in
+            for save, values, out in product((False, True), (x.values, wide), (dtype, of_sums)):
+                x = replace(x, values=values, out=out)
                 saved = backend.forward(term, x, config, save).saved
                 backend.backward(term, x, config, Cotangents(v, None, saved))
 

@@ -51,7 +51,7 @@ def test_programs_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not status, said
     libraries = sorted(path.name for path in tmp_path.glob("*.so"))
     assert all(name in said for name in libraries)
-    programs = ("lines", "scores", "walk", "between", "group")
+    programs = ("lines", "scores", "walk", "between", "group", "collect")
     assert {name.rsplit("-", 1)[0] for name in libraries} == {f"{name}-sm_90" for name in programs}
     told = json.loads((tmp_path / "programs.json").read_text())
     assert (told["targets"], told["flags"]) == (["sm_90"], [])

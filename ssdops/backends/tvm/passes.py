@@ -34,7 +34,8 @@ def forward(term: Linear | Quadratic, x: Inputs, config: Config, save: bool) -> 
     call = Call(("forward", save), kind, term, x, config) if able(x) else None
     if call is not None and (found := call.again()) is not None:
         return kind.output(found)
-    later = partial(by_learning, term, x, config) if save else tuple
+    learnt = save or any(t.requires_grad for t in (x.q, x.k, x.v, *x.values.values()))
+    later = partial(by_learning, term, x, config) if learnt else tuple
     if call is None:
         return complete(x, lambda: kind(term, x, config), lambda scan: scan.forward(save), later)
     read = reading(x, call.read)
