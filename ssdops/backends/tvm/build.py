@@ -122,7 +122,7 @@ def make(wanted: Iterable[tuple[str, Tile]]) -> None:
     def finish(lowered: Any, name: str, tile: Tile) -> Callable[..., None]:
         return _keep(compiler.compiled(name, lowered, tile), place(name, tile))
 
-    first = {name: at for at, name in enumerate(compiler.WRITTEN_OUT)}
+    first = {name: at for at, name in enumerate(compiler.LONGEST)}
     longest_first = sorted(dict.fromkeys(wanted), key=lambda program: first.get(program[0], len(first)))
     with ThreadPoolExecutor() as pool:
         made = {key: pool.submit(finish, compiler.lowered(*key), *key) for key in longest_first}

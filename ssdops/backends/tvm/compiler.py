@@ -30,8 +30,10 @@ PROGRAMS = {
     "pairs_gpu": pairs_gpu.pairs_gpu,
 }
 WRITTEN_OUT = ("gradients", "outputs")
-"""Programs whose products are written out (`products.py`), the one that takes longest first. Their buffers are as small as they
-can be: for TVM to look at every access of hundreds of them takes it as long as all the rest."""
+"""Programs whose products are written out (`products.py`). Their buffers are as small as they can be: for TVM to look at every
+access of hundreds of them takes it as long as all the rest."""
+LONGEST = (*WRITTEN_OUT, "group", "walk")
+"""Programs that take long to compile, the longest first."""
 LIMITS = {"max_shared_memory_per_block": 227 * 1024, "max_threads_per_block": 1024, "thread_warp_size": 32}
 """Of CUDA's architectures, as TVM wants to be told; `machine.py` keeps to those of each."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from torch.utils._python_dispatch import _disable_current_modes
+import torch
 
 from ...ir.terms import Linear, Quadratic
 from ..base import Config, Cotangents, Gradients, Inputs, Output
@@ -86,7 +86,7 @@ def complete(x: Inputs, make: Callable[[], S], run: Callable[[S], R], later: Cal
             return out
         if not first.wanted:
             return out
-        with _disable_current_modes():  # which would take what this asks of torch for the pass's
+        with torch._C.DisableTorchFunction():  # what this asks of torch is not the pass's
             build.make([*first.wanted, *[program for program in later() if build.known(*program) is None]])
         again = make()
         out = run(again)

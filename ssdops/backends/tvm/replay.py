@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import TorchFunctionMode
 
 from ...ir.resolve import repeat_heads
 from ...ir.terms import Linear
@@ -86,25 +86,40 @@ class Steps(ctypes.Structure):
     )  # fmt: skip
 
 
-class Watch(TorchDispatchMode):
-    """A context that sees whether torch does anything to tensors but to make them and to look at them in another way.
+class Watch(TorchFunctionMode):
+    """A context that sees whether a pass asks torch for anything but to make tensors, and to look at them in another way.
 
     Attributes:
         idle: whether it does not.
-        filled: what torch fills: to be called again, the pass must not write there.
+        filled: what torch fills: to be called again, programs must not write there.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as torch has it
         self.idle, self.filled = True, list[Tensor]()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and func._opname in FILLS:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found, name = func(*args, **(kwargs or {})), func.__name__
+        if name in FILLS:
             self.filled.append(found)
-        elif func.namespace != "aten" or not (func.is_view or func._opname in MAKES):
+        elif name not in ASKS and not (name in LOOKS and same_memory(found, args[0])):
             self.idle = False
         return found
+
+
+FILLS = ("zeros", "zeros_like", "ones", "full")
+ASKS = (
+    "__get__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "empty", "empty_like", "is_contiguous", "new_empty",
+    "numel", "size", "storage_offset", "stride",
+)  # fmt: skip
+LOOKS = (
+    "__getitem__", "contiguous", "detach", "expand", "flatten", "reshape", "select", "to", "transpose", "unflatten", "view",
+)  # fmt: skip
+"""What torch is asked for: to fill a tensor; what it does without touching one; and what may give another look at one."""
+
+
+def same_memory(found: Tensor, given: Tensor) -> bool:
+    """Whether one tensor is a look at another."""
+    return found.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
 class Unable(Exception):
@@ -112,9 +127,6 @@ class Unable(Exception):
 
 
 DENSE = torch.contiguous_format
-MAKES = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias")
-FILLS = ("zeros", "zeros_like", "ones", "ones_like", "full")
-"""What torch does to make tensors that have yet to be filled, and others."""
 
 
 class Replay:
@@ -284,7 +296,7 @@ def like(x: Tensor, *shape: int) -> Tensor:
 
 def widen(given: Tensor, out: Tensor, _count: int) -> None:
     """What `ssdops_widen` of threads.c does, in its place the first time."""
-    with _disable_current_modes():  # a program's work
+    with torch._C.DisableTorchFunction():  # a program's work, which is not watched
         out.copy_(given)
 
 

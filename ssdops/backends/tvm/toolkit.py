@@ -1,4 +1,7 @@
-"""What compiles CUDA for TVM here: NVRTC, or nvcc. Neither TVM nor CUDA is imported to say it."""
+"""What compiles CUDA for TVM here: nvcc, which compiles programs side by side, or NVRTC, which makes one wait for the other.
+
+Neither TVM nor CUDA is imported to say it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def prepare() -> None:
     support, found = usable(), home()
     if found is None or not support.ok:
         raise UnsupportedError(f"'tvm' compiles for CUDA with NVRTC or nvcc, and {support.reason}; 'triton' needs neither")
-    tell_tvm(found, nvrtc())
+    tell_tvm(found, nvrtc() and shutil.which("nvcc") is None)
 
 
 def make_library(text: str, architecture: str, path: Path) -> None:
