@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...ir.problem import common_heads
+from ...ir.problem import Problem, common_heads
 from ..base import Cotangents, Gradients, Inputs, Output
 from . import threads
 from .replay import widen
@@ -58,6 +58,11 @@ class OnCpu(Scan):
         q, k, v = q if q.ndim == 4 else q.sum(3), k if k.ndim == 4 else k.sum(3), v if v.ndim == 4 else v.sum(3)
         by_token: Any = {"log_a": log_a, "rows": rows, "cols": cols}  # None is of what the term does not read
         return Gradients(q, k, v, initial, by_slot(x, by_token))
+
+    @staticmethod
+    def dtype_of_data(problem: Problem) -> torch.dtype:
+        """In which programs read q, k and v."""
+        return problem.accumulate
 
     @staticmethod
     def as_entering(state: Tensor) -> Tensor:

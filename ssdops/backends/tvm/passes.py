@@ -16,7 +16,7 @@ from .cuda import OnGpu
 from .kept import by_learning
 from .quadratic import OnPairs
 from .replay import Call, Watch, able, as_read, reading
-from .scan import Pass, Scan, dtype_of_data
+from .scan import Pass, Scan
 from .threads import Alone
 from .tile import Tile
 
@@ -54,7 +54,7 @@ def backward(term: Linear | Quadratic, x: Inputs, config: Config, cotangents: Co
     if not able(x):
         return complete(x, lambda: kind(term, x, config), lambda scan: scan.backward(cotangents))
     saved, state = cotangents.saved, cotangents.state
-    others = [*saved, as_read(cotangents.y, dtype_of_data(x.problem))]
+    others = [*saved, as_read(cotangents.y, kind.dtype_of_data(x.problem))]
     if state is not None:
         others.append(kind.as_entering(state.to(x.problem.accumulate)))
     call = Call(("backward", state is None, len(saved)), kind, term, x, config, others)

@@ -26,7 +26,7 @@ from ...ir.resolve import repeat_heads
 from ...ir.terms import Linear
 from ..base import Config, Cotangents, Inputs
 from . import build, threads
-from .scan import ALIGNED, VECTOR, Notes, Outputs, Scan, dtype_of_data
+from .scan import ALIGNED, VECTOR, Notes, Outputs, Scan
 
 ARGUMENTS = 64
 """Of a program at most, as `threads.c` has it."""
@@ -266,7 +266,7 @@ def able(x: Inputs) -> bool:
 
 def tensors(scan: type[Scan], x: Inputs) -> tuple[list[Tensor], tuple[torch.dtype, ...]]:
     """Those of a term as passes read them: q, k, v, the values, and the initial states. Then dtypes of the values."""
-    p, acc, data = x.problem, x.problem.accumulate, dtype_of_data(x.problem)
+    p, acc, data = x.problem, x.problem.accumulate, scan.dtype_of_data(x.problem)
     found, shape = [as_read(x.q, data), as_read(x.k, data), as_read(x.v, data)], (p.batch, p.seqlen, p.nheads)
     dtypes: tuple[torch.dtype, ...] = ()
     for name, value in x.values.items():

@@ -141,6 +141,11 @@ class Scan(Pass):
         return torch.float64 if self.data == self.acc else self.acc
 
     @staticmethod
+    def dtype_of_data(problem: Problem) -> torch.dtype:
+        """In which programs read q, k and v."""
+        return machine(problem).data
+
+    @staticmethod
     def as_entering(state: Tensor) -> Tensor:
         """States that enter, with their memory as programs read it."""
         raise NotImplementedError
@@ -306,11 +311,6 @@ class Scan(Pass):
     def by_slot(self, by_token: dict[str, Tensor]) -> dict[str, Tensor]:
         """What tokens exchanged, `[tokens, nheads]` each, as gradients of the values that the term reads."""
         return by_slot(self.x, by_token)
-
-
-def dtype_of_data(problem: Problem) -> torch.dtype:
-    """In which programs read q, k and v."""
-    return machine(problem).data
 
 
 def by_slot(x: Inputs, by_token: dict[str, Tensor]) -> dict[str, Tensor]:

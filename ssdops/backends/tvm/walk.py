@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from .blocks import Rows, arrive, arrive_but_last, depart, fetch
+from .blocks import Rows, arrive, arrive_but_last, depart, fetch, fill, product
 from .parts import (
     barrier,
     bound,
@@ -110,55 +110,29 @@ def walk(tile: Tile) -> Any:
                         owner[vi + 1] = shared(head0 + h, nheads, k_heads)
                         owner[vi + 2] = shared(head0 + h, nheads, v_heads)
                         owner[vi + 3] = T.truncdiv(head0 + h - g0, g_share)
-                if GIVES and not tile.ahead:
-                    for which, i in T.grid(LINES, C):
-                        with T.sblock("clear"):  # what is written before the first chunk keeps its place in shared memory
-                            vw, vi = T.axis.remap("SS", [which, i])
-                            tokens_t[vw, vi] = number(0, line)
-                    for i, j in T.grid(C, C):
-                        with T.sblock("clear_g"):
-                            vi, vj = T.axis.remap("SS", [i, j])
-                            gt[vi, vj] = T.Cast(data, 0)
+                if GIVES and not tile.ahead:  # what is written before the first chunk keeps its place in shared memory
+                    fill("clear", LINES, C)(tokens_t, lambda which, i: number(0, line))
+                    fill("clear_g", C, C)(gt, lambda i, j: T.Cast(data, 0))
                 if GIVES or KEEPS:
-                    for m, p in T.grid(D1, D2):
-                        with T.sblock("clear_low"):
-                            vm, vp = T.axis.remap("SS", [m, p])
-                            low[vm, vp] = T.Cast(data, 0)
+                    fill("clear_low", D1, D2)(low, lambda m, p: T.Cast(data, 0))
                 if GIVES:
-                    for i, p in T.grid(C, D2):
-                        with T.sblock("clear_out"):
-                            vi, vp = T.axis.remap("SS", [i, p])
-                            out[vi, vp] = T.Cast(data, 0)
+                    fill("clear_out", C, D2)(out, lambda i, p: T.Cast(data, 0))
+                of_entering = T.meta_var(lambda m, p: entering[row, h, of_inner(m), part * D2 + p])
                 if STRAIGHT:
                     if enters == 1:
-                        for m, p in T.grid(D1, D2):
-                            with T.sblock("take_straight"):
-                                vm, vp = T.axis.remap("SS", [m, p])
-                                state[vm, vp] = entering[row, h, of_inner(vm), part * D2 + vp]
+                        fill("take_straight", D1, D2)(state, of_entering)
                     else:
-                        for m, p in T.grid(D1, D2):
-                            with T.sblock("clear_state"):
-                                vm, vp = T.axis.remap("SS", [m, p])
-                                state[vm, vp] = number(0, acc)
+                        fill("clear_state", D1, D2)(state, lambda m, p: number(0, acc))
                 else:
-                    for m, p in T.grid(D1, D2):
-                        with T.sblock("enter"):
-                            vm, vp = T.axis.remap("SS", [m, p])
-                            passage[vm, vp] = T.if_then_else(
-                                enters == 1,
-                                within(
-                                    whole,
-                                    under(of_inner(vm), inner) and under(part * D2 + vp, outer),
-                                    entering[row, h, of_inner(vm), part * D2 + vp],
-                                    acc,
-                                ),
-                                number(0, acc),
-                            )
+                    filled = T.meta_var(lambda m, p: under(of_inner(m), inner) and under(part * D2 + p, outer))
+                    fill("enter", D1, D2)(
+                        passage,
+                        lambda m, p: T.if_then_else(
+                            enters == 1, within(whole, filled(m, p), of_entering(m, p), acc), number(0, acc)
+                        ),
+                    )
                     barrier(tile)
-                    for m, p in T.grid(D1, D2):
-                        with T.sblock("take"):
-                            vm, vp = T.axis.remap("SS", [m, p])
-                            state[vm, vp] = passage[vm, vp]
+                    fill("take", D1, D2)(state, lambda m, p: passage[m, p])
                 barrier(tile)
                 get_lines = T.meta_var(fetch("get_lines", tile, LINES, C, line, True))
                 get_q = T.meta_var(fetch("get_q", tile, C, D1, data, whole))
@@ -240,32 +214,27 @@ def walk(tile: Tile) -> Any:
                             with T.sblock("pass"):
                                 vi = T.axis.spatial(1, i)
                                 passed[vi] = exp(total[slot, head0 + h], acc, exact)
+                        of_g_now = T.meta_var(lambda i, j: gt[lot * C + (j if FLIPPED else i), i if FLIPPED else j])
                         if GIVES:
-                            for i, j in T.grid(C, C):
-                                with T.sblock("weigh"):
-                                    vi, vj = T.axis.remap("SS", [i, j])
-                                    weight[vi, vj] = T.Cast(
-                                        data,
-                                        T.Cast(acc, mine[W, vj])
-                                        * T.Cast(acc, gt[lot * C + (vj if FLIPPED else vi), vi if FLIPPED else vj])
-                                        * decay(tile, mine, vi, vj, meets(vi, vj, causal, strict)),
-                                    )
-                        for i, p in T.grid(C, D2):
-                            with T.sblock("scale_v"):
-                                vi, vp = T.axis.remap("SS", [i, p])
-                                vs[vi, vp] = T.Cast(
-                                    data, T.Cast(acc, mine[INTO, vi] * mine[W, vi]) * T.Cast(acc, vt[lot * C + vi, vp])
-                                )
+                            fill("weigh", C, C)(
+                                weight,
+                                lambda i, j: T.Cast(
+                                    data,
+                                    T.Cast(acc, mine[W, j])
+                                    * T.Cast(acc, of_g_now(i, j))
+                                    * decay(tile, mine, i, j, meets(i, j, causal, strict)),
+                                ),
+                            )
+                        fill("scale_v", C, D2)(
+                            vs,
+                            lambda i, p: T.Cast(
+                                data, T.Cast(acc, mine[INTO, i] * mine[W, i]) * T.Cast(acc, vt[lot * C + i, p])
+                            ),
+                        )
                         if GIVES:
-                            for i, j in T.grid(C, C):
-                                with T.sblock("put"):
-                                    vi, vj = T.axis.remap("SS", [i, j])
-                                    weights[vi, vj] = weight[vi, vj]
+                            fill("put", C, C)(weights, lambda i, j: weight[i, j])
                         if GIVES or KEEPS:
-                            for m, p in T.grid(D1, D2):
-                                with T.sblock("round"):
-                                    vm, vp = T.axis.remap("SS", [m, p])
-                                    low[vm, vp] = state[vm, vp] if data == acc else T.Cast(data, state[vm, vp])
+                            fill("round", D1, D2)(low, lambda m, p: state[m, p] if data == acc else T.Cast(data, state[m, p]))
                         arrive_but_last(tile)
                         barrier(tile)
                         if KEEPS:
@@ -274,31 +243,18 @@ def walk(tile: Tile) -> Any:
                                     vm, vp = T.axis.remap("SS", [m, p])
                                     T.where(fits(whole, of_inner(m), inner) and fits(whole, part * D2 + p, outer))
                                     kept[slot, h, of_inner(vm), part * D2 + vp] = low[vm, vp]
+                        factor = T.meta_var(lambda value: T.Cast(acc, value))
                         if GIVES:
-                            for i, p, m in T.grid(C, D2, D1):
-                                with T.sblock("reads"):
-                                    vi, vp, vm = T.axis.remap("SSR", [i, p, m])
-                                    with T.init():
-                                        read[vi, vp] = number(0, acc)
-                                    read[vi, vp] = read[vi, vp] + T.Cast(acc, qt[ours * C + vi, vm]) * T.Cast(acc, low[vm, vp])
-                            for i, p, j in T.grid(C, D2, C):
-                                with T.sblock("values"):
-                                    vi, vp, vj = T.axis.remap("SSR", [i, p, j])
-                                    with T.init():
-                                        inside[vi, vp] = number(0, acc)
-                                    inside[vi, vp] = inside[vi, vp] + T.Cast(acc, weights[vi, vj]) * T.Cast(
-                                        acc, vt[lot * C + vj, vp]
-                                    )
-                        for m, p, j in T.grid(D1, D2, C):
-                            with T.sblock("update"):
-                                vm, vp, vj = T.axis.remap("SSR", [m, p, j])
-                                with T.init():
-                                    added[vm, vp] = number(0, acc)
-                                added[vm, vp] = added[vm, vp] + T.Cast(acc, kt[ours * C + vj, vm]) * T.Cast(acc, vs[vj, vp])
-                        for m, p in T.grid(D1, D2):
-                            with T.sblock("carry"):
-                                vm, vp = T.axis.remap("SS", [m, p])
-                                after[vm, vp] = state[vm, vp] * passed[0] + added[vm, vp]
+                            product("reads", C, D2, D1, acc)(
+                                read, lambda i, m: factor(qt[ours * C + i, m]), lambda m, p: factor(low[m, p])
+                            )
+                            product("values", C, D2, C, acc)(
+                                inside, lambda i, j: factor(weights[i, j]), lambda j, p: factor(vt[lot * C + j, p])
+                            )
+                        product("update", D1, D2, C, acc)(
+                            added, lambda m, j: factor(kt[ours * C + j, m]), lambda j, p: factor(vs[j, p])
+                        )
+                        fill("carry", D1, D2)(after, lambda m, p: state[m, p] * passed[0] + added[m, p])
                         if tile.mode == EVERY or EARLY:
                             barrier(tile)
                         if EARLY:
@@ -306,18 +262,14 @@ def walk(tile: Tile) -> Any:
                             get_q_again(qt, 0, of_q)
                             depart(tile)
                         if GIVES:
-                            for i, p in T.grid(C, D2):
-                                with T.sblock("join"):
-                                    vi, vp = T.axis.remap("SS", [i, p])
-                                    out[vi, vp] = T.Cast(
-                                        data,
-                                        as_sum(mine[U, vi]) * (as_sum(mine[OUT_OF, vi]) * read[vi, vp] + inside[vi, vp]),
-                                    )
+                            fill("join", C, D2)(
+                                out,
+                                lambda i, p: T.Cast(
+                                    data, as_sum(mine[U, i]) * (as_sum(mine[OUT_OF, i]) * read[i, p] + inside[i, p])
+                                ),
+                            )
                         if tile.mode == EVERY:
-                            for m, p in T.grid(D1, D2):
-                                with T.sblock("show_state"):
-                                    vm, vp = T.axis.remap("SS", [m, p])
-                                    full[vm, vp] = state[vm, vp]
+                            fill("show_state", D1, D2)(full, lambda m, p: state[m, p])
                         if GIVES:
                             if EARLY:
                                 arrive_but_last(tile)
@@ -342,10 +294,7 @@ def walk(tile: Tile) -> Any:
                     if tile.mode == EVERY or not GIVES:
                         arrive(tile)
                         barrier(tile)
-                    for m, p in T.grid(D1, D2):
-                        with T.sblock("turn"):
-                            vm, vp = T.axis.remap("SS", [m, p])
-                            state[vm, vp] = after[vm, vp]
+                    fill("turn", D1, D2)(state, lambda m, p: after[m, p])
                 if STRAIGHT:
                     if leaves:
                         for m, p in T.grid(D1, D2):
@@ -354,10 +303,7 @@ def walk(tile: Tile) -> Any:
                                 leaving[leaves_to, h, of_inner(vm), part * D2 + vp] = state[vm, vp]
                 else:
                     barrier(tile)
-                    for m, p in T.grid(D1, D2):
-                        with T.sblock("give_state"):
-                            vm, vp = T.axis.remap("SS", [m, p])
-                            left[vm, vp] = state[vm, vp]
+                    fill("give_state", D1, D2)(left, lambda m, p: state[m, p])
                     barrier(tile)
                     for m, p in T.grid(D1, D2):
                         with T.sblock("leave"):
