@@ -124,7 +124,7 @@ def walk(tile: Tile) -> Any:
                     else:
                         fill("clear_state", D1, D2)(state, lambda m, p: number(0, acc))
                 else:
-                    filled = T.meta_var(lambda m, p: under(of_inner(m), inner) and under(part * D2 + p, outer))
+                    filled = T.meta_var(lambda m, p: T.And(under(of_inner(m), inner), under(part * D2 + p, outer)))
                     fill("enter", D1, D2)(
                         passage,
                         lambda m, p: T.if_then_else(
