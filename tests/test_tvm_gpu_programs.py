@@ -142,3 +142,12 @@ def assert_made_again(first: list[Tensor], run: Callable[[], list[Tensor]], pass
     assert len(noted) == passes
     assert all(torch.equal(x, y) for x, y in zip(run(), first, strict=True))
     assert replay._replays == noted  # else a pass was made the first way, and noted once more
+
+
+def test_some_heads_at_a_time(data: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for the states of all, gradients are summed up, and such a pass is not called again."""
+    monkeypatch.setattr(OnGpuOfTwo, "heads_at_once", lambda scan: 2)
+    found, wanted = (results(name, "scales", (1, 1, H), 0.5) for name in ("tvm", "naive"))
+    for mine, reference in zip(found, wanted, strict=True):
+        assert (mine - reference).norm() <= RELATIVE[data] * reference.norm()
+    assert [key[0][0] for key in replay._replays] == ["forward"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...ir.problem import common_heads
 from ..base import Cotangents, Gradients, Inputs, Output
 from .machine import Ahead
-from .scan import Heads, Outputs, Scan, Scores, Sides, by_slot
+from .scan import Heads, Notes, Outputs, Scan, Scores, Sides, by_slot
 from .tile import ADDED, EVERY, EXCHANGE, KEPT, LANES, LINES, SEGMENTS, STARTS, STATES, SUMS, WIDE
 
 ROOM = 3 << 30
@@ -180,6 +180,8 @@ class OnGpu(Scan):
             dv.add(heads)
             if self.tokens:
                 self.group(heads, dy, qk, mine, (before, after), (dq, dk), by_token)
+            if count < p.nheads:  # no pass that is called again, and nothing of these heads' is to stay for one
+                self.notes = Notes()
         of_initial = left if dinitial is None else dinitial
         read = {*self.x.values, *(("cols",) if "log_cols" in self.x.values else ())}
         return (

@@ -98,7 +98,7 @@ class Watch(TorchFunctionMode):
         self.idle, self.filled = True, list[Tensor]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found, name = func(*args, **(kwargs or {})), func.__name__
+        found, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         if name in FILLS:
             self.filled.append(found)
         elif name not in ASKS and not (name in LOOKS and same_memory(found, args[0])):
