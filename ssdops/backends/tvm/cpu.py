@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ir.problem import Problem, common_heads
-from ..base import Cotangents, Gradients, Inputs, Output
+from ..base import Cotangents, Output
 from . import threads
 from .replay import widen
-from .scan import Heads, Outputs, Scan, Scores, Sides, by_slot
+from .scan import BY_TOKEN, Heads, Keepsake, Outputs, Scan, Scores, Sides
 from .tile import EVERY, LINES, MOST, SEGMENT, STATES
 
 MANY = 8
 """Programs for each thread from which it hardly matters that the last come alone."""
-
-
-BY_TOKEN = ("log_a", "rows", "cols")
-"""What there are gradients of by token and head."""
-
-
-class Keepsake(NamedTuple):
-    """What a forward pass leaves for the backward pass, in one tensor, as each takes torch 2 µs; and the parts of it."""
-
-    whole: Tensor
-    starts: Tensor
-    scores: Tensor
-    lines: Tensor
-    total: Tensor
 
 
 class OnCpu(Scan):
@@ -46,28 +32,9 @@ class OnCpu(Scan):
         return Output(self.shaped(y), final, every=self.every(kept, final))
 
     @staticmethod
-    def output(found: Outputs) -> Output:
-        """Of what `outputs` gives."""
-        return Output(found[0], found[1], tuple(found[2:]))  # type: ignore[arg-type]  # only a state may not be there
-
-    @staticmethod
-    def gathered(x: Inputs, found: Outputs) -> Gradients:
-        """Gradients of a term's inputs, of what `gradients` gives."""
-        initial, q, k, v, log_a, rows, cols = found
-        assert q is not None and k is not None and v is not None  # they always are there
-        q, k, v = q if q.ndim == 4 else q.sum(3), k if k.ndim == 4 else k.sum(3), v if v.ndim == 4 else v.sum(3)
-        by_token: Any = {"log_a": log_a, "rows": rows, "cols": cols}  # None is of what the term does not read
-        return Gradients(q, k, v, initial, by_slot(x, by_token))
-
-    @staticmethod
     def dtype_of_data(problem: Problem) -> torch.dtype:
         """In which programs read q, k and v."""
         return problem.accumulate
-
-    @staticmethod
-    def as_entering(state: Tensor) -> Tensor:
-        """States that enter, with their memory as programs read it."""
-        return state.contiguous()
 
     def outputs(self, save: bool) -> Outputs:
         """Y, the final states if they are wanted, and what is to be saved."""
@@ -112,9 +79,7 @@ class OnCpu(Scan):
             dinitial = dfinal if cotangents.state is not None else dinitial.zero_()
         shapes = [(heads, size) if n == 1 else (heads, n, size) for n, (heads, size) in zip(spreads, sizes, strict=True)]
         of_inputs = [x.view(p.batch, p.seqlen, *shape) for x, shape in zip(lanes, shapes, strict=True)]
-        read = {*self.x.values, *(("cols",) if "log_cols" in self.x.values else ())}
-        of_tokens = [by_token[name].view(p.batch, p.seqlen, p.nheads) if name in read else None for name in BY_TOKEN]
-        return (None if self.x.initial is None else dinitial, *of_inputs, *of_tokens)
+        return (None if self.x.initial is None else dinitial, *of_inputs, *self.of_tokens(by_token))
 
     def exchange(
         self, heads: Heads, qk: Scores, yv: Scores, sides: Sides, entering: Tensor, leaving: Tensor, through: Tensor,

@@ -14,22 +14,21 @@ torch has nothing to do where all heads are done at once, so that such a pass ca
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...ir.problem import common_heads
-from ..base import Cotangents, Gradients, Inputs, Output
+from ..base import Cotangents, Output
 from .machine import Ahead
-from .scan import Heads, Notes, Outputs, Scan, Scores, Sides, by_slot
+from .scan import BY_TOKEN, Heads, Keepsake, Notes, Outputs, Scan, Scores, Sides
 from .tile import ADDED, EVERY, EXCHANGE, KEPT, LANES, LINES, SEGMENTS, STARTS, STATES, SUMS, WIDE
 
 ROOM = 3 << 30
 """Bytes of states that a backward pass holds at once."""
-BY_TOKEN = ("log_a", "rows", "cols")
-"""What there are gradients of by token and head."""
 TWICE, MORE = 1.45, 30.0
 """Of rows in segments: a pass for the states between them and the walk, in walks, and in chunks what else is launched."""
 
@@ -58,16 +57,6 @@ class Starts(NamedTuple):
     segments: int = 1
 
 
-class Keepsake(NamedTuple):
-    """What a forward pass leaves for the backward pass, in one tensor; and the parts of it."""
-
-    whole: Tensor
-    starts: Tensor
-    scores: Tensor
-    lines: Tensor
-    total: Tensor
-
-
 class OnGpu(Scan):
     """A linear term on tensors of a GPU."""
 
@@ -78,8 +67,8 @@ class OnGpu(Scan):
             return self.output(self.outputs(save))
         kept = self.new(self.slots, p.nheads, p.dstate, p.headdim)
         y, final, *saved = self.outputs(save, kept)
-        assert y is not None and final is not None  # states between come with those that leave
-        return Output(y, swapped(final), tuple(x for x in saved if x is not None), self.every(kept, swapped(final)))
+        assert final is not None  # states between come with those that leave
+        return replace(self.output((y, final, *saved)), every=self.every(kept, swapped(final)))
 
     def outputs(self, save: bool, kept: Tensor | None = None) -> Outputs:
         """Y, the final states `[rows, heads, dstate, headdim]` if they are wanted, and what is to be saved.
@@ -108,16 +97,14 @@ class OnGpu(Scan):
         return Heads(0, self.problem.nheads, self.problem.nheads)
 
     @staticmethod
-    def output(found: Outputs) -> Output:
-        """Of what `outputs` gives."""
-        y, final, *saved = found
-        assert y is not None  # it always is there
-        return Output(y, None if final is None else swapped(final), tuple(x for x in saved if x is not None))
+    def as_read(state: Tensor) -> Tensor:
+        """States, with their memory as programs read it."""
+        return swapped(swapped(state).contiguous())
 
     @staticmethod
-    def as_entering(state: Tensor) -> Tensor:
-        """States that enter, with their memory as programs read it."""
-        return swapped(swapped(state).contiguous())
+    def as_given(state: Tensor) -> Tensor:
+        """A look at what programs wrote, as states are."""
+        return swapped(state)
 
     def entering(self, state: Tensor | None) -> Tensor | None:
         """States as programs read them."""
@@ -183,20 +170,8 @@ class OnGpu(Scan):
             if count < p.nheads:  # no pass that is called again, and nothing of these heads' is to stay for one
                 self.notes = Notes()
         of_initial = left if dinitial is None else dinitial
-        read = {*self.x.values, *(("cols",) if "log_cols" in self.x.values else ())}
-        return (
-            None if self.x.initial is None else of_initial,
-            *(self.shaped(x) for x in (dq, dk, dv.total)),
-            *(by_token[name] if name in read else None for name in BY_TOKEN),
-        )
-
-    @staticmethod
-    def gathered(x: Inputs, found: Outputs) -> Gradients:
-        """Gradients of a term's inputs, of what `gradients` gives."""
-        initial, q, k, v, *by_token = found
-        assert q is not None and k is not None and v is not None  # they always are there
-        of_tokens: dict[str, Any] = dict(zip(BY_TOKEN, by_token, strict=True))  # None is of what the term does not read
-        return Gradients(q, k, v, None if initial is None else swapped(initial), by_slot(x, of_tokens))
+        of_inputs = (self.shaped(x) for x in (dq, dk, dv.total))
+        return (None if self.x.initial is None else of_initial, *of_inputs, *self.of_tokens(by_token))
 
     def total_of(self, heads: int, count: int) -> Tensor:
         """Room for a gradient of q or k, or where its sums begin, `[tokens, heads, dstate]`."""

@@ -56,7 +56,7 @@ def backward(term: Linear | Quadratic, x: Inputs, config: Config, cotangents: Co
     saved, state = cotangents.saved, cotangents.state
     others = [*saved, as_read(cotangents.y, kind.dtype_of_data(x.problem))]
     if state is not None:
-        others.append(kind.as_entering(state.to(x.problem.accumulate)))
+        others.append(kind.as_read(state.to(x.problem.accumulate)))
     call = Call(("backward", state is None, len(saved)), kind, term, x, config, others)
     if (found := call.again()) is None:
         read, given = reading(x, call.read), call.given(cotangents)

@@ -279,7 +279,7 @@ def tensors(scan: type[Scan], x: Inputs) -> tuple[list[Tensor], tuple[torch.dtyp
         dtypes = (*dtypes, dtype)
         found.append(as_read(value, dtype))
     if x.initial is not None:
-        found.append(scan.as_entering(x.initial.to(acc)))
+        found.append(scan.as_read(x.initial.to(acc)))
     return found, dtypes
 
 

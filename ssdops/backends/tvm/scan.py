@@ -23,6 +23,8 @@ VECTOR, ALIGNED = 16, 128
 """Bytes of which a tensor's address is a multiple, and that of every part of a room."""
 Outputs = Sequence[Tensor | None]
 """What a pass gives; None for what nobody reads."""
+BY_TOKEN = ("log_a", "rows", "cols")
+"""What there are gradients of by token and head."""
 Part = tuple[tuple[int, ...], torch.dtype]
 """The shape and dtype of a part of a tensor of bytes."""
 
@@ -69,6 +71,16 @@ class Notes:
     made: list[Tensor] = field(default_factory=list)
     unread: list[Tensor] = field(default_factory=list)
     calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
+
+
+class Keepsake(NamedTuple):
+    """What a forward pass leaves for the backward pass, in one tensor; and the parts of it."""
+
+    whole: Tensor
+    starts: Tensor
+    scores: Tensor
+    lines: Tensor
+    total: Tensor
 
 
 class Pass:
@@ -146,19 +158,36 @@ class Scan(Pass):
         return machine(problem).data
 
     @staticmethod
-    def as_entering(state: Tensor) -> Tensor:
-        """States that enter, with their memory as programs read it."""
-        raise NotImplementedError
+    def as_read(state: Tensor) -> Tensor:
+        """States, with their memory as programs read it."""
+        return state.contiguous()
 
     @staticmethod
-    def output(found: Outputs) -> Output:
+    def as_given(state: Tensor) -> Tensor:
+        """A look at what programs wrote, as states are."""
+        return state
+
+    @classmethod
+    def output(cls, found: Outputs) -> Output:
         """Of what `outputs` gives."""
-        raise NotImplementedError
+        y, final, *saved = found
+        state = None if final is None else cls.as_given(final)
+        return Output(y, state, tuple(saved))  # type: ignore[arg-type]  # only a state may not be there
 
-    @staticmethod
-    def gathered(x: Inputs, found: Outputs) -> Gradients:
+    @classmethod
+    def gathered(cls, x: Inputs, found: Outputs) -> Gradients:
         """Gradients of a term's inputs, of what `gradients` gives."""
-        raise NotImplementedError
+        given, q, k, v, log_a, rows, cols = found
+        assert q is not None and k is not None and v is not None  # they always are there
+        q, k, v = q if q.ndim == 4 else q.sum(3), k if k.ndim == 4 else k.sum(3), v if v.ndim == 4 else v.sum(3)
+        by_token: Any = {"log_a": log_a, "rows": rows, "cols": cols}  # None is of what the term does not read
+        return Gradients(q, k, v, None if given is None else cls.as_given(given), by_slot(x, by_token))
+
+    def of_tokens(self, by_token: dict[str, Tensor]) -> list[Tensor | None]:
+        """Gradients `(batch, seqlen, nheads)` of `BY_TOKEN`; None of what the term does not read."""
+        p = self.problem
+        read = {*self.x.values, *(("cols",) if "log_cols" in self.x.values else ())}
+        return [by_token[name].view(p.batch, p.seqlen, p.nheads) if name in read else None for name in BY_TOKEN]
 
     def outputs(self, save: bool) -> Outputs:
         """What programs make in a forward pass."""
@@ -307,10 +336,6 @@ class Scan(Pass):
             end = (index + 1) * every
             out[:, index] = final if end == p.seqlen else by_row[:, end // self.chunk]
         return out
-
-    def by_slot(self, by_token: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What tokens exchanged, `[tokens, nheads]` each, as gradients of the values that the term reads."""
-        return by_slot(self.x, by_token)
 
 
 def by_slot(x: Inputs, by_token: dict[str, Tensor]) -> dict[str, Tensor]:
