@@ -28,6 +28,8 @@ TOKENS = 40
 """Of the example: programs serve any number."""
 LONG = 1 << 14
 """Of a row that a GPU cuts into segments."""
+MANY = 1 << 24
+"""Rows of which a GPU has no room for the states of all heads, so that a backward pass takes some at a time."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ def example_of_gpu(tree: n.Node, sizes: Sizes, dtype: torch.dtype, capability: t
     from .backends.tvm.backend import Tvm, chunks
 
     backend = Tvm()
-    for tokens in (TOKENS, LONG):
-        s = Sizes(1, tokens, sizes.nheads, sizes.headdim, sizes.ngroups, sizes.dstate)
-        q, v = (torch.empty(1, tokens, *shape, dtype=dtype, device="meta")
+    for batch, tokens in ((1, TOKENS), (1, LONG), (MANY, TOKENS)):
+        s = Sizes(batch, tokens, sizes.nheads, sizes.headdim, sizes.ngroups, sizes.dstate)
+        q, v = (torch.empty(batch, tokens, *shape, dtype=dtype, device="meta")
                 for shape in ((s.ngroups, s.dstate), (s.nheads, s.headdim)))  # fmt: skip
         operands = {name: _operand(axes, shape, "meta") for name, axes, shape in operand_shapes(tree, s)}
         problem = replace(problem_of(tree, q, q, v, operands), target=Target("cuda", "", capability))

@@ -9,7 +9,7 @@ SSDOPS_TVM_PROGRAMS  a directory that `ssdops export` wrote: its programs run wi
 SSDOPS_TVM_TARGET  what the TVM backend compiles for on a CPU, if not for this processor: `llvm -mcpu=NAME`, or TVM's JSON
 TRITON_INTERPRET  1 (Triton's own) runs Triton kernels on the CPU, in its interpreter
 CUDA_PATH, CUDA_HOME  where TVM finds CUDA's headers, if not at a usual place
-TVM_CUDA_COMPILE_MODE  (TVM's own) nvrtc or nvcc; by default nvcc, or nvrtc where cuda-bindings is and nvcc is not
+TVM_CUDA_COMPILE_MODE  (TVM's own) nvrtc or nvcc; by default nvcc if it is the toolkit's, or nvrtc where cuda-bindings is
 TVM_NUM_THREADS   (TVM's own) threads of the TVM backend; by default as many as torch has when that backend first runs
 """
 

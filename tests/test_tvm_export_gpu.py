@@ -53,6 +53,8 @@ def test_programs_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(name in said for name in libraries)
     programs = ("lines", "scores", "walk", "between", "group", "collect")
     assert {name.rsplit("-", 1)[0] for name in libraries} == {f"{name}-sm_90" for name in programs}
+    collected = {exported.file("collect", Tile("sm_90", "float32", "float32", 32, mode=mode)) for mode in ("", "added")}
+    assert collected <= set(libraries)
     told = json.loads((tmp_path / "programs.json").read_text())
     assert (told["targets"], told["flags"]) == (["sm_90"], [])
     done = subprocess.run([sys.executable, "-c", LOADED, str(tmp_path)], capture_output=True, text=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssdops.backends.base import Config, Cotangents, bind
 from ssdops.backends.tvm import backend, build, cuda, passes, toolkit
+from ssdops.backends.tvm.machine import gpu
 from ssdops.backends.tvm.tile import Tile
 from ssdops.errors import UnsupportedError
 from ssdops.ir.problem import Target, problem_of
@@ -90,6 +91,35 @@ def test_nvcc_takes_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not done.returncode, done.stderr
     spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
     assert spilled and int(spilled[1]) <= 64
+
+
+@needs_tvm
+@pytest.mark.tvm
+@pytest.mark.parametrize(
+    ("capability", "data", "dstate", "mode"),
+    [
+        ((9, 0), torch.bfloat16, 256, ""), ((9, 0), torch.float32, 256, "every"), ((8, 0), torch.bfloat16, 192, "every"),
+        ((8, 0), torch.bfloat16, 128, "every"), ((8, 6), torch.bfloat16, 128, "kept"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_walks_have_room(capability: tuple[int, int], data: torch.dtype, dstate: int, mode: str) -> None:
+    """Tiles that a GPU is said to have room for: TVM lays no more shared memory out than it has, and no GPU need be there."""
+    from ssdops.backends.tvm import compiler
+
+    made = gpu(capability, data)
+    inner = made.inner(dstate)
+    outer, ahead = made.outer(inner, 64, made.chunk, inner == dstate, mode == "every")
+    dtype = str(data).removeprefix("torch.")
+    tile = Tile(
+        made.target, dtype, "float32", made.chunk, inner=inner, outer=outer, whole=inner == dstate, mode=mode, **ahead.fields()
+    )
+    text = compiler.cuda_text(compiler.lowered("walk", tile), tile)
+    size = re.search(r"MaxDynamicSharedMemorySize, (\w+)\)", text)
+    assert size is not None
+    taken = re.search(rf"auto {size[1]} = \(int64_t\)(\d+);", text)
+    assert taken is not None and made.shared is not None
+    assert int(taken[1]) <= made.shared * 1024
 
 
 def test_no_compiler_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

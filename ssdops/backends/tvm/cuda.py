@@ -8,8 +8,9 @@ each chunk, and D, the cotangents of the states after it, which dV's walk carrie
     | S  | –, k, v    | –          | the term's  | –, cols       | initial            |
     | dV | k, q, dY   | ⟨q, k⟩ᵀ    | the other's | cols, rows    | dfinal → dinitial  |
 
-with log_cols beside cols. States are [dstate, headdim] here. From S and D, `group.py` makes everything else. Between programs
-torch has nothing to do where all heads are done at once, so that such a pass can be called again (`replay.py`).
+with log_cols beside cols. States are [dstate, headdim] here. From S and D, `group.py` makes everything else. Where all
+heads are done at once, and do not share v, torch has nothing to do between programs, and the pass can be called again
+(`replay.py`).
 """
 
 from __future__ import annotations
@@ -284,7 +285,7 @@ class OnGpu(Scan):
         _, k, v = (x.shape[2] for x in roles)
         gives = mode not in (STATES, STARTS)
         inner = self.machine.inner(k) if gives else self.machine.walked(k)
-        outer, ahead = self.machine.outer(inner, v, self.chunk, gives and inner == k)
+        outer, ahead = self.machine.outer(inner, v, self.chunk, gives and inner == k, mode == EVERY)
         return Parts(inner, outer, ahead, -(-v // outer), -(-k // inner))
 
     def segments(self, roles: tuple[Tensor, Tensor, Tensor], heads: Heads) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import torch
@@ -58,10 +58,14 @@ class Machine:
         inner = self.inner(size)
         return inner // 2 if inner == INNER[-1] else inner
 
-    def outer(self, inner: int, size: int, chunk: int, late: bool) -> tuple[int, Ahead]:
-        """How much of v one program of a walk has, and what it loads ahead; q and k late only where that can be."""
+    def outer(self, inner: int, size: int, chunk: int, late: bool, every: bool = False) -> tuple[int, Ahead]:
+        """How much of v one program of a walk has, and what it loads ahead; q and k late only where that can be.
+
+        Args:
+            every: whether it keeps states in full precision.
+        """
         able = tuple(Ahead) if late else (Ahead.ALL, Ahead.NOTHING)
-        return self._fitting(OUTER, inner, size, chunk, self.walk_needs, able)
+        return self._fitting(OUTER, inner, size, chunk, partial(self.walk_needs, every=every), able)
 
     def part(self, inner: int, size: int, chunk: int) -> tuple[int, Ahead]:
         """How much of q and k one program of a group has, of heads whose v takes `inner`; and what it loads ahead."""
@@ -86,15 +90,17 @@ class Machine:
         walk, group = self.walk_needs(inner, OUTER[-1], nothing, chunk), self.group_needs(inner, PART[-1], nothing, chunk)
         return max(walk, group) <= self.shared
 
-    def walk_needs(self, inner: int, outer: int, ahead: Ahead, chunk: int) -> int:
+    def walk_needs(self, inner: int, outer: int, ahead: Ahead, chunk: int, every: bool = False) -> int:
         """KiB of shared memory that a walk takes: tiles of q and k, and of v, scores and lines, once or twice; v again,
-        weights, y, and the state where products multiply it. What comes before and after lies over them.
+        weights, y, and the state where products multiply it. What comes before and after lies over them, and so does a state in
+        full precision, unless tiles are loaded ahead, which keep their places.
         """
         shared = chunk * 2 * (inner + 8) * self.data.itemsize
         held = chunk * (outer + 8 + chunk) * self.data.itemsize + self._lines(chunk)
         numbers = chunk * (2 * (outer + 8) + chunk + 8) + inner * (outer + 8)
         tiles = (1 + (ahead is Ahead.ALL)) * shared + (1 + (ahead is not Ahead.NOTHING)) * held
-        return -(-(tiles + self.data.itemsize * numbers) // KIB) + OWN
+        state = 4 * inner * (outer + 8) if every and ahead is not Ahead.NOTHING else 0
+        return -(-(tiles + self.data.itemsize * numbers + state) // KIB) + OWN
 
     def group_needs(self, inner: int, outer: int, ahead: Ahead, chunk: int) -> int:
         """KiB of shared memory that a group's program takes: tiles of v, dY, both states and lines, once or twice; tiles of q

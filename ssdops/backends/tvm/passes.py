@@ -34,14 +34,15 @@ def forward(term: Linear | Quadratic, x: Inputs, config: Config, save: bool) -> 
     call = Call(("forward", save), kind, term, x, config) if able(x) else None
     if call is not None and (found := call.again()) is not None:
         return kind.output(found)
-    learnt = save or any(t.requires_grad for t in (x.q, x.k, x.v, *x.values.values()))
+    given = (x.q, x.k, x.v, *x.values.values(), *(() if x.initial is None else (x.initial,)))
+    learnt = save or any(t.requires_grad for t in given)
     later = partial(by_learning, term, x, config) if learnt else tuple
     if call is None:
         return complete(x, lambda: kind(term, x, config), lambda scan: scan.forward(save), later)
     read = reading(x, call.read)
     with Watch() as watch:
         made = complete(
-            x, lambda: kind(term, read, config), lambda scan: call.keep(scan.notes, scan.outputs(save), watch), later
+            x, lambda: kind(term, read, config), lambda scan: call.keep(scan.outputs(save), scan.notes, watch), later
         )
     return kind.output(made)
 
@@ -62,7 +63,7 @@ def backward(term: Linear | Quadratic, x: Inputs, config: Config, cotangents: Co
         read, given = reading(x, call.read), call.given(cotangents)
         with Watch() as watch:
             found = complete(
-                x, lambda: kind(term, read, config), lambda scan: call.keep(scan.notes, scan.gradients(given), watch)
+                x, lambda: kind(term, read, config), lambda scan: call.keep(scan.gradients(given), scan.notes, watch)
             )
     return kind.gathered(x, found)
 
@@ -84,10 +85,11 @@ def complete(x: Inputs, make: Callable[[], S], run: Callable[[S], R], later: Cal
         if (collected := build.collected()) is not None:
             collected.update(dict.fromkeys(first.wanted))
             return out
-        if not first.wanted:
+        if not (wanted := first.wanted):
             return out
+        del first, out  # and the memory of all that no program has filled
         with torch._C.DisableTorchFunction():  # what this asks of torch is not the pass's
-            build.make([*first.wanted, *[program for program in later() if build.known(*program) is None]])
+            build.make([*wanted, *[program for program in later() if build.known(*program) is None]])
         again = make()
         out = run(again)
         assert not again.wanted  # else what it gave is not filled

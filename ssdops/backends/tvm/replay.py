@@ -247,10 +247,11 @@ class Call:
         at = len(self.read) - count - (1 if state is None else 2)
         return Cotangents(y, state, self.read[at : at + count])
 
-    def keep(self, notes: Notes, outputs: Outputs, watch: Watch) -> Outputs:
-        """The outputs; what was made and called is remembered, if it can be called again."""
+    def keep(self, outputs: Outputs, notes: Notes, watch: Watch) -> Outputs:
+        """The outputs; what was made and called by then is remembered, if it can be called again."""
         callable_ = notes.calls and all(run is widen or build.entry(run) for run, _ in notes.calls)
-        if callable_ and watch.idle and build.collected() is None:
+        captured = self.read[0].is_cuda and torch.cuda.is_current_stream_capturing()  # what it was given is the graph's
+        if callable_ and watch.idle and not captured and build.collected() is None:
             if len(_replays) >= MOST:
                 _replays.clear()
             with suppress(Unable):

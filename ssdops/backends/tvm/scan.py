@@ -130,18 +130,19 @@ class Scan(Pass):
 
     def __init__(self, term: Linear, x: Inputs, config: Config) -> None:
         super().__init__(x, config)
-        p = self.problem
         self.notes = Notes()
         self.term, self.scale = term, float(term.sign * x.scale)
         self.scaled = any(slot in x.values for slot in ("rows", "cols", "log_cols"))
         self.lay_rows()
         self.logs = self.dtype_of_logs()
         log_a = self.slot("log_a", self.logs)
-        self.d = torch.zeros(self.tokens, p.nheads, dtype=self.logs, device=self.device) if log_a is None else log_a
-        self.nothing = torch.zeros_like(self.d) if self.scaled else self.d  # what is not scaled does not read it
+        self.d = self.filled(0, self.logs) if log_a is None else log_a
+        self.nothing = self.filled(0, self.logs) if self.scaled else self.d  # what is not scaled does not read it
         self.log_cols = self.slot("log_cols", self.logs)
         if self.scaled:
-            rows, cols = (self.ones() if (value := self.slot(name, self.acc)) is None else value for name in ("rows", "cols"))
+            rows, cols = (
+                self.filled(1, self.acc) if (value := self.slot(name, self.acc)) is None else value for name in ("rows", "cols")
+            )
         else:
             rows = cols = self.unread(1, 1)
         self.scales = rows, cols
@@ -237,9 +238,11 @@ class Scan(Pass):
             assert x is not None  # the slot is there
         return x.to(dtype).reshape(self.tokens, p.nheads).contiguous()
 
-    def ones(self) -> Tensor:
-        """A scale of 1."""
-        return torch.ones(self.tokens, self.problem.nheads, dtype=self.acc, device=self.device)
+    def filled(self, value: int, dtype: torch.dtype) -> Tensor:
+        """A number for each token and head, `[tokens, nheads]`, which nobody writes: of one tensor for all calls."""
+        count = self.tokens * self.problem.nheads
+        whole = constant(value, 1 << count.bit_length(), dtype, self.device)
+        return whole[:count].view(self.tokens, self.problem.nheads)
 
     def shaped(self, y: Tensor) -> Tensor:
         """`[tokens, heads, size]` by batch rows."""
@@ -357,3 +360,23 @@ def by_slot(x: Inputs, by_token: dict[str, Tensor]) -> dict[str, Tensor]:
 def unread(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor for all calls that need one that is not read or written: making it takes longer than passing it."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+_constants: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+
+def constant(value: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """So many equal numbers, kept for as long as the process runs: passes that are called again, and graphs, have addresses.
+
+    In a capture they are the graph's own, since they are only there once it has been replayed.
+    """
+    key = (value, count, dtype, device)
+    if (found := _constants.get(key)) is not None:
+        return found
+    made = torch.full((count,), value, dtype=dtype, device=device)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return made
+        torch.cuda.current_stream(device).synchronize()  # other streams read it too
+    _constants[key] = made
+    return made

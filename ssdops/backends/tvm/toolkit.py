@@ -37,7 +37,9 @@ def prepare() -> None:
     support, found = usable(), home()
     if found is None or not support.ok:
         raise UnsupportedError(f"'tvm' compiles for CUDA with NVRTC or nvcc, and {support.reason}; 'triton' needs neither")
-    tell_tvm(found, nvrtc() and shutil.which("nvcc") is None)
+    nvcc = shutil.which("nvcc")
+    of_home = nvcc is not None and Path(nvcc).resolve().parents[1] == found.resolve()  # another's may not know the GPU
+    tell_tvm(found, nvrtc() and not of_home)
 
 
 def make_library(text: str, architecture: str, path: Path) -> None:
