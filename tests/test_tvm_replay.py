@@ -81,6 +81,13 @@ def test_another_call_says_what_it_would_say_first(kind: str, monkeypatch: pytes
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 2, 1), (5, 1, 64, 2), (2, 70, 4, 5), (64, 8, 3, 1, 7)])
+def test_new_tensors_lie_in_order(shape: tuple[int, ...]) -> None:
+    """Programs fill them so, whatever torch made of a tensor that has hardly any memory."""
+    made = torch.empty_like(replay.like(torch.empty(shape)))
+    assert made.shape == shape and made.is_contiguous() and made.untyped_storage().nbytes() == 4 * made.numel()
+
+
 def test_many_logs_are_made_wide_by_all_threads(monkeypatch: pytest.MonkeyPatch, again: Any) -> None:
     """A pass that is called again does by itself what torch did the first time."""
     monkeypatch.setattr(replay, "_replays", {})

@@ -126,9 +126,6 @@ class Unable(Exception):
     """A pass cannot be called again: torch has made some of what programs read."""
 
 
-DENSE = torch.contiguous_format
-
-
 class Replay:
     """A pass less the addresses: of what is given, and of outputs.
 
@@ -201,11 +198,11 @@ class Replay:
 
     def __call__(self, given: Sequence[int]) -> Outputs | None:
         """The outputs; None if a program failed, which says why when it is called by itself."""
-        outputs = [None if x is None else torch.empty_like(x, memory_format=DENSE) for x in self.outputs]
+        outputs = [None if x is None else torch.empty_like(x) for x in self.outputs]
         made = [x.data_ptr() for x in outputs if x is not None]
         if self.room is None:
             return None if self.run(self.address, self.pack(*given, *made)) else outputs
-        room = torch.empty_like(self.room, memory_format=DENSE)
+        room = torch.empty_like(self.room)
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         return None if self.run(self.address, self.pack(*given, *made, room.data_ptr(), stream)) else outputs
 
@@ -231,7 +228,7 @@ class Call:
         alike = None if len(set(addresses)) == len(addresses) else (*map(addresses.index, addresses),)
         self.key = (
             kind, scan, config.chunk_size, x.initial is None, x.wants_state, x.scale, x.out, threads.count(), id(term),
-            id(x.problem), alike, dtypes, x.q.device,
+            id(x.problem), alike, dtypes, x.q.get_device(),
         )  # fmt: skip
 
     def again(self) -> Outputs | None:

@@ -171,9 +171,8 @@ class Scan(Pass):
     @classmethod
     def output(cls, found: Outputs) -> Output:
         """Of what `outputs` gives."""
-        y, final, *saved = found
-        state = None if final is None else cls.as_given(final)
-        return Output(y, state, tuple(saved))  # type: ignore[arg-type]  # only a state may not be there
+        state = None if (final := found[1]) is None else cls.as_given(final)
+        return Output(found[0], state, tuple(found[2:]))  # type: ignore[arg-type]  # only a state may not be there
 
     @classmethod
     def gathered(cls, x: Inputs, found: Outputs) -> Gradients:
