@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -79,6 +80,29 @@ def test_another_call_says_what_it_would_say_first(kind: str, monkeypatch: pytes
     again()
     found = results(kind, leaves(kind, 1))
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: x.t().contiguous(),
+        lambda x: x.to(torch.float64),
+        lambda x: x.add_(1),
+        lambda x: x.__setitem__(0, 1.0),
+        torch.sum,
+    ],
+    ids=["copy", "cast", "in place", "part", "sum"],
+)
+def test_what_torch_does_in_between_is_seen(ask: Callable[[Tensor], object]) -> None:
+    """Not that a tensor is made, or looked at in another way; and what torch fills is known."""
+    with replay.Watch() as watch:
+        made = torch.empty(2, 3)
+        made.view(3, 2).transpose(0, 1)[1:].to(made.dtype).data_ptr()
+        assert watch.idle and not watch.filled
+        filled = torch.zeros(2)
+        assert watch.idle and watch.filled[0] is filled
+        ask(made)
+    assert not watch.idle
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 1), (5, 1, 64, 2), (2, 70, 4, 5), (64, 8, 3, 1, 7)])
